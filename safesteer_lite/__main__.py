@@ -1,0 +1,8 @@
+"""`python -m safesteer_lite` is `safesteer-lite`."""
+
+import sys
+
+from safesteer_lite.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""Every setting of a run: frozen dataclasses with units, TOML presets, and one order of precedence.
+
+`--set` flags beat environment variables (`SAFESTEER_LITE__DISTILL__STEPS=12`), which beat the run's TOML file, which beats the
+model's preset, which beats the defaults below. Unknown keys are refused, and all problems are reported at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "SAFESTEER_LITE__"
+_OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
+
+
+def setting(default: Any, unit: str, source: str, choices: Sequence[str] = ()) -> Any:
+    """A dataclass field that knows its unit, where its default comes from, and which words it accepts."""
+    return field(default=default, metadata={"unit": unit, "source": source, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    name: str = setting("", "Hub id or local folder", "the user")
+    revision: str = setting("", "Hub commit or branch; empty is the default branch", "the user")
+    precision: str = setting("nf4", "weights", "paper's QLoRA setting of this project", ("nf4", "bf16", "fp32"))
+    device: str = setting("auto", "device", "cuda where there is one", ("auto", "cpu", "cuda"))
+    unpack: str = setting("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """How many prompts of each set are used, and the user's own."""
+
+    training: str = setting("", "file with harmful prompts; empty is the bundled set", "the user")
+    column: str = setting("", "column of that file; empty finds it", "the user")
+    direction: int = setting(128, "harmful and harmless prompts each", "Arditi et al., section 2.3")
+    selection: int = setting(32, "harmful and harmless prompts each", "Arditi et al., section 2.3")
+    train: int = setting(100, "harmful prompts", "paper, section 4.1")
+    test: int = setting(100, "harmful and harmless prompts each", "bundled test split")
+    borderline_selection: int = setting(30, "borderline prompts", "bundled selection split")
+    borderline_test: int = setting(60, "borderline prompts", "bundled test split")
+    prompt_tokens: int = setting(512, "tokens, longest prompt", "paper, section 4.1")
+
+
+@dataclass(frozen=True)
+class DirectionConfig:
+    """How the refusal direction and the steering strength are found."""
+
+    refusal_openings: tuple[str, ...] = setting(("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting")
+    shortlist: int = setting(20, "candidates scored in full; 0 scores all", "RESULTS.md, shortlist")
+    depth_limit: float = setting(0.8, "share of the depth", "Arditi et al., appendix C")
+    kl_limit: float = setting(0.1, "nats", "Arditi et al., appendix C")
+    strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "METHOD: 1 is often weak")
+    teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "METHOD: nearly all")
+    teacher_tokens: int = setting(20, "tokens an answer", "RESULTS.md, strength search")
+    minimum_prompts: int = setting(16, "prompts that must pass the filter", "half of the selection split")
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """How safety tokens are voted."""
+
+    count: int = setting(50, "tokens (K)", "paper, section 4.1")
+    ballots: int = setting(200, "votes a position", "the authors' research scripts")
+    samples: int = setting(8, "continuations a prompt (M)", "paper, section 4.1")
+    horizon: int = setting(7, "positions (H)", "paper, Qwen; Llama 5")
+    minimum_probability: float = setting(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The on-policy distillation."""
+
+    objective: str = setting("full", "loss on harmful prompts", "RESULTS.md, trade-off", _OBJECTIVES)
+    top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
+    steps: int = setting(25, "optimizer steps", "paper, section 4.1")
+    prompts: int = setting(4, "harmful prompts a step", "paper, section 4.1")
+    rollouts: int = setting(8, "rollouts a harmful prompt", "paper, section 4.1")
+    completion_tokens: int = setting(512, "tokens a rollout", "paper, section 4.1")
+    temperature: float = setting(1.0, "softmax temperature", "paper, section 4.1")
+    anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "RESULTS.md, trade-off")
+    anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, trade-off", _OBJECTIVES)
+    anchor_weight: float = setting(1.0, "factor", "RESULTS.md, trade-off")
+    learning_rate: float = setting(2e-4, "AdamW peak rate", "RESULTS.md, trade-off: this project's, for LoRA")
+    warmup: float = setting(0.1, "share of steps", "paper, section 4.1")
+    gradient_clip: float = setting(1.0, "norm", "paper, section 4.1")
+    rank: int = setting(16, "LoRA r", "METHOD section 3")
+    lora_alpha: int = setting(32, "LoRA alpha", "RESULTS.md, trade-off")
+    first_layer: int = setting(0, "lowest adapted block", "RESULTS.md, trade-off")
+    micro_batch: int = setting(16, "rollouts a forward, at most", "RESULTS.md")
+    chunk: int = setting(64, "positions whose logits exist at a time", "RESULTS.md")
+    save_every: int = setting(5, "steps between saved steps", "at most 4 steps are done again")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, when, and what counts as too much."""
+
+    every: int = setting(5, "steps between measurements on the selection split", "METHOD section 4: every few")
+    selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
+    answer_tokens: int = setting(150, "tokens an answer at the end", "EXPERIENCE: late refusals")
+    kl_tokens: int = setting(48, "tokens of a harmless answer", "METHOD: over whole answers")
+    tax_budget: float = setting(2.0, "points of over-refusal above the base", "issue: +2 points")
+    stop_on_tax: bool = setting(False, "stop when the budget is exceeded thrice in a row", "off: the best is kept")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written at the end."""
+
+    weights: str = setting(
+        "original", "16-bit base that the adapter is merged into", "METHOD section 6", ("original", "dequantised")
+    )
+    check_prompts: int = setting(8, "prompts of the reload check", "issue: 8 prompts")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    direction: DirectionConfig = field(default_factory=DirectionConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    seed: int = setting(0, "seed of every random choice", "the user")
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "prompts": PromptsConfig,
+    "direction": DirectionConfig,
+    "tokens": TokensConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
+_MAY_BE_ZERO = {"direction.shortlist", "distill.anchors", "distill.first_layer", "distill.anchor_weight", "seed"}
+_MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}
+
+Values = dict[str, Any]
+"""Settings by dotted name, such as `distill.steps`."""
+
+QUICK: Values = {
+    "prompts.test": 28,
+    "prompts.borderline_test": 20,
+    "distill.steps": 10,
+    "evaluate.answer_tokens": 32,
+}
+"""What `demo --quick` changes: it shows that everything works, and rates from so few prompts say little more."""
+
+
+def flatten(tables: Mapping[str, Any], origin: str, problems: list[str]) -> Values:
+    """TOML tables as dotted names."""
+    values: Values = {}
+    for key, value in tables.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            values.update({f"{key}.{inner}": entry for inner, entry in value.items()})
+        elif key == "preset":
+            continue
+        elif isinstance(value, Mapping):
+            problems.append(f"{origin}: there is no section [{key}].")
+        else:
+            values[key] = value
+    return values
+
+
+def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
+    """Make a configuration from layers of dotted names, the weakest first.
+
+    Args:
+        layers: (where the values come from, values); strings are read as the type of the setting.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    problems: list[str] = []
+    merged: dict[str, tuple[str, Any]] = {}
+    for origin, values in layers:
+        for name, value in values.items():
+            merged[name] = (origin, value)
+    known = {f"{section}.{item.name}": item for section, kind in SECTIONS.items() for item in fields(kind)}
+    known["seed"] = next(item for item in fields(RunConfig) if item.name == "seed")
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    seed: dict[str, Any] = {}
+    for name, (origin, raw) in merged.items():
+        if name not in known:
+            close = sorted(known, key=lambda other: _distance(name, other))[:3]
+            problems.append(f"{origin}: there is no setting {name!r}; near it: {', '.join(close)}.")
+            continue
+        try:
+            value = _convert(raw, known[name].default, name, known[name].metadata["choices"])
+        except ValueError as error:
+            problems.append(f"{origin}: {name}: {error}.")
+            continue
+        section, _, key = name.rpartition(".")
+        (sections[section] if section else seed)[key] = value
+    config = RunConfig(**{section: kind(**sections[section]) for section, kind in SECTIONS.items()}, **seed)
+    problems += _cross_checks(config)
+    if problems:
+        raise ConfigError("The settings have problems:\n  " + "\n  ".join(problems), "Correct them and start again.")
+    return config
+
+
+def _distance(first: str, second: str) -> float:
+    from difflib import SequenceMatcher
+
+    return 1 - SequenceMatcher(None, first, second).ratio()
+
+
+def _convert(raw: Any, default: Any, name: str, choices: tuple[str, ...]) -> Any:
+    """`raw` as the type of `default`; raises ValueError with what is expected."""
+    if isinstance(default, bool):
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(raw, bool):
+            return raw
+        if str(raw).lower() in words:
+            return words[str(raw).lower()]
+        raise ValueError(f"expected true or false, got {raw!r}")
+    if isinstance(default, (int, float)):
+        kind = type(default)
+        if isinstance(raw, bool):
+            raise ValueError(f"expected a number, got {raw!r}")
+        try:
+            number = kind(raw) if not (kind is int and isinstance(raw, float)) else _whole(raw)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, got {raw!r}") from None
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError(f"expected a finite number, got {raw!r}")
+        if number < 0 or (number == 0 and name not in _MAY_BE_ZERO):
+            raise ValueError(f"must be greater than 0, got {raw!r}")
+        return number
+    if isinstance(default, tuple):
+        items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
+        if not isinstance(items, (list, tuple)) or not items:
+            raise ValueError(f"expected a list, got {raw!r}")
+        kind = type(default[0])
+        try:
+            return tuple(kind(item) for item in items)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a list of {kind.__name__}, got {raw!r}") from None
+    if not isinstance(raw, str):
+        raise ValueError(f"expected text, got {raw!r}")
+    if choices and raw not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}, got {raw!r}")
+    return raw
+
+
+def _whole(raw: float) -> int:
+    if raw != int(raw):
+        raise ValueError
+    return int(raw)
+
+
+def _cross_checks(config: RunConfig) -> list[str]:
+    problems = []
+    if not config.direction.depth_limit <= 1:
+        problems.append("direction.depth_limit is a share of the depth: at most 1.")
+    if not config.direction.teacher_refusals <= 1:
+        problems.append("direction.teacher_refusals is a share: at most 1.")
+    if not config.distill.warmup < 1:
+        problems.append("distill.warmup is a share of the steps: below 1.")
+    if config.tokens.horizon < 2:
+        problems.append("tokens.horizon must be at least 2: the first position is the prompt's last.")
+    if list(config.direction.strengths) != sorted(config.direction.strengths):
+        problems.append("direction.strengths must rise: the smallest sufficient one is taken.")
+    if config.direction.strengths and config.direction.strengths[0] <= 0:
+        problems.append("direction.strengths must be above 0: directions are only ever added.")
+    return problems
+
+
+def read_toml(path: Path) -> tuple[Values, str]:
+    """Settings of a TOML file, and the preset it names (empty if none).
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no file {path}.", "Name an existing TOML file with --config.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", "Name a UTF-8 TOML file with --config.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct that line and start again.") from None
+    problems: list[str] = []
+    values = flatten(tables, str(path), problems)
+    if problems:
+        raise ConfigError("The settings have problems:\n  " + "\n  ".join(problems), "Correct them and start again.")
+    preset = tables.get("preset", "")
+    if isinstance(preset, Mapping):
+        preset = ""
+    return values, str(preset)
+
+
+def parse_assignments(assignments: Sequence[str]) -> Values:
+    """`["distill.steps=12"]` as dotted names."""
+    values: Values = {}
+    for text in assignments:
+        name, separator, value = text.partition("=")
+        if not separator or not name.strip():
+            raise ConfigError(f"--set {text}: expected name=value.", "For example: --set distill.steps=12")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def from_environment(environment: Mapping[str, str]) -> Values:
+    """`SAFESTEER_LITE__DISTILL__STEPS=12` as `distill.steps`."""
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+    }
+
+
+def to_record(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists."""
+    record = asdict(config)
+    for section in SECTIONS:
+        record[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in record[section].items()}
+    return record
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML, with units; reading it back gives the same configuration."""
+    lines = [f"seed = {config.seed}"]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        table = getattr(config, section)
+        for item in fields(table):
+            lines.append(f"{item.name} = {_toml(getattr(table, item.name))}  # {item.metadata['unit']}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        for character, escape in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
+            escaped = escaped.replace(character, escape)
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def preset_folder() -> Path:
+    """Where the presets are: beside the package in a checkout, inside it once installed."""
+    beside = Path(__file__).parent.parent / "presets"
+    return beside if beside.is_dir() else Path(str(resources.files("safesteer_lite") / "presets"))
+
+
+def preset_names() -> list[str]:
+    """Names of all presets."""
+    return sorted(path.stem for path in preset_folder().glob("*.toml"))
+
+
+def preset_values(name: str) -> Values:
+    """Settings of the preset `name`.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"There is no preset {name!r}.", f"There are: {', '.join(preset_names())}.")
+    return read_toml(preset_folder() / f"{name}.toml")[0]

@@ -1,0 +1,119 @@
+"""Plain lines for a terminal or a file: what happens, how far it is, how long it will take."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safesteer_lite.events import (
+    Event,
+    Metric,
+    Note,
+    Progress,
+    StageDone,
+    StageSkipped,
+    StageStarted,
+    Warned,
+    write_json_line,
+)
+from safesteer_lite.hardware import format_bytes, format_duration
+
+# A line of progress at most this often, in seconds: often enough to see that it lives, seldom enough to read a log.
+_EVERY = 15.0
+_QUIET_METRICS = {"loss", "anchor loss"}
+
+
+class Lines:
+    """A sink that prints events as lines, with an estimate of the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._began: dict[tuple[str, str], tuple[float, int]] = {}
+        self._shown = 0.0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StageStarted(_, title):
+                self._line(f"== {title}", "bold")
+            case StageSkipped(stage, reason):
+                self._line(f"== {stage}: {reason}")
+            case StageDone(stage, seconds):
+                self._line(f"   {stage} took {format_duration(seconds)}")
+            case Note(_, message):
+                self._line(f"   {message}")
+            case Warned(_, message):
+                self._line(f"   Warning: {message}", "yellow")
+            case Metric(_, name, value, n, step) if name not in _QUIET_METRICS:
+                self._line("   " + metric_text(name, value, n, step))
+            case Progress():
+                self._progress(event)
+            case _:
+                pass
+
+    def _progress(self, event: Progress) -> None:
+        now = time.monotonic()
+        began, first = self._began.setdefault((event.stage, event.what), (now, event.done))
+        if now - self._shown < _EVERY and event.done < event.total:
+            return
+        if event.done >= event.total and now - began < _EVERY:
+            return
+        self._shown = now
+        left = ""
+        if event.done > first and event.done < event.total:
+            seconds = (now - began) / (event.done - first) * (event.total - event.done)
+            left = f", about {format_duration(seconds)} left"
+        amounts = f"{event.done} of {event.total} {event.what}"
+        if event.what.startswith("bytes"):
+            amounts = f"{format_bytes(event.done)} of {format_bytes(event.total)}{event.what.removeprefix('bytes')}"
+        self._line(f"   {amounts}{left}", "dim")
+
+    def _line(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+
+class Json:
+    """A sink that prints events as JSON Lines, for machines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __call__(self, event: Event) -> None:
+        write_json_line(self.stream, event)
+
+
+def metric_text(name: str, value: float, n: int | None, step: int | None) -> str:
+    """One metric in words; shares of refusals as a percentage with their n."""
+    where = f"step {step}: " if step is not None else ""
+    share = "refus" in name
+    amount = f"{100 * value:.0f} %" if share else f"{value:.4f}"
+    return f"{where}{name} {amount}" + (f" (n = {n})" if n is not None else "")
+
+
+def scorecard_table(before: dict[str, object], after: dict[str, object]) -> Table:
+    """The scorecard before and after, with n and 95 % intervals."""
+    table = Table(title="Refusals on the test split (95 % Wilson intervals)", title_justify="left")
+    for heading in ("prompts", "n", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "prompts" else "right")
+    for name in ("harmful", "borderline", "harmless"):
+        old, new = before[name], after[name]
+        assert isinstance(old, dict) and isinstance(new, dict)
+        table.add_row(name, str(new["n"]), rate_text(old), rate_text(new))
+    kl = after["kl_to_base"]
+    table.add_row("KL to base, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+    return table
+
+
+def rate_text(rate: dict[str, float]) -> str:
+    """`51 (80 %, 68 to 88)`."""
+    share = rate["refused"] / rate["n"] if rate["n"] else 0.0
+    return f"{rate['refused']} ({100 * share:.0f} %, {100 * rate['low']:.0f} to {100 * rate['high']:.0f})"
+
+
+def dump(record: object) -> str:
+    """A record as indented JSON."""
+    return json.dumps(record, ensure_ascii=False, indent=1)

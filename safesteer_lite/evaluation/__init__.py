@@ -1,0 +1,1 @@
+"""Evaluation: what counts as a refusal, and the rates, intervals and verdict that follow from it."""

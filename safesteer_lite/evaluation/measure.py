@@ -1,0 +1,98 @@
+"""Measure a loaded model: refusal rates on three prompt sets, and KL to the base over whole harmless answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from safesteer_lite.evaluation import judges
+from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
+from safesteer_lite.models.policy import Policy, Reference, ignore, kl_to_reference
+from safesteer_lite.prompts import Prompt
+
+SETS = ("harmful", "borderline", "harmless")
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The prompts of one split."""
+
+    harmful: Sequence[Prompt]
+    borderline: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+
+    def texts(self, name: str) -> list[str]:
+        """The prompts of one set, as text."""
+        prompts: Sequence[Prompt] = getattr(self, name)
+        return [prompt.text for prompt in prompts]
+
+    @property
+    def total(self) -> int:
+        """How many prompts there are."""
+        return len(self.harmful) + len(self.borderline) + len(self.harmless)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered, in the order of the prompts."""
+
+    harmful: list[str]
+    borderline: list[str]
+    harmless: list[str]
+
+
+def collect_answers(
+    policy: Policy, prompts: PromptSets, tokens: int, size: int, done: Callable[[int], None] = ignore
+) -> Answers:
+    """Greedy answers to all three sets.
+
+    Args:
+        policy: the model; whichever policy is on answers.
+        prompts: one split.
+        tokens: tokens an answer, at most.
+        size: answers at a time.
+        done: called with the number of answers so far.
+    """
+    found: dict[str, list[str]] = {}
+    before = 0
+    for name in SETS:
+        texts = prompts.texts(name)
+        found[name] = policy.answers(texts, tokens, size, counting_from(before, done))
+        before += len(texts)
+    return Answers(**found)
+
+
+def counting_from(start: int, done: Callable[[int], None]) -> Callable[[int], None]:
+    """A progress callback that adds `start`."""
+    return lambda count: done(start + count)
+
+
+def scorecard(answers: Answers, kl: float | None, kl_n: int) -> Scorecard:
+    """Judge the answers. `kl` is in nats a token and rests on `kl_n` answers."""
+    rates = {name: rate([judges.judge(answer) for answer in getattr(answers, name)]) for name in SETS}
+    return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], kl, kl_n)
+
+
+def measure(
+    policy: Policy,
+    prompts: PromptSets,
+    tokens: int,
+    size: int,
+    reference: Reference | None,
+    chunk: int,
+    done: Callable[[int], None] = ignore,
+) -> tuple[Scorecard, Answers]:
+    """Answers, rates and, with a `reference`, KL to the base."""
+    answers = collect_answers(policy, prompts, tokens, size, done)
+    kl = kl_to_reference(policy, reference, chunk) if reference else None
+    return scorecard(answers, kl, len(prompts.harmless) if reference else 0), answers
+
+
+def all_flips(prompts: PromptSets, before: Answers, after: Answers) -> list[Flip]:
+    """Every prompt on which the two models differ in refusing."""
+    found: list[Flip] = []
+    for name in SETS:
+        entries: Sequence[Prompt] = getattr(prompts, name)
+        ids, texts = [prompt.id for prompt in entries], [prompt.text for prompt in entries]
+        found += flips(name, ids, texts, getattr(before, name), getattr(after, name))
+    return found

@@ -1,0 +1,1 @@
+"""From an adapter to weights that other programs load: merge, convert, verify."""

@@ -1,0 +1,359 @@
+"""Safetensors checkpoints, one tensor at a time: where each tensor lies, read it, write shards without holding one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from safesteer_lite.errors import DiskSpaceError, ExportError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+_LARGEST_HEADER = 100_000_000
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor where it lies on disk.
+
+    Attributes:
+        name: its key in the checkpoint.
+        dtype: its type as safetensors writes it, such as `BF16`.
+        shape: its sizes; empty for a scalar.
+        file: the shard that holds it.
+        start: where its first byte lies in `file`, from the beginning of the file.
+        size: its length in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    def load(self) -> Tensor:
+        """Read the tensor into memory of its own."""
+        if self.dtype not in DTYPES:
+            raise ExportError(f"{self.name} in {self.file} is stored as {self.dtype}, which cannot be read here.")
+        raw = torch.empty(self.size, dtype=torch.uint8)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            if stream.readinto(raw.numpy().data) != self.size:
+                raise _damaged(self.file)
+        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The tensor's bytes as stored, in pieces of at most 16 MiB."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            left = self.size
+            while left:
+                chunk = stream.read(min(left, _CHUNK))
+                if not chunk:
+                    raise _damaged(self.file)
+                left -= len(chunk)
+                yield chunk
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """One tensor to be written; `produce` is called when its turn comes, and its result is let go at once.
+
+    Attributes:
+        name: its key in the checkpoint.
+        dtype: its type as safetensors writes it.
+        shape: its sizes.
+        size: its length in bytes; what `produce` yields must add up to this.
+        produce: makes the bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    produce: Callable[[], Iterable[bytes | memoryview]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a model folder.
+
+    Attributes:
+        folder: where it lies.
+        shards: the tensors of each file, in the order of their bytes.
+        tensors: the same tensors by name.
+    """
+
+    folder: Path
+    shards: tuple[tuple[StoredTensor, ...], ...]
+    tensors: Mapping[str, StoredTensor]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ExportError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{path} cannot be read: {error}.", "Check that this is the right, completely downloaded folder."
+        ) from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def read_shard(path: Path) -> tuple[StoredTensor, ...]:
+    """Where each tensor of one safetensors file lies, from its header alone.
+
+    Raises:
+        ExportError: the file is missing, cut short, or not a safetensors file.
+    """
+    try:
+        file_size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if file_size < 8 + length or length > _LARGEST_HEADER:
+                raise _damaged(path)
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = [
+            StoredTensor(
+                name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, entry["data_offsets"][1] - begin
+            )
+            for name, entry in header.items()
+            for begin in entry["data_offsets"][:1]
+        ]
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error}.", "Download the model again.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+    for tensor in tensors:
+        known = DTYPES.get(tensor.dtype)
+        wrong_size = known is not None and tensor.size != math.prod(tensor.shape) * known.itemsize
+        if wrong_size or tensor.size < 0 or tensor.start + tensor.size > file_size:
+            raise _damaged(path)
+    return tuple(sorted(tensors, key=lambda tensor: tensor.start))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Where each tensor of a model folder lies; reads headers only.
+
+    Raises:
+        ExportError: no safetensors weights, a missing or damaged shard, an index that does not fit, or one name twice.
+    """
+    indexed: dict[str, str] | None = None
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ExportError(f"{folder / INDEX} has no weight_map.", "Download the model again.")
+        indexed = {str(name): str(file) for name, file in weight_map.items()}
+        files = sorted(set(indexed.values()))
+    elif (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    else:
+        raise ExportError(
+            f"{folder} holds no safetensors weights.",
+            "Give a model folder with model.safetensors, or with its shards and their index.",
+        )
+    shards = tuple(read_shard(folder / name) for name in files)
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in (tensor for shard in shards for tensor in shard):
+        if tensor.name in tensors:
+            raise ExportError(f"{tensor.name} is stored twice, in {tensors[tensor.name].file} and {tensor.file}.")
+        tensors[tensor.name] = tensor
+    if indexed is not None and indexed != {name: tensor.file.name for name, tensor in tensors.items()}:
+        odd = sorted(name for name in indexed.keys() ^ tensors.keys())[:5] or ["the files of some tensors"]
+        raise ExportError(
+            f"The index of {folder} does not fit its shards: {', '.join(odd)}.", "Download the model again."
+        )
+    return Checkpoint(folder, shards, tensors)
+
+
+def write_shard(path: Path, tensors: Sequence[NewTensor], written: Callable[[int], None]) -> None:
+    """Write one safetensors file: the header from the known shapes, then each tensor as it is produced.
+
+    Args:
+        path: the file to create.
+        tensors: what to write, in this order.
+        written: called after each tensor with the number of its bytes.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.size
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    # The format asks for a header padded with spaces, so that the tensors start at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("xb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            size = sum(stream.write(chunk) for chunk in tensor.produce())
+            if size != tensor.size:
+                raise ExportError(f"{tensor.name} came out as {size} bytes instead of {tensor.size}.")
+            written(size)
+        _flush(stream)
+
+
+def write_shards(folder: Path, shards: Sequence[Sequence[NewTensor]], written: Callable[[int], None]) -> list[str]:
+    """Write a checkpoint of one or more files, with an index if there are more than one.
+
+    Returns:
+        The names of the weight files.
+    """
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_shard(folder / name, shard, written)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.size for shard in shards for tensor in shard)},
+            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; asks for the extremes, which needs no second tensor as `isfinite` does."""
+    if tensor.numel() == 0:
+        return True
+    return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file to the disk, not only to the system's cache."""
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        _flush(stream)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes to the disk, not only to the system's cache."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, _CHUNK)
+        _flush(writer)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Check for free space where `folder` will be.
+
+    Args:
+        folder: what will be written; it need not exist.
+        needed: bytes.
+
+    Raises:
+        DiskSpaceError: there is less room than that.
+    """
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskSpaceError(
+            f"Writing {folder} needs {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free.",
+            f"Free {(needed - free) / 1e9:.2f} GB, or choose a folder on another disk.",
+        )
+
+
+@contextmanager
+def published(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to write in, which gets its final name only if the block ends well, and vanishes otherwise.
+
+    Args:
+        folder: the final name; must not exist.
+        ours: whether a file name may be left from an earlier attempt that was killed; only a temporary folder that
+            holds nothing else is cleared away.
+
+    Raises:
+        ExportError: the folder exists already or cannot be written.
+        DiskSpaceError: the disk ran full.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        if folder.exists():
+            raise ExportError(f"{folder} exists already.", "Choose another folder, or remove this one first.")
+        if temporary.exists():
+            _clear_leftover(temporary, ours)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            _sync_folder(temporary)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(folder.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskSpaceError(f"The disk ran full while {folder} was written.", "Free some space.") from error
+        raise ExportError(
+            f"{folder} could not be written: {error}.", "Choose a folder that you can write to."
+        ) from error
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few names, and how many there are beyond, for a message."""
+    rest = len(names) - 3
+    return ", ".join(sorted(names)[:3]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _clear_leftover(temporary: Path, ours: Callable[[str], bool]) -> None:
+    """Remove what a killed attempt left, and nothing else."""
+    if temporary.is_symlink() or not temporary.is_dir() or not all(ours(entry.name) for entry in temporary.iterdir()):
+        raise ExportError(f"{temporary} is in the way and was not written by a merge.", "Move it elsewhere.")
+    shutil.rmtree(temporary)
+
+
+def _flush(stream: IO[Any]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a folder's names durable; Windows cannot open folders, and needs no such step."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _damaged(path: Path) -> ExportError:
+    return ExportError(f"{path} is damaged or incomplete.", "Download the model again.")

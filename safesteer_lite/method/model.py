@@ -1,0 +1,172 @@
+"""What the method asks of a language model: a small protocol, so that tiny random models and every backend run the
+same code.
+
+One set of weights serves three policies (paper, section 3): `base` (adapters off), `teacher` (adapters off, steering
+on) and `student` (adapters on, which is the model as it stands).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from safesteer_lite.method import steering
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of several sequences. Prompts are padded on the left, so that position -1 is the last prompt token.
+
+    Attributes:
+        input_ids: (batch, length) int64.
+        attention_mask: (batch, length) int64, 1 where a token is, 0 where padding is.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def repeat(self, times: int) -> Batch:
+        """Each sequence `times` times, copies side by side."""
+        return Batch(
+            self.input_ids.repeat_interleave(times, dim=0), self.attention_mask.repeat_interleave(times, dim=0)
+        )
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Sequences `start` to `stop - 1`."""
+        return Batch(self.input_ids[start:stop], self.attention_mask[start:stop])
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Generated tokens.
+
+    Attributes:
+        tokens: (batch, length) int64, padded on the right.
+        mask: (batch, length) bool, True up to and including the end-of-turn token.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    def rows(self, start: int, stop: int) -> Completions:
+        """Completions `start` to `stop - 1`."""
+        return Completions(self.tokens[start:stop], self.mask[start:stop])
+
+    def after(self, prompts: Batch) -> Batch:
+        """The prompts followed by their completions, as one batch."""
+        return Batch(
+            torch.cat([prompts.input_ids, self.tokens], dim=1),
+            torch.cat([prompts.attention_mask, self.mask.long()], dim=1),
+        )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream at the input of block `layer`, with what the blocks above need to go on from there.
+
+    Attributes:
+        hidden: (batch, length, width), the model's compute dtype.
+        layer: index of the block whose input this is.
+        arguments: keyword arguments that every block receives (attention mask, position embeddings).
+    """
+
+    hidden: Tensor
+    layer: int
+    arguments: Mapping[str, Any]
+
+
+class LanguageModel(Protocol):
+    """A decoder-only language model with LoRA adapters that can be switched off."""
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder blocks, lowest first."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be."""
+
+    @property
+    def end_of_turn(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that are markup, not text."""
+
+    @property
+    def first_adapter_layer(self) -> int:
+        """The lowest block that has an adapter; below it student and base are the same function."""
+
+    def start(self, batch: Batch) -> Residual:
+        """The token embeddings, at block 0."""
+
+    def advance(self, residual: Residual, layer: int) -> Residual:
+        """Run blocks `residual.layer` to `layer - 1`."""
+
+    def final(self, residual: Residual) -> Tensor:
+        """Run all remaining blocks and the final norm: (batch, length, width)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The LM head: (positions, width) to (positions, vocabulary)."""
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Inside, the model is the base."""
+
+    def generate(
+        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+    ) -> Completions:
+        """Sample `repeats` completions a prompt (copies side by side); temperature 0 is greedy."""
+
+    def parameters_to_train(self) -> list[nn.Parameter]:
+        """The adapter weights."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What makes the teacher: `vector` = strength * refusal direction, added at the input of block `layer`.
+
+    Attributes:
+        layer: block index.
+        vector: (width,) float32.
+    """
+
+    layer: int
+    vector: Tensor
+
+
+@contextmanager
+def base(model: LanguageModel) -> Iterator[None]:
+    """The base policy `pi_0`: adapters off."""
+    with model.adapters_off():
+        yield
+
+
+@contextmanager
+def teacher(model: LanguageModel, steer: Steering) -> Iterator[None]:
+    """The safety teacher `pi_t`: adapters off, steering on."""
+    with model.adapters_off(), steering.add(model.layers, steer.layer, steer.vector):
+        yield
+
+
+def last_logits(model: LanguageModel, batch: Batch) -> Tensor:
+    """Logits at the last position only, (batch, vocabulary) float32, for whichever policy is on."""
+    return last_logits_from(model, model.start(batch))
+
+
+def last_logits_from(model: LanguageModel, residual: Residual) -> Tensor:
+    """As `last_logits`, going on from a residual stream."""
+    return model.logits(model.final(residual)[:, -1]).float()
+
+
+def completion_hidden(model: LanguageModel, residual: Residual, length: int) -> Tensor:
+    """Final hidden states at the `length` positions that predict the completion: (batch, length, width)."""
+    return model.final(residual)[:, -length - 1 : -1]

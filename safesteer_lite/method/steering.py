@@ -1,0 +1,89 @@
+"""Record, steer and ablate the residual stream: context managers over decoder blocks.
+
+Blocks are hooked on their first positional argument (the residual stream), with_kwargs=True, because blocks return a
+plain tensor in transformers and a tuple elsewhere. Every hook returns a new tensor and is removed on the way out.
+Ablation exists only to score candidate directions (Arditi et al., section 2.4); nothing else in the project uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_Arguments = tuple[Any, ...]
+
+
+def _on_input(block: nn.Module, change: Callable[[Tensor], Tensor | None], stack: ExitStack) -> None:
+    """Register `change` on the block's input; a returned tensor replaces it."""
+
+    def hook(_: nn.Module, args: _Arguments, kwargs: dict[str, Any]) -> tuple[_Arguments, dict[str, Any]] | None:
+        changed = change(args[0])
+        return None if changed is None else ((changed, *args[1:]), kwargs)
+
+    stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor], stack: ExitStack) -> None:
+    """Register `change` on the module's output, which may be a tensor or a tuple that starts with one."""
+
+    def hook(_: nn.Module, __: _Arguments, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    stack.callback(module.register_forward_hook(hook).remove)
+
+
+@contextmanager
+def add(layers: Sequence[nn.Module], layer: int, vector: Tensor) -> Iterator[None]:
+    """Add `vector` (width,) to the input of block `layer` at every position (paper, equation of the teacher)."""
+    with ExitStack() as stack:
+        _on_input(layers[layer], lambda hidden: hidden + vector.to(hidden), stack)
+        yield
+
+
+@contextmanager
+def ablate(layers: Sequence[nn.Module], direction: Tensor) -> Iterator[None]:
+    """Project `direction` (width,) out of every block input and every attention and MLP output, to score a candidate."""
+    unit = direction.float() / direction.float().norm()
+
+    def project_out(hidden: Tensor) -> Tensor:
+        axis = unit.to(hidden)
+        return hidden - (hidden @ axis).unsqueeze(-1) * axis
+
+    with ExitStack() as stack:
+        for block in layers:
+            _on_input(block, project_out, stack)
+            _on_output(block.get_submodule("self_attn"), project_out, stack)
+            _on_output(block.get_submodule("mlp"), project_out, stack)
+        yield
+
+
+@contextmanager
+def record(layers: Sequence[nn.Module], positions: int) -> Iterator[list[Tensor]]:
+    """Collect the last `positions` positions of each block's input during ONE forward.
+
+    Yields a list that fills with one (batch, positions, width) tensor a block, lowest first.
+    """
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> None:
+        seen.append(hidden[:, -positions:].detach().clone())
+
+    with ExitStack() as stack:
+        for block in layers:
+            _on_input(block, keep, stack)
+        yield seen
+
+
+@contextmanager
+def count_calls(layers: Sequence[nn.Module], layer: int) -> Iterator[list[torch.Size]]:
+    """Note the shape of each input that block `layer` receives, so that a self-check can see whether hooks fire at all."""
+    calls: list[torch.Size] = []
+    with ExitStack() as stack:
+        _on_input(layers[layer], lambda hidden: calls.append(hidden.shape), stack)
+        yield calls

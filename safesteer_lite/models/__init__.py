@@ -1,0 +1,1 @@
+"""The only place that knows transformers, peft, bitsandbytes and unsloth."""

@@ -1,0 +1,150 @@
+"""One loaded model with its chat template: prompts in, answers out, for whichever policy is switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safesteer_lite.errors import ModelError
+from safesteer_lite.method.distill import pad_left
+from safesteer_lite.method.model import Batch, Completions, completion_hidden
+from safesteer_lite.models.plain import PlainModel
+
+Done = Callable[[int], None]
+
+
+def ignore(done: int) -> None:
+    """A progress callback that does nothing."""
+
+
+class Policy:
+    """A model that can be prompted as an assistant."""
+
+    def __init__(self, model: PlainModel, prompt_tokens: int) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: base, teacher and student in one.
+            prompt_tokens: longest prompt; longer ones lose tokens from the middle of the user's text.
+        """
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.prompt_tokens = prompt_tokens
+        self.template_positions = self._template_positions()
+
+    def encode(self, prompt: str) -> Batch:
+        """The chat-templated prompt as a batch of one, without padding; no system prompt unless the template adds one."""
+        ids = self._template_ids(prompt)
+        if len(ids) > self.prompt_tokens:
+            text = self.tokenizer(prompt, add_special_tokens=False).input_ids
+            room = self.prompt_tokens - (len(ids) - len(text))
+            if room < 1:
+                raise ModelError(
+                    f"The chat template alone takes {len(ids) - len(text)} tokens, the limit is {self.prompt_tokens}.",
+                    "Raise prompts.prompt_tokens.",
+                )
+            ids = self._template_ids(self.tokenizer.decode(text[: room // 2] + text[len(text) - (room - room // 2) :]))
+        tensor = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        return Batch(tensor, torch.ones_like(tensor))
+
+    def batches(self, prompts: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Left-padded batches of similar length, each with the places of its prompts in `prompts`."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda place: (encoded[place].input_ids.shape[1], place))
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            yield places, pad_left([encoded[place] for place in places])
+
+    def answers(self, prompts: Sequence[str], tokens: int, size: int, done: Done = ignore) -> list[str]:
+        """Greedy answers of at most `tokens` tokens, in the order of `prompts`."""
+        found = [""] * len(prompts)
+        finished = 0
+        for places, batch in self.batches(prompts, size):
+            completions = self.model.generate(batch, tokens, 0.0, None, 1)
+            for place, text in zip(places, self.decode(completions), strict=True):
+                found[place] = text
+            finished += len(places)
+            done(finished)
+        return found
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Completions as text, without special tokens."""
+        return [
+            self.tokenizer.decode(row[mask], skip_special_tokens=True)
+            for row, mask in zip(completions.tokens, completions.mask, strict=True)
+        ]
+
+    def token_ids(self, openings: Sequence[str]) -> Tensor:
+        """The first token of each string in this model's own vocabulary, each id once, ascending."""
+        ids = {self.tokenizer(text, add_special_tokens=False).input_ids[0] for text in openings}
+        return torch.tensor(sorted(ids), dtype=torch.long, device=self.model.device)
+
+    def _template_ids(self, prompt: str) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _template_positions(self) -> int:
+        """How many tokens the template puts after the user's text: what two different prompts end in alike."""
+        first, second = self._template_ids("Tell me about rivers"), self._template_ids("What is in 7x9 = ?!")
+        count = 0
+        while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
+            count += 1
+        if count == 0:
+            raise ModelError(
+                "The chat template adds nothing after the user's text.", "Use a model whose template opens the answer."
+            )
+        return count
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One policy's own answers to harmless prompts, and its hidden states along them, to measure KL against.
+
+    Attributes:
+        batches: prompts with their answers.
+        hidden: that policy's final hidden states at the answer's valid positions, one (positions, width) tensor a batch.
+    """
+
+    batches: list[tuple[Batch, Completions]]
+    hidden: list[Tensor]
+
+    @property
+    def positions(self) -> int:
+        """How many answer tokens the measurement rests on."""
+        return sum(tensor.shape[0] for tensor in self.hidden)
+
+
+def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size: int, done: Done = ignore) -> Reference:
+    """Greedy answers of whichever policy is on, and its hidden states along them."""
+    model, pairs, hidden, finished = policy.model, [], [], 0
+    with torch.no_grad():
+        for places, batch in policy.batches(prompts, size):
+            completions = model.generate(batch, tokens, 0.0, None, 1)
+            states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
+            pairs.append((batch, completions))
+            hidden.append(states[completions.mask])
+            finished += len(places)
+            done(finished)
+    return Reference(pairs, hidden)
+
+
+def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:
+    """Mean KL(reference || policy) over all tokens of the reference's answers, nats a token.
+
+    Whole answers, because damage hides behind the first token. Both policies must share the LM head.
+    """
+    model, total = policy.model, 0.0
+    with torch.no_grad():
+        for (batch, completions), known_hidden in zip(reference.batches, reference.hidden, strict=True):
+            states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
+            for known, now in zip(known_hidden.split(chunk), states[completions.mask].split(chunk), strict=True):
+                log_known = model.logits(known).float().log_softmax(-1)
+                log_now = model.logits(now).float().log_softmax(-1)
+                total += float((log_known.exp() * (log_known - log_now)).sum())
+    return max(total, 0.0) / max(reference.positions, 1)

@@ -1,0 +1,100 @@
+"""The checks at the start of every run: does this model, as loaded here, do what the method assumes?
+
+They take a second or two, and a run that fails one stops before it trains on wrong figures.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from safesteer_lite.errors import SelfCheckError
+from safesteer_lite.method import model as policies
+from safesteer_lite.method import steering
+from safesteer_lite.method.model import Batch, Steering
+from safesteer_lite.models.policy import Policy
+
+# Far above rounding, far below what adding a vector as long as the residual itself does to the logits.
+_SMALLEST_MOVE = 1e-3
+
+
+def self_check(policy: Policy) -> list[str]:
+    """Run all checks.
+
+    Returns:
+        One sentence for each check that passed.
+
+    Raises:
+        SelfCheckError: naming the check that failed.
+    """
+    model, batch = policy.model, policy.encode("Say hello.")
+    layer = len(model.layers) // 2
+    passed = []
+
+    with torch.no_grad():
+        model.generate(batch, 2, 1.0, torch.Generator().manual_seed(0), 2)
+        plain = policies.last_logits(model, batch)
+        full = _full_forward(policy, batch)
+        _require(torch.equal(plain, full), "running the blocks one by one differs from the model's own forward")
+        passed.append("running the blocks one by one equals the model's own forward, bit for bit")
+
+        residual = model.advance(model.start(batch), layer).hidden
+        _require(bool(residual.isfinite().all()), "the residual stream is not finite")
+        vector = torch.full((residual.shape[-1],), float(residual[:, -1].float().norm()) / residual.shape[-1] ** 0.5)
+        with steering.count_calls(model.layers, layer) as calls:
+            _full_forward(policy, batch)
+        _require(
+            len(calls) == 1 and calls[0][:2] == batch.input_ids.shape,
+            f"the hook on block {layer} fired {len(calls)} times in one full forward",
+        )
+        passed.append("a steering hook fires once in a full forward")
+
+        with policies.teacher(model, Steering(layer, vector)):
+            steered = _full_forward(policy, batch)
+            sampled = model.generate(batch, 1, 0.0, None, 1)
+        moved = float((steered - full).abs().max())
+        _require(moved > _SMALLEST_MOVE, "steering does not move the logits")
+        _require(int(sampled.tokens[0, 0]) == int(steered.argmax()), "sampling ignores the steering")
+        passed.append(f"steering moves the logits (by up to {moved:.1f}), in sampling too")
+
+        with policies.base(model):
+            base = _full_forward(policy, batch)
+        _require(torch.equal(base, full), "switching the adapter off changes a model whose adapter is still zero")
+        passed.append("with the adapter off, the model is the base, bit for bit")
+
+    _check_gradients(policy, batch)
+    passed.append("every adapted layer receives gradients after sampling")
+    return passed
+
+
+def _full_forward(policy: Policy, batch: Batch) -> torch.Tensor:
+    """Last-position logits through the model's own forward, as a user would call it."""
+    model = policy.model
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
+    hidden = model.decoder(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
+    )[0]
+    return model.logits(hidden[:, -1]).float()
+
+
+def _check_gradients(policy: Policy, batch: Batch) -> None:
+    """LoRA starts with B = 0, where A has no gradient: B's gradients show whether autograd reaches a layer."""
+    model = policy.model
+    policies.last_logits(model, batch).logsumexp(-1).sum().backward()
+    dead = [
+        name
+        for name, parameter in model.network.named_parameters()
+        if parameter.requires_grad
+        and "lora_B" in name
+        and (parameter.grad is None or not bool(parameter.grad.abs().sum() > 0))
+    ]
+    for parameter in model.parameters_to_train():
+        parameter.grad = None
+    _require(not dead, f"{len(dead)} adapted layers receive no gradient, the first is {dead[0] if dead else ''}")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise SelfCheckError(
+            f"The start-up self-check failed: {problem}.",
+            "Nothing was trained. Try model.precision=bf16; if it persists, report the versions `doctor` shows.",
+        )

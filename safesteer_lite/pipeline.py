@@ -1,0 +1,235 @@
+"""The stage table, and `run`: the one function behind `run`, `resume`, `demo` and the wizard."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite import prompts, report
+from safesteer_lite.config import RunConfig
+from safesteer_lite.errors import ExportError, Interrupted, ModelError, UsageError
+from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
+from safesteer_lite.hardware import keep_freed_memory
+from safesteer_lite.models import plain, source
+from safesteer_lite.rundir import Checkpoints, Publication, RunFolder, fingerprint
+from safesteer_lite.stages import baseline, direction, distill, evaluate, export, tokens
+from safesteer_lite.stages.session import Session
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the stage table.
+
+    Attributes:
+        name: also the folder's name.
+        title: what the user reads.
+        work: writes the stage's files; distillation gets its checkpoints too.
+        settings: names of the settings that the result depends on, sections or single ones.
+        after: the stages whose results it uses.
+    """
+
+    name: str
+    title: str
+    work: Callable[..., None]
+    settings: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+STAGES = (
+    Stage(
+        "baseline",
+        "What the base model does",
+        baseline.run,
+        ("model", "prompts", "seed", "evaluate.selection_tokens"),
+        (),
+    ),
+    Stage("direction", "Refusal direction", direction.run, ("direction",), ("baseline",)),
+    Stage("tokens", "Safety tokens", tokens.run, ("tokens", "seed"), ("direction",)),
+    Stage(
+        "distill",
+        "Distillation",
+        distill.run,
+        (
+            "distill",
+            "seed",
+            "evaluate.every",
+            "evaluate.selection_tokens",
+            "evaluate.kl_tokens",
+            "evaluate.tax_budget",
+            "evaluate.stop_on_tax",
+        ),
+        ("tokens",),
+    ),
+    Stage("evaluate", "Before and after", evaluate.run, ("evaluate",), ("distill",)),
+    Stage("export", "Merged weights", export.run, ("export",), ("distill",)),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def stage_fingerprints(config: RunConfig, model_fingerprint: str) -> dict[str, str]:
+    """What each stage's result depends on: its settings, its upstream, the model and the prompts."""
+    found: dict[str, str] = {}
+    for stage in STAGES:
+        parts: dict[str, Any] = {
+            "stage": stage.name,
+            "settings": {name: _value(config, name) for name in stage.settings},
+        }
+        parts["after"] = [found[name] for name in stage.after]
+        if not stage.after:
+            parts["model"] = model_fingerprint
+            parts["prompts"] = prompts_fingerprint(config)
+        found[stage.name] = fingerprint(parts)
+    return found
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    section, _, key = name.partition(".")
+    value = getattr(config, section)
+    if key:
+        return getattr(value, key)
+    if isinstance(value, int):
+        return value
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+    if section == "model":
+        # The weights themselves are fingerprinted; where they lie may change.
+        plain.pop("name")
+        plain.pop("revision")
+    return plain
+
+
+def prompts_fingerprint(config: RunConfig) -> str:
+    """SHA-256 over the bundled prompts and the user's own file."""
+    digest = hashlib.sha256()
+    for path in prompts.data_files():
+        digest.update(path.read_bytes())
+    if config.prompts.training:
+        digest.update(Path(config.prompts.training).read_bytes())
+    return digest.hexdigest()
+
+
+def run(
+    config: RunConfig,
+    run_folder: RunFolder,
+    model_folder: Path,
+    emit: Emit,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Do every stage that is not done yet.
+
+    Args:
+        config: all settings; equal to what `run_folder` was started with.
+        run_folder: where results go.
+        model_folder: the base model.
+        emit: sink for events; they are kept in the run folder too.
+        stop_requested: asked after each optimizer step and each stage.
+
+    Returns:
+        The report, as written to `report.json`.
+
+    Raises:
+        Interrupted: the user asked to stop; the run can be resumed.
+        SafeSteerError: what went wrong and what to do; finished stages stay.
+    """
+    keep_freed_memory()
+    with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
+        session = Session(config, run_folder, model_folder, tee(keep, emit), stop_requested=stop_requested)
+        wanted = stage_fingerprints(config, source.model_fingerprint(model_folder))
+        for number, stage in enumerate(STAGES, 1):
+            session.stage = stage.name
+            if run_folder.is_done(stage.name, wanted[stage.name]):
+                session.emit(StageSkipped(stage.name, "done already, with the same settings"))
+                continue
+            if stop_requested():
+                raise Interrupted(f"Stopped before the stage {stage.title!r}; everything up to there is saved.")
+            _do(session, stage, number, wanted[stage.name])
+        return report.write(run_folder, config)
+
+
+def export_run(
+    config: RunConfig,
+    run_folder: RunFolder,
+    model_folder: Path,
+    emit: Emit,
+    kind: str,
+    out: Path,
+    weights: str,
+    strength: float,
+) -> dict[str, Any]:
+    """Write a finished run's adapter or merged weights to a folder that does not exist yet.
+
+    Args:
+        config, run_folder, model_folder, emit: as for `run`.
+        kind: `adapter` or `merged`.
+        out: the folder to create.
+        weights: base to merge into, `original` or `dequantised`.
+        strength: factor on the adapter.
+
+    Returns:
+        What was measured of merged weights; empty for the adapter.
+
+    Raises:
+        ModelError: the base model is not the one the run was made with.
+        ExportError, DiskSpaceError: nothing was left under `out`.
+    """
+    adapter = run_folder.stage_folder("distill") / "adapter"
+    damaged = [name for name in run_folder.verify("distill") if name.startswith("adapter/")]
+    if damaged:
+        raise ExportError(f"The run's adapter is damaged: {', '.join(damaged)}.", "Run `safesteer-lite resume` on it.")
+    if stage_fingerprints(config, source.model_fingerprint(model_folder))["baseline"] != (
+        run_folder.manifest.stages["baseline"].fingerprint
+    ):
+        raise ModelError(
+            f"{model_folder} is not the base model that this run was made with, or its prompts have changed.",
+            "Give the run its own base model back.",
+        )
+    if kind == "adapter":
+        if strength != 1:
+            raise UsageError("--strength scales merged weights only.", "Add --to merged.")
+        try:
+            shutil.copytree(adapter, out)
+        except OSError as error:
+            raise ExportError(f"{out} could not be written: {error}.", "Choose another --out.") from error
+        return {}
+    keep_freed_memory()
+    session = Session(config, run_folder, model_folder, emit, stage="export")
+    return export.merged(session, adapter, out, weights, strength)
+
+
+def evaluate_model(
+    config: RunConfig, run_folder: RunFolder | None, model_folder: Path, emit: Emit
+) -> dict[str, dict[str, Any]]:
+    """Measure a model on the test split: a run's base and student, or (twice the same) a model as it is.
+
+    Returns:
+        `before` and `after`, scorecards as in the report.
+    """
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as scratch:
+        session = Session(config, run_folder or RunFolder(Path(scratch)), model_folder, emit, stage="evaluate")
+        if run_folder:
+            plain.read_adapter(session.policy.model, run_folder.stage_folder("distill") / "adapter")
+        before, after, _ = evaluate.compare(session, session.policy, session.prompt_sets("test"), both=bool(run_folder))
+    return {"before": before.to_record(), "after": after.to_record()}
+
+
+def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
+    session.emit(StageStarted(stage.name, stage.title))
+    started = time.monotonic()
+    with session.run.publish(stage.name, number, mark) as publication:
+        _work(session, stage, number, mark, publication)
+        publication.result["peak_memory_bytes"] = report.peak_memory()
+    session.emit(StageDone(stage.name, round(time.monotonic() - started, 1)))
+
+
+def _work(session: Session, stage: Stage, number: int, mark: str, publication: Publication) -> None:
+    if stage.name == "distill":
+        checkpoints: Checkpoints = session.run.checkpoint(stage.name, number, mark)
+        stage.work(session, publication, checkpoints)
+    else:
+        stage.work(session, publication)

@@ -1,0 +1,53 @@
+"""Stage 1: what the base model does before anything is changed, and whether the method can work on it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from safesteer_lite.evaluation import judges
+from safesteer_lite.evaluation.measure import Answers, measure
+from safesteer_lite.events import Metric
+from safesteer_lite.rundir import Publication
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
+
+
+def run(session: Session, publication: Publication) -> None:
+    """Measure refusals on the selection split and report which words open the refusals."""
+    config, policy = session.config, session.policy
+    sets = session.prompt_sets("selection")
+    with policy.model.adapters_off():
+        card, answers = measure(
+            policy,
+            sets,
+            config.evaluate.selection_tokens,
+            ANSWER_BATCH,
+            None,
+            config.distill.chunk,
+            session.progress("answers", sets.total),
+        )
+    openings = refusal_openings(answers)
+    for name in ("harmful", "borderline", "harmless"):
+        rate = getattr(card, name)
+        session.emit(Metric(session.stage, f"{name} refused", rate.share, rate.n))
+    if openings:
+        told = ", ".join(f"{word!r} {count}x" for word, count in openings.most_common(5))
+        session.note(
+            f"Of {card.harmful.n} harmful prompts the base refuses {card.harmful.refused}, opening with {told}."
+        )
+    publication.result = {
+        "scorecard": card.to_record(),
+        "openings": dict(openings.most_common(10)),
+    }
+    (publication.path / "answers.json").write_text(
+        json.dumps(vars(answers), ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+
+
+def refusal_openings(answers: Answers) -> Counter[str]:
+    """The first word of each refusal of a harmful prompt, with its count."""
+    words: Counter[str] = Counter()
+    for answer in answers.harmful:
+        if judges.judge(answer).refused:
+            words[answer.split()[0]] += 1
+    return words

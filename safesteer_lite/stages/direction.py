@@ -1,0 +1,246 @@
+"""Stage 2: the refusal direction, and the strength at which it makes a teacher (METHOD section 1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safesteer_lite.errors import DirectionError
+from safesteer_lite.evaluation import judges
+from safesteer_lite.evaluation.measure import counting_from
+from safesteer_lite.events import Metric
+from safesteer_lite.method import directions as method
+from safesteer_lite.method.directions import Activations, Candidate
+from safesteer_lite.method.model import Batch, Steering, teacher
+from safesteer_lite.models.policy import Policy
+from safesteer_lite.rundir import Publication
+from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with what the base showed on them, all in the same order."""
+
+    prompts: list[str]
+    scores: Tensor
+    activations: Activations
+
+    def where(self, keep: Tensor) -> PromptSet:
+        """The prompts at which `keep` is true."""
+        chosen = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
+        return PromptSet(chosen, self.scores[keep], Activations(self.activations.values[keep]))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A teacher of one strength on the held-out harmful prompts.
+
+    Attributes:
+        strength: multiple of the refusal direction.
+        refused: answers judged refusals, of `n`.
+        n: prompts.
+        broken: answers that repeat themselves.
+    """
+
+    strength: float
+    refused: int
+    n: int
+    broken: int
+
+
+def run(session: Session, publication: Publication) -> None:
+    """Find the direction and the strength, or stop with the reason."""
+    config, policy = session.config.direction, session.policy
+    refusal = policy.token_ids(config.refusal_openings)
+    harmful, harmless = session.direction_prompts()
+    selection = session.prompt_sets("selection")
+    total = 2 * (len(harmful) + len(selection.harmful))
+    done = session.progress("prompts read", total)
+    counts = [0, len(harmful), 2 * len(harmful), 2 * len(harmful) + len(selection.harmful)]
+    groups = (harmful, harmless, selection.harmful, selection.harmless)
+    sets = [
+        read(policy, texts(group), refusal, counting_from(start, done))
+        for group, start in zip(groups, counts, strict=True)
+    ]
+    kept, threshold = keep_clear(sets, config.minimum_prompts)
+    session.note(
+        f"Of {len(harmful)} + {len(selection.harmful)} harmful prompts {len(kept[0].prompts)} + {len(kept[2].prompts)} "
+        f"have a refusal score above {threshold:.2f}; of as many harmless ones {len(kept[1].prompts)} + "
+        f"{len(kept[3].prompts)} stay below."
+    )
+    _require_enough(kept, config.minimum_prompts, policy, session)
+    vectors = method.mean_difference(kept[0].activations, kept[1].activations)
+    separation = method.separation(vectors, kept[2].activations, kept[3].activations)
+    candidates = method.shortlist(separation, config.depth_limit, config.shortlist)
+    scored, coefficient = score(session, vectors, candidates, kept[2].prompts, kept[3].prompts, refusal)
+    chosen = scored[0]
+    save_file({"candidates": vectors, "separation": separation}, publication.path / "candidates.safetensors")
+    (publication.path / "candidates.json").write_text(
+        json.dumps([asdict(entry) for entry in scored], indent=1), encoding="utf-8"
+    )
+    if chosen.failed:
+        raise DirectionError(
+            "No refusal direction met all criteria. The best were: " + "; ".join(map(describe, scored[:3])) + ".",
+            "The model may hardly refuse anything. Use more or clearer prompts, or another model.",
+        )
+    vector = vectors[chosen.position, chosen.layer]
+    strength, trials = search_strength(session, vector, chosen.layer, coefficient, texts(selection.harmful))
+    save_file({"direction": vector.contiguous()}, publication.path / "direction.safetensors")
+    publication.result = {
+        "position": chosen.position,
+        "layer": chosen.layer,
+        "strength": strength,
+        "coefficient": coefficient,
+        "threshold": threshold,
+        "kept": [len(entry.prompts) for entry in kept],
+        "chosen": asdict(chosen),
+        "trials": [asdict(trial) for trial in trials],
+    }
+    session.note(f"Chosen: {describe(chosen)}; strength {strength:g}.")
+
+
+def describe(candidate: Candidate) -> str:
+    """One candidate in words."""
+    text = f"position {candidate.position}, layer {candidate.layer}"
+    for name, value in (("induce", candidate.induce), ("bypass", candidate.bypass), ("KL", candidate.kl)):
+        if value is not None:
+            text += f", {name} {value:.2f}"
+    return text + (f" ({'; '.join(candidate.failed)})" if candidate.failed else "")
+
+
+def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Any) -> PromptSet:
+    """The base's refusal scores and block inputs, from one forward a prompt."""
+    order: list[int] = []
+    batches: list[Batch] = []
+    for places, batch in policy.batches(prompts, _BATCH):
+        order += places
+        batches.append(batch)
+    activations, scores = method.read_prompts(policy.model, batches, policy.template_positions, refusal, done)
+    return PromptSet([prompts[place] for place in order], scores, activations)
+
+
+def keep_clear(sets: Sequence[PromptSet], minimum: int) -> tuple[list[PromptSet], float]:
+    """Harmful prompts that the base refuses and harmless ones that it does not, by refusal score.
+
+    The threshold is 0, the authors' one. A score above 0 needs more than half the probability on the listed openings; where
+    that leaves fewer than `minimum` held-out harmful prompts, the threshold is the score that 95 % of the harmless
+    prompts stay below.
+
+    Args:
+        sets: harmful and harmless direction prompts, then harmful and harmless held-out ones.
+        minimum: held-out harmful prompts wanted.
+    """
+    threshold = 0.0
+    if int((sets[2].scores > 0).sum()) < minimum or int((sets[0].scores > 0).sum()) < 2 * minimum:
+        threshold = min(0.0, float(torch.cat([sets[1].scores, sets[3].scores]).quantile(0.95)))
+    kept = [
+        entry.where(entry.scores > threshold if index % 2 == 0 else entry.scores < max(threshold, 0.0))
+        for index, entry in enumerate(sets)
+    ]
+    return kept, threshold
+
+
+def _require_enough(kept: Sequence[PromptSet], minimum: int, policy: Policy, session: Session) -> None:
+    """Stop where the base refuses too little to have a refusal direction (METHOD section 5)."""
+    baseline = session.result("baseline")["scorecard"]["harmful"]
+    if baseline["refused"] < max(2, 0.15 * baseline["n"]):
+        raise DirectionError(
+            f"This model barely refuses: {baseline['refused']} of {baseline['n']} harmful prompts. The difference of its "
+            "harmful and harmless activations would be a topic, not a refusal, and a teacher made of it would not refuse.",
+            "Start from an instruct model that refuses at times, such as one of the presets (`safesteer-lite presets`).",
+        )
+    names = ("harmful direction", "harmless direction", "harmful selection", "harmless selection")
+    short = [
+        f"{len(entry.prompts)} {name}" for entry, name in zip(kept, names, strict=True) if len(entry.prompts) < minimum
+    ]
+    if short:
+        raise DirectionError(
+            f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed.",
+            "Name the words that open this model's refusals (direction.refusal_openings); `runs` shows those measured.",
+        )
+
+
+def score(
+    session: Session,
+    vectors: Tensor,
+    candidates: list[Candidate],
+    harmful: list[str],
+    harmless: list[str],
+    refusal: Tensor,
+) -> tuple[list[Candidate], float]:
+    """All criteria on the shortlist; the best candidate first.
+
+    A direction must induce refusal. The authors test that at coefficient 1; where no candidate passes there, the next
+    larger of the strengths to be searched is tried, because a weak direction that is long enough still steers.
+    """
+    config, policy = session.config.direction, session.policy
+    bad = [batch for _, batch in policy.batches(harmful, _BATCH)]
+    good = [batch for _, batch in policy.batches(harmless, _BATCH)]
+    done = session.progress("candidates ablated", len(candidates))
+    ablated = method.ablation_scores(policy.model, vectors, candidates, bad, good, refusal, done)
+    for coefficient in config.strengths:
+        count = session.progress("prompts steered", len(candidates) * len(harmless))
+        plain = [replace(entry, induce=None) for entry in ablated]
+        induced = method.induce_scores(policy.model, coefficient * vectors, plain, good, refusal, count)
+        judged = method.judge_candidates(induced, config.kl_limit)
+        if not judged[0].failed:
+            if coefficient != 1:
+                session.note(f"No candidate induces refusal at coefficient 1; at {coefficient:g} some do.")
+            return judged, coefficient
+    return judged, coefficient
+
+
+def search_strength(
+    session: Session, vector: Tensor, layer: int, smallest: float, harmful: list[str]
+) -> tuple[float, list[Trial]]:
+    """The smallest strength at which the teacher refuses nearly all held-out harmful prompts in fluent text."""
+    config, policy, trials = session.config.direction, session.policy, []
+    steps = [value for value in config.strengths if value >= smallest]
+    done = session.progress("teacher answers", len(steps) * len(harmful))
+    for index, strength in enumerate(steps):
+        with teacher(policy.model, Steering(layer, strength * vector)):
+            answers = policy.answers(harmful, config.teacher_tokens, ANSWER_BATCH)
+        refused = sum(judges.judge(answer).refused for answer in answers)
+        trials.append(Trial(strength, refused, len(answers), sum(map(repeats, answers))))
+        done((index + 1) * len(harmful))
+        session.emit(
+            Metric(session.stage, f"teacher refusals at strength {strength:g}", refused / len(answers), len(answers))
+        )
+        if refused >= config.teacher_refusals * len(answers) and trials[-1].broken <= 0.1 * len(answers):
+            return strength, trials
+    best = max(trials, key=lambda trial: trial.refused - trial.broken)
+    if best.refused - best.broken < 0.5 * best.n:
+        raise DirectionError(
+            f"No steering strength makes a usable teacher: the best, {best.strength:g}, refuses {best.refused} of {best.n} "
+            f"held-out harmful prompts, and {best.broken} of its answers repeat themselves.",
+            "Try other strengths (direction.strengths) or a larger shortlist (direction.shortlist=0).",
+        )
+    session.warn(
+        f"The best teacher refuses {best.refused} of {best.n} held-out harmful prompts, fewer than the "
+        f"{config.teacher_refusals:.0%} asked for; the student can hardly do better."
+    )
+    return best.strength, trials
+
+
+def repeats(answer: str) -> bool:
+    """Whether more than half of an answer's word triples have been said before: steering too strong shows like this."""
+    words = answer.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return len(triples) >= 4 and len(set(triples)) < 0.5 * len(triples)
+
+
+def load_steering(session: Session) -> Steering:
+    """The teacher that a published direction stage chose."""
+    from safetensors.torch import load_file
+
+    result = session.result("direction")
+    vector = load_file(session.folder("direction") / "direction.safetensors")["direction"]
+    return Steering(result["layer"], result["strength"] * vector)

@@ -1,0 +1,208 @@
+"""Stage 4: distillation, measured every few steps, with the best step kept (METHOD sections 3 and 4)."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safesteer_lite.errors import Interrupted
+from safesteer_lite.evaluation.measure import PromptSets, measure
+from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
+from safesteer_lite.events import Metric, Progress, Sample
+from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.models.plain import PlainModel, save_adapter
+from safesteer_lite.models.policy import Reference, reference_answers
+from safesteer_lite.rundir import Checkpoints, Publication
+from safesteer_lite.stages.direction import load_steering
+from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.stages.tokens import load_tokens
+
+# So many measurements in a row beyond the tax budget are no accident of a small sample.
+_PATIENCE = 3
+
+
+@dataclass
+class History:
+    """What happened so far; saved with every step.
+
+    Attributes:
+        steps: one record an optimizer step.
+        measured: one record a measurement on the selection split.
+        best_step: the measured step with the best trade-off; 0 is the base itself.
+        best_score: its score, points.
+        over_budget: measurements in a row beyond the tax budget.
+        micro_batch: rollouts a forward that fitted in memory; 0 is "as configured".
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    best_score: float = -math.inf
+    over_budget: int = 0
+    micro_batch: int = 0
+
+
+def recipe(session: Session) -> Recipe:
+    """The recipe that the settings describe."""
+    config = session.config.distill
+    names = Recipe.__dataclass_fields__.keys() & vars(config).keys()
+    return Recipe(**{name: getattr(config, name) for name in names}, seed=session.config.seed)
+
+
+def run(session: Session, publication: Publication, checkpoints: Checkpoints) -> None:
+    """Train, resume where a killed run stopped, publish the best step's adapter."""
+    config, policy = session.config, session.policy
+    sets = session.prompt_sets("selection")
+    anchors = session.direction_prompts()[1]
+    training = Distillation(
+        policy.model,
+        load_steering(session),
+        load_tokens(session),
+        [policy.encode(prompt.text) for prompt in session.training_prompts()],
+        [policy.encode(prompt.text) for prompt in anchors],
+        recipe(session),
+    )
+    with policy.model.adapters_off():
+        reference = reference_answers(policy, texts(sets.harmless), config.evaluate.kl_tokens, ANSWER_BATCH)
+    start = baseline_card(session)
+    history = History()
+    best = adapter_tensors(policy.model)
+    saved = checkpoints.newest_checkpoint()
+    if saved:
+        history, best = _restore(saved[1], training)
+        session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
+    while training.done < config.distill.steps and not _stop(session, history):
+        _one_step(session, training, history)
+        due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
+        if due and _measure(session, training, sets, reference, start, history):
+            best = adapter_tensors(policy.model)
+        stop = session.stop_requested()
+        if stop or training.done % config.distill.save_every == 0 or training.done == config.distill.steps:
+            checkpoints.save_checkpoint(training.done, partial(_save, training=training, history=history, best=best))
+            checkpoints.prune(1)
+        if stop:
+            raise Interrupted(f"Stopped after step {training.done}; everything up to there is saved.")
+    load_adapter(policy.model, best)
+    save_adapter(policy.model, publication.path / "adapter")
+    (publication.path / "history.json").write_text(json.dumps(asdict(history), indent=1), encoding="utf-8")
+    publication.result = {
+        "best_step": history.best_step,
+        "best_score": round(history.best_score, 3),
+        "steps": training.done,
+        "measured": history.measured,
+        "micro_batch": training.micro_batch,
+    }
+    session.note(f"Kept step {history.best_step} of {training.done}: the best trade-off on the selection split.")
+
+
+def _one_step(session: Session, training: Distillation, history: History) -> None:
+    before = training.micro_batch
+    result = training.step()
+    if result.micro_batch < before:
+        session.warn(
+            f"Out of memory: rollouts a forward lowered from {before} to {result.micro_batch}; nothing was lost."
+        )
+    history.micro_batch = result.micro_batch
+    record = {
+        "step": result.step,
+        "loss": result.loss,
+        "anchor_loss": None if math.isnan(result.anchor_loss) else result.anchor_loss,
+        "gradient_norm": result.gradient_norm,
+        "learning_rate": result.learning_rate,
+        "tokens": result.tokens,
+    }
+    history.steps.append(record)
+    session.emit(Metric(session.stage, "loss", result.loss, result.tokens, result.step))
+    if record["anchor_loss"] is not None:
+        session.emit(Metric(session.stage, "anchor loss", result.anchor_loss, result.tokens, result.step))
+    rollout = session.policy.tokenizer.decode(result.rollout, skip_special_tokens=True)
+    session.emit(Sample(session.stage, session.training_prompts()[result.prompt].text, "", rollout))
+    session.emit(Progress(session.stage, "steps", result.step, session.config.distill.steps))
+
+
+def _measure(
+    session: Session,
+    training: Distillation,
+    sets: PromptSets,
+    reference: Reference,
+    start: Scorecard,
+    history: History,
+) -> bool:
+    """Measure the student on the selection split; True if this step has the best trade-off so far."""
+    settings = session.config.evaluate
+    card, _ = measure(
+        session.policy, sets, settings.selection_tokens, ANSWER_BATCH, reference, session.config.distill.chunk
+    )
+    score = trade_off(start, card, settings.tax_budget)
+    history.measured.append({"step": training.done, "score": round(score, 3), **card.to_record()})
+    for name in ("harmful", "borderline", "harmless"):
+        rate: Rate = getattr(card, name)
+        session.emit(Metric(session.stage, f"{name} refused", rate.share, rate.n, training.done))
+    if card.kl_to_base is not None:
+        session.emit(Metric(session.stage, "KL to base", card.kl_to_base, reference.positions, training.done))
+    tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
+    history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
+    # Of equal scores the later step has seen more: rates of 32 prompts tie often.
+    if score >= history.best_score:
+        history.best_step, history.best_score = training.done, score
+        return True
+    return False
+
+
+def _stop(session: Session, history: History) -> bool:
+    if session.config.evaluate.stop_on_tax and history.over_budget >= _PATIENCE:
+        session.warn(f"Stopped early: over-refusal was beyond the budget {_PATIENCE} measurements in a row.")
+        return True
+    return False
+
+
+def baseline_card(session: Session) -> Scorecard:
+    """The base's scorecard on the selection split, from the baseline stage."""
+    record = session.result("baseline")["scorecard"]
+    rates = {
+        name: Rate.of(record[name]["refused"], record[name]["n"]) for name in ("harmful", "borderline", "harmless")
+    }
+    return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], 0.0)
+
+
+def adapter_tensors(model: PlainModel) -> dict[str, Tensor]:
+    """A copy of the adapter's weights by name."""
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.network.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_adapter(model: PlainModel, tensors: dict[str, Tensor]) -> None:
+    """Write weights, as `adapter_tensors` copies them, into the adapter."""
+    for name, parameter in model.network.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(tensors[name])
+
+
+def _save(folder: Path, training: Distillation, history: History, best: dict[str, Tensor]) -> None:
+    save_file(training.optimizer.state(), folder / "optimizer.safetensors")
+    save_file(best, folder / "best.safetensors")
+    # JSON has no infinity, and before the first measurement the best score is minus that.
+    record = asdict(history)
+    record["best_score"] = history.best_score if math.isfinite(history.best_score) else None
+    (folder / "history.json").write_text(json.dumps({"done": training.done, **record}), encoding="utf-8")
+
+
+def _restore(folder: Path, training: Distillation) -> tuple[History, dict[str, Tensor]]:
+    record = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    training.done = record.pop("done")
+    if record["best_score"] is None:
+        record["best_score"] = -math.inf
+    training.optimizer.load(load_file(folder / "optimizer.safetensors"))
+    history = History(**record)
+    training.micro_batch = history.micro_batch or training.micro_batch
+    return history, load_file(folder / "best.safetensors")

@@ -1,0 +1,112 @@
+"""Stage 6: merged 16-bit weights, reloaded and compared with the model that was trained (METHOD section 6)."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.errors import ExportError
+from safesteer_lite.events import Metric, Progress
+from safesteer_lite.export import merge, verify
+from safesteer_lite.models import plain
+from safesteer_lite.models.plain import PlainModel, read_adapter, scale_adapter
+from safesteer_lite.models.policy import Policy, Reference, kl_to_reference, reference_answers
+from safesteer_lite.rundir import Publication
+from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+
+# Greedy answers of the reload check, in tokens.
+_CHECK_TOKENS = 32
+
+KL_LIMITS = {"dequantised": 0.05, "original": 0.5}
+"""Nats a token by which merged weights may differ from the trained policy. The dequantised base is what was trained, so
+only rounding to 16 bits remains; original weights differ from it by the whole quantisation error of the base."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the trained policy answers, to compare merged weights with."""
+
+    prompts: list[str]
+    answers: list[str]
+    reference: Reference
+
+
+def run(session: Session, publication: Publication) -> None:
+    """Merge, check the files, reload them, compare, and write the sums."""
+    adapter = session.folder("distill") / "adapter"
+    shutil.copytree(adapter, publication.path / "adapter")
+    publication.result = merged(session, adapter, publication.path / "merged", session.config.export.weights)
+
+
+def merged(session: Session, adapter: Path, out: Path, weights: str, strength: float = 1.0) -> dict[str, Any]:
+    """Write merged weights to `out` and prove them; returns what goes into the manifest.
+
+    Raises:
+        ExportError: the weights could not be written, or failed a check; then nothing stays under `out`.
+    """
+    trained = trained_answers(session, adapter, strength)
+    quantised = session.config.model.precision == "nf4"
+    if weights == "dequantised" and not quantised:
+        session.note("The base was not quantised, so its dequantised weights are its original ones.")
+        weights = "original"
+    precision = session.config.model.precision
+    session.drop_policy()
+    result = merge.merge_adapter(
+        session.model_folder,
+        adapter,
+        out,
+        strength=strength,
+        weights="dequantised" if weights == "dequantised" else "original",
+        progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
+    )
+    try:
+        report = verify.check_files(out, session.model_folder)
+        kl, same = reload_check(session, out, trained)
+        limit = KL_LIMITS[weights if quantised else "dequantised"]
+        if not kl <= limit:
+            raise ExportError(
+                f"The merged weights differ from the trained model by {kl:.3f} nats a token, more than {limit:g}.",
+                "Try `export --weights dequantised`, which merges into exactly what was trained.",
+            )
+        verify.write_sums(out)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    session.emit(Metric(session.stage, "KL of merged to trained", kl, trained.reference.positions))
+    session.note(
+        f"Merged into the {weights} weights ({report.dtype}, {report.parameters / 1e6:.1f} million): {same} of "
+        f"{len(trained.prompts)} greedy answers are the same as the trained model's, KL {kl:.4f} nats a token."
+    )
+    return {
+        "weights": weights,
+        "precision_trained": precision,
+        "kl_to_trained": kl,
+        "kl_limit": limit,
+        "same_answers": same,
+        "check_prompts": len(trained.prompts),
+        "dtype": report.dtype,
+        "parameters": report.parameters,
+        "files": list(result.files),
+    }
+
+
+def trained_answers(session: Session, adapter: Path, strength: float) -> Trained:
+    """Greedy answers of the trained policy, its adapter scaled by `strength`, to harmful and harmless prompts."""
+    policy = session.policy
+    read_adapter(policy.model, adapter)
+    scale_adapter(policy.model, strength)
+    sets, half = session.prompt_sets("selection"), session.config.export.check_prompts // 2
+    prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[: session.config.export.check_prompts - half]
+    answers = policy.answers(prompts, _CHECK_TOKENS, ANSWER_BATCH)
+    return Trained(prompts, answers, reference_answers(policy, prompts, _CHECK_TOKENS, ANSWER_BATCH))
+
+
+def reload_check(session: Session, folder: Path, trained: Trained) -> tuple[float, int]:
+    """Load what was written as a user would, and compare: KL in nats a token, and how many answers are the same."""
+    network, tokenizer = plain.load(folder, precision="bf16", device="cpu", unpack=False)
+    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens)
+    answers = policy.answers(trained.prompts, _CHECK_TOKENS, ANSWER_BATCH)
+    kl = kl_to_reference(policy, trained.reference, session.config.distill.chunk)
+    return kl, sum(now == then for now, then in zip(answers, trained.answers, strict=True))
