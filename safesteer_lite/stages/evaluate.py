@@ -36,7 +36,9 @@ def run(session: Session, publication: Publication) -> None:
     session.note(sentence)
 
 
-def compare(session: Session, policy: Policy, sets: PromptSets) -> tuple[Scorecard, Scorecard, tuple[Answers, Answers]]:
+def compare(
+    session: Session, policy: Policy, sets: PromptSets, both: bool = True
+) -> tuple[Scorecard, Scorecard, tuple[Answers, Answers]]:
     """Scorecards and answers of the base and of the student; not `both` measures the base only and returns it twice."""
     config, chunk = session.config.evaluate, session.config.distill.chunk
     with policy.model.adapters_off():
