@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class PromptsConfig:
     direction: int = setting(128, "harmful and harmless prompts each", "Arditi et al., section 2.3")
     selection: int = setting(32, "harmful and harmless prompts each", "Arditi et al., section 2.3")
     train: int = setting(100, "harmful prompts", "paper, section 4.1")
+    contrast: int = setting(100, "borderline training prompts among the anchors", "RESULTS.md, probes")
     test: int = setting(100, "harmful and harmless prompts each", "bundled test split")
     borderline_selection: int = setting(30, "borderline prompts", "bundled selection split")
     borderline_test: int = setting(60, "borderline prompts", "bundled test split")
@@ -145,7 +147,14 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }
-_MAY_BE_ZERO = {"direction.shortlist", "distill.anchors", "distill.first_layer", "distill.anchor_weight", "seed"}
+_MAY_BE_ZERO = {
+    "prompts.contrast",
+    "direction.shortlist",
+    "distill.anchors",
+    "distill.first_layer",
+    "distill.anchor_weight",
+    "seed",
+}
 _MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}
 
 Values = dict[str, Any]
@@ -233,11 +242,13 @@ def _convert(raw: Any, default: Any, name: str, choices: tuple[str, ...]) -> Any
             raise ValueError(f"expected a number, got {raw!r}")
         try:
             number = kind(raw) if not (kind is int and isinstance(raw, float)) else _whole(raw)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, got {raw!r}") from None
         if number != number or number in (float("inf"), float("-inf")):
             raise ValueError(f"expected a finite number, got {raw!r}")
-        if number < 0 or (number == 0 and name not in _MAY_BE_ZERO):
+        if name in _MAY_BE_ZERO and number < 0:
+            raise ValueError(f"must be at least 0, got {raw!r}")
+        if name not in _MAY_BE_ZERO and number <= 0:
             raise ValueError(f"must be greater than 0, got {raw!r}")
         return number
     if isinstance(default, tuple):
@@ -246,9 +257,14 @@ def _convert(raw: Any, default: Any, name: str, choices: tuple[str, ...]) -> Any
             raise ValueError(f"expected a list, got {raw!r}")
         kind = type(default[0])
         try:
-            return tuple(kind(item) for item in items)
+            found = tuple(kind(item) for item in items)
         except (TypeError, ValueError):
             raise ValueError(f"expected a list of {kind.__name__}, got {raw!r}") from None
+        if "" in found:
+            raise ValueError(f"expected no empty entry, got {raw!r}")
+        if kind is float and not all(map(isfinite, found)):
+            raise ValueError(f"expected finite numbers, got {raw!r}")
+        return found
     if not isinstance(raw, str):
         raise ValueError(f"expected text, got {raw!r}")
     if choices and raw not in choices:
@@ -349,9 +365,8 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        for character, escape in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
-            escaped = escaped.replace(character, escape)
-        return f'"{escaped}"'
+        # TOML takes no control characters as they are.
+        return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
     return repr(value)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safesteer_lite import prompts, report
 from safesteer_lite.config import RunConfig
-from safesteer_lite.errors import ExportError, Interrupted, ModelError, UsageError
+from safesteer_lite.errors import ExportError, Interrupted, ModelError, PromptError, UsageError
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
 from safesteer_lite.hardware import keep_freed_memory
 from safesteer_lite.models import plain, source
@@ -104,12 +104,22 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def prompts_fingerprint(config: RunConfig) -> str:
-    """SHA-256 over the bundled prompts and the user's own file."""
+    """SHA-256 over the bundled prompts and the user's own file.
+
+    Raises:
+        PromptError: that file cannot be read.
+    """
     digest = hashlib.sha256()
     for path in prompts.data_files():
         digest.update(path.read_bytes())
     if config.prompts.training:
-        digest.update(Path(config.prompts.training).read_bytes())
+        try:
+            digest.update(Path(config.prompts.training).read_bytes())
+        except OSError as error:
+            raise PromptError(
+                f"The prompt file {config.prompts.training} cannot be read: {error.strerror}.",
+                "The run's results depend on it: put it back, or start a new run.",
+            ) from error
     return digest.hexdigest()
 
 

@@ -110,7 +110,7 @@ def bundled(kind: Kind, split: str, limit: int | None = None) -> list[Prompt]:
 
     Args:
         kind: `harmful`, `harmless` or `borderline` (harmless requests in alarming words).
-        split: `direction`, `selection`, `train` or `test`; borderline has only `selection` and `test`.
+        split: `direction`, `selection`, `train` or `test`; borderline has no `direction`.
         limit: at most so many prompts, spread evenly over the categories; None for the whole split.
 
     Raises:

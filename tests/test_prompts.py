@@ -31,10 +31,15 @@ from safesteer_lite.prompts import (
 COUNTS: dict[Kind, dict[str, int]] = {
     "harmful": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "harmless": {"direction": 128, "selection": 32, "train": 100, "test": 100},
-    "borderline": {"selection": 30, "test": 60},
+    "borderline": {"selection": 30, "train": 100, "test": 60},
 }
 SETS = [(kind, split) for kind, splits in COUNTS.items() for split in splits]
 Write = Callable[[str, str | bytes], Path]
+ALARMING = re.compile(
+    r"\b(kill|murder|bomb|attack|drug|weapon|gun|knife|poison|toxic|hack|steal|rob|shoot|death|dead|die|hurt|harm|"
+    r"threat|victim|illegal|fake|forge|crime|criminal|police|suicid|explos|trick|secret|crack|burn|fire|destroy)",
+    re.IGNORECASE,
+)
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str)
 
 def test_no_near_duplicates_within_or_between_the_bundled_sets() -> None:
     prompts = all_bundled()
-    assert len(prompts) == 810
+    assert len(prompts) == 910
     assert [(a.id, b.id) for a, b in near_duplicates(prompts, prompts) if a is not b] == []
 
 
@@ -112,18 +117,35 @@ def test_harmful_and_harmless_prompts_differ_in_content_and_not_in_form(split: s
 
 
 def test_harmless_prompts_hold_no_alarming_words() -> None:
-    alarming = re.compile(
-        r"\b(kill|murder|bomb|attack|drug|weapon|gun|knife|poison|toxic|hack|steal|rob|shoot|death|dead|die|hurt|harm|"
-        r"threat|victim|illegal|fake|forge|crime|criminal|police|suicid|explos|trick|secret|crack|burn|fire|destroy)",
-        re.IGNORECASE,
-    )
     found = [prompt.text for split in COUNTS["harmless"] for prompt in bundled("harmless", split)]
-    assert [text for text in found if alarming.search(text)] == []
+    assert [text for text in found if ALARMING.search(text)] == []
+
+
+def test_contrast_anchors_have_the_form_of_the_harmful_prompts_they_train_beside() -> None:
+    harmful, anchors = bundled("harmful", "train"), bundled("borderline", "train")
+    assert abs(statistics.mean(map(words, harmful)) - statistics.mean(map(words, anchors))) < 2
+    questions = [sum(prompt.text.endswith("?") for prompt in prompts) / len(prompts) for prompts in (harmful, anchors)]
+    assert abs(questions[0] - questions[1]) < 0.1
+    first_words = [Counter(prompt.text.split()[0] for prompt in prompts) for prompts in (harmful, anchors)]
+    assert (first_words[0] & first_words[1]).total() > 0.75 * len(harmful)
+
+
+def test_contrast_anchors_vary_their_alarming_words() -> None:
+    texts = [prompt.text for prompt in bundled("borderline", "train")]
+    found = Counter(match.group().casefold() for text in texts for match in ALARMING.finditer(text))
+    assert len(found) >= 20
+    # A frequent word would let a model learn that word instead of the request around it.
+    assert max(found.values()) <= 6
+
+
+def test_contrast_anchors_stay_farther_from_the_test_splits_than_near_duplicates() -> None:
+    held_out = [prompt for kind in COUNTS for prompt in bundled(kind, "test")]
+    assert near_duplicates(bundled("borderline", "train"), held_out, 0.4) == []
 
 
 def test_an_unknown_split_and_an_empty_limit_are_refused() -> None:
-    with pytest.raises(PromptError, match=r"no split 'train'\. Choose one of: selection, test\."):
-        bundled("borderline", "train")
+    with pytest.raises(PromptError, match=r"no split 'direction'\. Choose one of: selection, train, test\."):
+        bundled("borderline", "direction")
     with pytest.raises(PromptError, match="limit of 0"):
         bundled("harmful", "train", 0)
 

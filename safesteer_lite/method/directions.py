@@ -191,10 +191,13 @@ def judge_candidates(candidates: Sequence[Candidate], kl_limit: float) -> list[C
     judged = []
     for candidate in candidates:
         failed = []
-        if candidate.induce is None or not candidate.induce > 0:
-            failed.append("does not induce refusal")
-        if candidate.kl is None or not candidate.kl < kl_limit:
+        gentle = candidate.kl is not None and candidate.kl < kl_limit
+        if not gentle:
             failed.append(f"KL not below {kl_limit:g}")
+        if candidate.induce is not None and not candidate.induce > 0:
+            failed.append("does not induce refusal")
+        if candidate.induce is None and gentle:
+            failed.append("induce score not measured")
         judged.append(replace(candidate, failed=tuple(failed)))
 
     def rank(candidate: Candidate) -> tuple[bool, float]:

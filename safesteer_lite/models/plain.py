@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,8 @@ def load(folder: Path, *, precision: str, device: str, unpack: bool, compute: st
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
+    getLogger("bitsandbytes").setLevel("ERROR")
     tokenizer = load_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     already = getattr(config, "quantization_config", None) is not None

@@ -48,17 +48,18 @@ def self_check(policy: Policy) -> list[str]:
         )
         passed.append("a steering hook fires once in a full forward")
 
-        with policies.teacher(model, Steering(layer, vector)):
+        steer = Steering(layer, vector)
+        with policies.teacher(model, steer):
             steered = _full_forward(policy, batch)
-            sampled = model.generate(batch, 1, 0.0, None, 1)
         moved = float((steered - full).abs().max())
         _require(moved > _SMALLEST_MOVE, "steering does not move the logits")
-        _require(int(sampled.tokens[0, 0]) == int(steered.argmax()), "sampling ignores the steering")
+        _check_sampling(policy, batch, steer, int(steered.argmax()))
         passed.append(f"steering moves the logits (by up to {moved:.1f}), in sampling too")
 
         with policies.base(model):
             base = _full_forward(policy, batch)
         _require(torch.equal(base, full), "switching the adapter off changes a model whose adapter is still zero")
+        _check_switch(policy, batch, base)
         passed.append("with the adapter off, the model is the base, bit for bit")
 
     _check_gradients(policy, batch)
@@ -74,6 +75,37 @@ def _full_forward(policy: Policy, batch: Batch) -> torch.Tensor:
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
     )[0]
     return model.logits(hidden[:, -1]).float()
+
+
+def _check_sampling(policy: Policy, batch: Batch, steer: Steering, likeliest: int) -> None:
+    """Sampling must be steered at the prompt and at each later token, which some backends decode on another path."""
+    model = policy.model
+    with policies.teacher(model, steer):
+        greedy = model.generate(batch, 1, 0.0, None, 1)
+        with steering.count_calls(model.layers, steer.layer) as calls:
+            # Sampled hot, so that some row goes on after its first token.
+            hot = model.generate(batch, 3, 5.0, torch.Generator().manual_seed(0), 4)
+    _require(
+        int(greedy.tokens[0, 0]) == likeliest and len(calls) == hot.tokens.shape[1], "sampling ignores the steering"
+    )
+
+
+def _check_switch(policy: Policy, batch: Batch, base: torch.Tensor) -> None:
+    """While the adapter is zero nobody can tell whether it is off, so it is given values for a moment."""
+    model = policy.model
+    parameters = model.parameters_to_train()
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.add_(0.01)
+        student = _full_forward(policy, batch)
+        with policies.base(model):
+            off = _full_forward(policy, batch)
+    finally:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    _require(not torch.equal(student, base), "the adapter does not change the model")
+    _require(torch.equal(off, base), "switching the adapter off does not give the base")
 
 
 def _check_gradients(policy: Policy, batch: Batch) -> None:

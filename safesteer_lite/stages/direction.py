@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -186,15 +186,18 @@ def score(
     good = [batch for _, batch in policy.batches(harmless, _BATCH)]
     done = session.progress("candidates ablated", len(candidates))
     ablated = method.ablation_scores(policy.model, vectors, candidates, bad, good, refusal, done)
-    for coefficient in config.strengths:
-        count = session.progress("prompts steered", len(candidates) * len(harmless))
-        plain = [replace(entry, induce=None) for entry in ablated]
-        induced = method.induce_scores(policy.model, coefficient * vectors, plain, good, refusal, count)
-        judged = method.judge_candidates(induced, config.kl_limit)
+    # A direction whose ablation changes harmless answers too much is out, so its induce score need not be measured.
+    gentle = [entry for entry in ablated if entry.kl is not None and entry.kl < config.kl_limit]
+    rest = [entry for entry in ablated if entry not in gentle]
+    judged, coefficient = method.judge_candidates(ablated, config.kl_limit), config.strengths[0]
+    for coefficient in config.strengths if gentle else ():
+        count = session.progress("prompts steered", len(gentle) * len(harmless))
+        induced = method.induce_scores(policy.model, coefficient * vectors, gentle, good, refusal, count)
+        judged = method.judge_candidates([*induced, *rest], config.kl_limit)
         if not judged[0].failed:
             if coefficient != 1:
                 session.note(f"No candidate induces refusal at coefficient 1; at {coefficient:g} some do.")
-            return judged, coefficient
+            break
     return judged, coefficient
 
 

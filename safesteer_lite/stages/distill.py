@@ -60,7 +60,7 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
     """Train, resume where a killed run stopped, publish the best step's adapter."""
     config, policy = session.config, session.policy
     sets = session.prompt_sets("selection")
-    anchors = session.direction_prompts()[1]
+    anchors = session.anchor_prompts() if config.distill.anchors else []
     training = Distillation(
         policy.model,
         load_steering(session),

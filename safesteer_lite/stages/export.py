@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safesteer_lite.errors import ExportError
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import merge, verify
+from safesteer_lite.method.model import Batch, Completions
 from safesteer_lite.models import plain
 from safesteer_lite.models.plain import PlainModel, read_adapter, scale_adapter
 from safesteer_lite.models.policy import Policy, Reference, kl_to_reference, reference_answers
@@ -105,8 +108,20 @@ def trained_answers(session: Session, adapter: Path, strength: float) -> Trained
 
 def reload_check(session: Session, folder: Path, trained: Trained) -> tuple[float, int]:
     """Load what was written as a user would, and compare: KL in nats a token, and how many answers are the same."""
-    network, tokenizer = plain.load(folder, precision="bf16", device="cpu", unpack=False)
+    reference = on_cpu(trained.reference)
+    # The head must be able to read the reference's hidden states, so both compute in the same type.
+    precision = "fp32" if any(states.dtype == torch.float32 for states in reference.hidden) else "bf16"
+    network, tokenizer = plain.load(folder, precision=precision, device="cpu", unpack=False)
     policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens)
     answers = policy.answers(trained.prompts, _CHECK_TOKENS, ANSWER_BATCH)
-    kl = kl_to_reference(policy, trained.reference, session.config.distill.chunk)
+    kl = kl_to_reference(policy, reference, session.config.distill.chunk)
     return kl, sum(now == then for now, then in zip(answers, trained.answers, strict=True))
+
+
+def on_cpu(reference: Reference) -> Reference:
+    """A reference that was measured on any device, to compare with on the CPU."""
+    pairs = [
+        (Batch(batch.input_ids.cpu(), batch.attention_mask.cpu()), Completions(rows.tokens.cpu(), rows.mask.cpu()))
+        for batch, rows in reference.batches
+    ]
+    return Reference(pairs, [states.cpu() for states in reference.hidden])

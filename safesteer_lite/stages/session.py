@@ -42,6 +42,7 @@ class Session:
     stage: str = ""
     stop_requested: Callable[[], bool] = lambda: False
     _policy: Policy | None = field(default=None, repr=False)
+    _training: list[Prompt] = field(default_factory=list, repr=False)
 
     def note(self, message: str) -> None:
         """Tell a decision with its reason."""
@@ -128,12 +129,20 @@ class Session:
         count = self.config.prompts.direction
         return prompts.bundled("harmful", "direction", count), prompts.bundled("harmless", "direction", count)
 
+    def anchor_prompts(self) -> list[Prompt]:
+        """Harmless prompts on which the student is held to the base: the direction's, and borderline ones for contrast."""
+        contrast = self.config.prompts.contrast
+        return self.direction_prompts()[1] + (prompts.bundled("borderline", "train", contrast) if contrast else [])
+
     def training_prompts(self) -> list[Prompt]:
         """The harmful prompts to train on: bundled, or the user's without what the evaluation sets hold."""
         settings = self.config.prompts
         if not settings.training:
             return prompts.bundled("harmful", "train", settings.train)
-        return own_prompts(Path(settings.training), settings.column, self.note)
+        # Read once: the loop asks at every step, and a file that changes meanwhile must not change the run.
+        if not self._training:
+            self._training = own_prompts(Path(settings.training), settings.column, self.note)
+        return self._training
 
 
 def own_prompts(path: Path, column: str, note: Callable[[str], None]) -> list[Prompt]:

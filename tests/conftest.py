@@ -1,0 +1,45 @@
+"""Every test runs offline, quietly, on at most two threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Libraries read these when they are imported, which is why they come before torch and everything built on it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+from safesteer_lite.models.policy import Policy
+from tests import tiny
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random model of an architecture, written at its first use; read it, do not change it."""
+    root = tmp_path_factory.mktemp("tiny")
+    folders: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in folders:
+            folders[architecture] = tiny.save_model(root / architecture, architecture)
+        return folders[architecture]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_folder: Callable[[str], Path]) -> tiny.Loader:
+    """Loads a fresh tiny policy, which a test may change as it likes."""
+
+    def load(architecture: str = "llama", precision: str = "fp32", first_layer: int = 0, filled: bool = False) -> Policy:
+        return tiny.load_policy(tiny_folder(architecture), precision, first_layer, filled=filled)
+
+    return load

@@ -1,0 +1,171 @@
+"""The vote: planted tokens win, and a naive implementation that keeps everything agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from safesteer_lite.method import model as policies
+from safesteer_lite.method import tokens
+from safesteer_lite.method.model import Batch, Steering
+from safesteer_lite.method.tokens import SafetyTokens, VotePositions
+from safesteer_lite.models.policy import Policy
+from tests import tiny
+
+NOBODY: frozenset[int] = frozenset()
+
+
+def head(logits: Tensor) -> Tensor:
+    """Hidden states that are logits already, so that a test can write down what each position thinks."""
+    return logits
+
+
+def elect(
+    positions: list[VotePositions],
+    excluded: frozenset[int] = NOBODY,
+    minimum: float = 0.0,
+    ballots: int = 2,
+    count: int = 50,
+    chunk: int = 3,
+) -> SafetyTokens:
+    """The vote over written-down logits."""
+    return tokens.vote(
+        positions, head, excluded=excluded, minimum_probability=minimum, ballots=ballots, count=count, chunk=chunk
+    )
+
+
+def test_the_tokens_that_steering_raises_are_elected(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy("qwen2")
+    model, planted = policy.model, [40, 77, 200]
+    vector = tiny.vector(1.0)
+    with torch.no_grad():
+        for token in planted:
+            model.causal.lm_head.weight[token] = vector
+    # Added below the last block, so that the final hidden state carries the vector whatever attention does.
+    steer = Steering(tiny.LAYERS - 1, 6 * vector)
+    found = tokens.collect(
+        model, steer, tiny.prompt_batch(policy), samples=3, horizon=4, generator=torch.Generator().manual_seed(0)
+    )
+    elected = tokens.vote(
+        [found],
+        model.logits,
+        excluded=model.special_ids,
+        minimum_probability=1e-8,
+        ballots=3,
+        count=3,
+        chunk=7,
+    )
+    assert sorted(elected.ids.tolist()) == planted
+    assert (elected.teacher_probability > 10 * elected.base_probability).all()
+    assert elected.positions == found.teacher.shape[0] > 15
+
+
+def naive_vote(
+    teacher: Tensor, base: Tensor, excluded: list[int], minimum: float, ballots: int, count: int
+) -> list[tuple[int, int]]:
+    """Token and votes, by plain loops over log-probabilities of all positions at once."""
+    log_t, log_b = teacher.double().log_softmax(-1), base.double().log_softmax(-1)
+    eligible = [
+        token for token, p in enumerate(log_t.exp().mean(0).tolist()) if p >= minimum and token not in excluded
+    ]
+    votes: dict[int, int] = {}
+    for row in (log_t - log_b).tolist():
+        for token in sorted(eligible, key=lambda token, row=row: -row[token])[:ballots]:  # type: ignore[misc]
+            votes[token] = votes.get(token, 0) + 1
+    return sorted(votes.items(), key=lambda item: (-item[1], item[0]))[:count]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("ballots", [1, 5, 1000])
+def test_the_streamed_vote_equals_a_naive_one(chunk: int, ballots: int) -> None:
+    generator = torch.Generator().manual_seed(ballots)
+    teacher = torch.randn(17, 30, generator=generator) * 3
+    base = torch.randn(17, 30, generator=generator) * 3
+    parts = [VotePositions(teacher[:6], base[:6]), VotePositions(teacher[6:], base[6:])]
+    elected = elect(parts, frozenset({2, 11}), 0.005, ballots, 9, chunk)
+    expected = naive_vote(teacher, base, [2, 11], 0.005, ballots, 9)
+    assert list(zip(elected.ids.tolist(), elected.votes.tolist(), strict=True)) == expected
+    torch.testing.assert_close(elected.teacher_probability, teacher.softmax(-1).mean(0)[elected.ids])
+    torch.testing.assert_close(elected.base_probability, base.softmax(-1).mean(0)[elected.ids])
+    assert elected.positions == 17
+
+
+def test_the_least_probability_is_one_of_the_mean() -> None:
+    """Token 1 is rare at the first position and likely at the second: on average it is allowed, at both."""
+    teacher = torch.tensor([[0.9899, 0.0001, 0.01], [0.2, 0.7, 0.1]]).log()
+    base = torch.tensor([[0.98999, 0.00001, 0.01], [0.2, 0.7, 0.1]]).log()
+    assert elect([VotePositions(teacher, base)], minimum=0.3, ballots=1).ids[0] == 1
+    assert elect([VotePositions(teacher, base)], minimum=0.36, ballots=1).ids.tolist() == [0]
+
+
+def test_excluded_tokens_are_never_elected_even_if_nothing_else_is_left() -> None:
+    teacher, base = torch.tensor([[9.0, 1.0, 0.0]] * 4), torch.zeros(4, 3)
+    elected = elect([VotePositions(teacher, base)], frozenset({0, 2}), ballots=200)
+    assert elected.ids.tolist() == [1] and elected.votes.tolist() == [4]
+    assert elect([VotePositions(teacher, base)], frozenset({0, 1, 2})).ids.tolist() == []
+
+
+def test_ties_go_to_the_lower_id_and_tokens_without_votes_are_dropped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 12, generator=generator)
+    elected = elect([VotePositions(logits, torch.zeros(5, 12))], frozenset({3}), ballots=12, count=6)
+    assert elected.ids.tolist() == [0, 1, 2, 4, 5, 6] and elected.votes.tolist() == [5] * 6
+    few = elect([VotePositions(logits[:1], torch.zeros(1, 12))], ballots=2, count=6)
+    assert sorted(few.ids.tolist()) == sorted(logits[0].topk(2).indices.tolist())
+
+
+def test_a_vote_needs_positions() -> None:
+    with pytest.raises(ValueError, match="no valid position"):
+        elect([])
+
+
+def naive_positions(policy: Policy, steer: Steering, prompts: Batch, samples: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """Teacher and base logits at the valid positions, one continuation at a time."""
+    model, kept = policy.model, []
+    with torch.no_grad():
+        with policies.teacher(model, steer):
+            sampled = model.generate(prompts, horizon - 1, 1.0, torch.Generator().manual_seed(6), samples)
+        for row, prompt in enumerate(prompts.repeat(samples).input_ids):
+            text = prompt[prompts.attention_mask.repeat_interleave(samples, 0)[row].bool()]
+            sequence = torch.cat([text, sampled.tokens[row][sampled.mask[row]]])[None]
+            with policies.base(model):
+                base = model.causal(input_ids=sequence).logits[0]
+            with policies.teacher(model, steer):
+                teacher = model.causal(input_ids=sequence).logits[0]
+            for at in range(len(text) - 1, min(sequence.shape[1], len(text) - 1 + horizon)):
+                ended = at >= len(text) and int(sequence[0, at]) in model.end_of_turn
+                if ended or int(base[at].argmax()) in model.end_of_turn:
+                    break
+                kept.append((teacher[at], base[at]))
+    return torch.stack([first for first, _ in kept]), torch.stack([second for _, second in kept])
+
+
+@pytest.mark.parametrize("ends", ["never", "some", "soon"])
+@pytest.mark.parametrize("horizon", [1, 6])
+def test_collected_positions_equal_a_naive_reading(ends: str, horizon: int, tiny_policy: tiny.Loader) -> None:
+    """Left padding, the shared lower blocks, early ends in the sample, and the base's own wish to stop."""
+    policy = tiny_policy("llama", filled=True)
+    model, prompts = policy.model, tiny.prompt_batch(policy)
+    with policies.base(model), torch.no_grad():
+        first = policies.last_logits(model, prompts).argmax(-1)
+        wishes = model.generate(prompts, 6, 0.0, None, 1).tokens
+    if ends == "never":
+        model._end_of_turn = frozenset({-1})
+    elif ends == "some":
+        model._end_of_turn = frozenset({int(first[0]), int(wishes[2, 2]), *range(0, 320, 7)})
+    else:
+        # Nearly every token ends the turn, so that all continuations are shorter than the horizon.
+        model._end_of_turn = frozenset(range(320)) - {int(token) for token in first}
+    steer = Steering(2, tiny.vector(0.5))
+    teacher, base = naive_positions(policy, steer, prompts, 4, horizon)
+    found = tokens.collect(
+        model, steer, prompts, samples=4, horizon=horizon, generator=torch.Generator().manual_seed(6)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(found.base), base, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.logits(found.teacher), teacher, rtol=1e-4, atol=1e-4)
+    if ends == "never":
+        assert len(found.base) == 20 * horizon
+    elif horizon > 1:
+        assert len(found.base) < 20 * horizon

@@ -1,0 +1,180 @@
+"""What the method relies on, over every architecture and precision of the plain backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from safesteer_lite.method import model as policies
+from safesteer_lite.method import steering
+from safesteer_lite.method.model import Batch, Steering
+from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.selfcheck import self_check
+from tests import tiny
+
+CASES = [(architecture, precision) for architecture in tiny.ARCHITECTURES for precision in tiny.PRECISIONS]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def loaded(request: pytest.FixtureRequest, tiny_policy: tiny.Loader) -> Iterator[tuple[Policy, str]]:
+    """One policy a case with a non-zero adapter, and its precision; tests leave it as they found it."""
+    architecture, precision = request.param
+    yield tiny_policy(architecture, precision, filled=True), precision
+
+
+def full_forward(policy: Policy, batch: Batch, positions: bool = True) -> Tensor:
+    """All logits by the model's own forward."""
+    extra = {"position_ids": (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)} if positions else {}
+    with torch.no_grad():
+        output = policy.model.causal(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
+        )
+    logits: Tensor = output.logits
+    return logits
+
+
+def test_a_hook_fires_once_a_forward_and_every_block_is_run(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    batch = tiny.prompt_batch(policy)
+    for layer in range(len(policy.model.layers)):
+        with steering.count_calls(policy.model.layers, layer) as calls:
+            full_forward(policy, batch)
+            assert [shape[:2] for shape in calls] == [batch.input_ids.shape]
+        full_forward(policy, batch)
+        assert len(calls) == 1
+
+
+def test_a_hook_fires_at_every_token_that_is_sampled(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    batch = tiny.prompt_batch(policy)
+    with steering.count_calls(policy.model.layers, 2) as calls:
+        sampled = policy.model.generate(batch, 4, 5.0, torch.Generator().manual_seed(1), 2)
+    assert sampled.tokens.shape == (10, 4)
+    assert [shape[1] for shape in calls] == [batch.input_ids.shape[1], 1, 1, 1]
+
+
+def test_steering_moves_the_logits_and_its_removal_restores_them(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    batch = tiny.prompt_batch(policy)
+    before = full_forward(policy, batch)
+    for layer in range(len(policy.model.layers)):
+        with steering.add(policy.model.layers, layer, tiny.vector(1.0)):
+            assert (full_forward(policy, batch)[:, -1] - before[:, -1]).abs().amax(-1).min() > 0.1
+        assert torch.equal(full_forward(policy, batch), before)
+
+
+def test_removal_also_follows_an_error(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    batch = tiny.prompt_batch(policy)
+    before = full_forward(policy, batch)
+    with pytest.raises(KeyboardInterrupt), steering.ablate(policy.model.layers, tiny.vector(1.0)):
+        raise KeyboardInterrupt
+    assert torch.equal(full_forward(policy, batch), before)
+
+
+def test_adapters_off_is_the_base_though_the_adapter_is_not_zero(
+    loaded: tuple[Policy, str], tiny_policy: tiny.Loader, request: pytest.FixtureRequest
+) -> None:
+    policy, precision = loaded
+    batch = tiny.prompt_batch(policy)
+    student = full_forward(policy, batch)
+    with policies.base(policy.model):
+        base = full_forward(policy, batch)
+    architecture = request.node.callspec.params["loaded"][0]
+    fresh = tiny_policy(architecture, precision)
+    assert torch.equal(base, full_forward(fresh, batch))
+    assert (student - base).abs().max() > 0.1
+    assert torch.equal(student, full_forward(policy, batch))
+
+
+def test_blocks_one_by_one_equal_the_models_own_forward(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    model, batch = policy.model, tiny.prompt_batch(policy)
+    expected = full_forward(policy, batch)
+    with torch.no_grad():
+        at_once = model.final(model.start(batch))
+        stopping = model.start(batch)
+        for layer in range(len(model.layers) + 1):
+            stopping = model.advance(stopping, layer)
+            assert stopping.layer == layer
+        assert torch.equal(model.advance(stopping, 1).hidden, stopping.hidden)
+        assert torch.equal(model.logits(at_once), expected)
+        assert torch.equal(model.logits(model.final(stopping)), expected)
+
+
+def test_every_adapted_layer_gets_gradients_after_a_generate(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    model, batch = policy.model, tiny.prompt_batch(policy)
+    with torch.no_grad():
+        model.generate(batch, 3, 1.0, torch.Generator().manual_seed(0), 2)
+        model.final(model.start(batch))
+    policies.last_logits(model, batch).square().mean().backward()
+    named = {name: value for name, value in model.network.named_parameters() if value.requires_grad}
+    assert len(named) == tiny.LAYERS * 7 * 2
+    # In the topmost block the last position sees every projection, so that no matrix, A or B, has an excuse.
+    dead = [name for name, value in named.items() if value.grad is None or not value.grad.abs().sum() > 0]
+    for value in named.values():
+        value.grad = None
+    assert dead == []
+
+
+def test_padding_on_the_left_does_not_change_a_prompt(loaded: tuple[Policy, str]) -> None:
+    """Alone and beside longer prompts: rounding may differ with the shape, by a few units of the last place."""
+    policy, precision = loaded
+    batch = tiny.prompt_batch(policy)
+    with torch.no_grad():
+        together = policies.last_logits(policy.model, batch)
+        alone = torch.cat([policies.last_logits(policy.model, policy.encode(prompt)) for prompt in tiny.PROMPTS])
+    assert alone.abs().max() > 1
+    # bf16 keeps 8 bits: logits of about 5 are stored to 0.03, and four blocks add up their own rounding.
+    assert (together - alone).abs().max() < (1e-4 if precision == "fp32" else 0.15)
+
+
+def test_self_check_passes_on_a_fresh_adapter(
+    loaded: tuple[Policy, str], tiny_policy: tiny.Loader, request: pytest.FixtureRequest
+) -> None:
+    architecture, precision = request.node.callspec.params["loaded"]
+    policy = tiny_policy(architecture, precision)
+    batch = tiny.prompt_batch(policy)
+    before = full_forward(policy, batch)
+    weights = [parameter.detach().clone() for parameter in policy.model.parameters_to_train()]
+    assert len(self_check(policy)) == 5
+    assert torch.equal(full_forward(policy, batch), before)
+    for parameter, known in zip(policy.model.parameters_to_train(), weights, strict=True):
+        assert torch.equal(parameter, known) and parameter.grad is None
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_unpacked_4bit_weights_give_the_packed_forward(architecture: str, tiny_policy: tiny.Loader) -> None:
+    """The weights are the same numbers; only kernels and thus the last bf16 bits may differ."""
+    packed, unpacked = tiny_policy(architecture, "nf4-packed"), tiny_policy(architecture, "nf4-unpacked")
+    exact = tiny_policy(architecture, "bf16")
+    batch = tiny.prompt_batch(packed)
+    first, second, unquantised = (full_forward(policy, batch)[:, -1].float() for policy in (packed, unpacked, exact))
+    assert (first - second).abs().max() < 0.15
+    # And 4-bit weights are really in use: they move the logits far more than that.
+    assert (first - unquantised).abs().max() > 0.5
+
+
+def test_unpacking_leaves_no_4bit_layer_and_no_mark(tiny_policy: tiny.Loader) -> None:
+    packed, unpacked = tiny_policy("qwen2", "nf4-packed"), tiny_policy("qwen2", "nf4-unpacked")
+    kinds = {type(module).__name__ for module in unpacked.model.causal.modules()}
+    assert "Linear4bit" not in kinds
+    assert "Linear4bit" in {type(module).__name__ for module in packed.model.causal.modules()}
+    assert not hasattr(unpacked.model.causal.config, "quantization_config")
+    # Biases come along.
+    name = "model.layers.1.self_attn.q_proj.base_layer.bias"
+    first, second = (dict(policy.model.causal.named_parameters())[name] for policy in (packed, unpacked))
+    assert first.abs().sum() > 0 and torch.equal(first, second)
+
+
+def test_the_tokenizers_marks_are_known(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    ids = {token: policy.tokenizer.convert_tokens_to_ids(token) for token in (tiny.END_OF_TEXT, tiny.END_OF_TURN)}
+    assert policy.model.end_of_turn == set(ids.values())
+    assert policy.model.special_ids == {*ids.values(), policy.tokenizer.convert_tokens_to_ids(tiny.START_OF_TURN)}
+    assert policy.model.first_adapter_layer == 0
+    assert tiny_policy(first_layer=2).model.first_adapter_layer == 2

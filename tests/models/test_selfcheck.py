@@ -1,0 +1,157 @@
+"""The start-up check refuses models that are broken the way a wrong backend would break them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safesteer_lite.errors import SelfCheckError
+from safesteer_lite.method.model import Batch, Completions, Residual
+from safesteer_lite.models import sampling
+from safesteer_lite.models.plain import PlainModel
+from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.selfcheck import self_check
+from tests import tiny
+
+
+def rebuilt(policy: Policy, kind: type[PlainModel]) -> Policy:
+    """The same network behind another class of model."""
+    return Policy(kind(policy.model.network, policy.tokenizer, 0), policy.prompt_tokens)
+
+
+class SamplesFromACopy(PlainModel):
+    """Sampling runs on weights of its own, which no hook ever sees: the teacher would be the base."""
+
+    def generate(
+        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+    ) -> Completions:
+        decoder = copy.deepcopy(self.decoder)
+        for block in decoder.layers:
+            block._forward_pre_hooks.clear()
+            block._forward_pre_hooks_with_kwargs.clear()
+        return sampling.generate(
+            decoder,
+            self.causal.lm_head,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            repeats=repeats,
+            end_of_turn=self.end_of_turn,
+            padding=0,
+        )
+
+
+class DecodesPastTheHooks(PlainModel):
+    """The prompt is read with hooks, and each further token without: what Unsloth's fast decoding does."""
+
+    def generate(
+        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+    ) -> Completions:
+        def bypass(block: Any) -> Callable[..., Any]:
+            call = block.__call__
+
+            def forward(hidden: Tensor, **arguments: Any) -> Any:
+                return (call if hidden.shape[1] > 1 else block.forward)(hidden, **arguments)
+
+            return forward
+
+        decoder = copy.copy(self.decoder)
+        decoder._modules = dict(self.decoder._modules)
+        decoder._modules["layers"] = nn.ModuleList(_Calls(bypass(block)) for block in self.decoder.layers)
+        return sampling.generate(
+            decoder,
+            self.causal.lm_head,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            repeats=repeats,
+            end_of_turn=self.end_of_turn,
+            padding=0,
+        )
+
+
+class _Calls(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Any:
+        return self.function(hidden, **arguments)
+
+
+class AdapterStaysOn(PlainModel):
+    """Switching the adapter off does nothing: the teacher would drift along with the student."""
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        yield
+
+
+class ForgetsTheMask(PlainModel):
+    """Running the blocks one by one loses the positions that the decoder prepares."""
+
+    def start(self, batch: Batch) -> Residual:
+        residual = super().start(batch)
+        shifted = tuple(part.roll(1, dims=1) for part in residual.arguments["position_embeddings"])
+        return Residual(residual.hidden, 0, {**residual.arguments, "position_embeddings": shifted})
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        (SamplesFromACopy, "sampling"),
+        (DecodesPastTheHooks, "sampling"),
+        (AdapterStaysOn, "adapter"),
+        (ForgetsTheMask, "one by one"),
+    ],
+)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_wrong_backend_is_refused(
+    kind: type[PlainModel], problem: str, architecture: str, tiny_policy: tiny.Loader
+) -> None:
+    policy = rebuilt(tiny_policy(architecture), kind)
+    with pytest.raises(SelfCheckError, match=problem) as caught:
+        self_check(policy)
+    assert "Nothing was trained" in caught.value.hint
+
+
+def test_blocks_that_the_decoder_does_not_call_are_refused(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    stale = copy.copy(policy.model.layers[2])
+    stale._forward_pre_hooks = copy.copy(stale._forward_pre_hooks)
+    stale._forward_pre_hooks_with_kwargs = copy.copy(stale._forward_pre_hooks_with_kwargs)
+    policy.model._layers[2] = stale
+    with pytest.raises(SelfCheckError, match="fired 0 times"):
+        self_check(policy)
+
+
+def test_a_block_that_ignores_what_the_hook_returns_is_refused(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    block: Any = policy.model.layers[2]
+    block.register_forward_hook(lambda _, __, output: output * 0)
+    with pytest.raises(SelfCheckError, match="does not move the logits"):
+        self_check(policy)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4-packed"])
+def test_an_adapter_whose_gradients_are_cut_is_refused(precision: str, tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy(precision=precision)
+    policy.model.layers[1].register_forward_hook(lambda _, __, output: output.detach())
+    with pytest.raises(SelfCheckError, match=r"14 adapted layers receive no gradient.*layers\.0\."):
+        self_check(policy)
+
+
+def test_a_model_that_is_not_finite_is_refused(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.model.decoder.embed_tokens.weight.fill_(float("nan"))
+    with pytest.raises(SelfCheckError):
+        self_check(policy)

@@ -1,0 +1,170 @@
+"""Settings: one order of precedence, all problems at once, and TOML that reads back the same."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from safesteer_lite import config
+from safesteer_lite.config import DistillConfig, ModelConfig, PromptsConfig, RunConfig
+from safesteer_lite.errors import ConfigError
+
+
+def problems_of(*layers: tuple[str, config.Values]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.build(layers)
+    return [line.strip() for line in caught.value.message.splitlines()[1:]]
+
+
+def test_nothing_set_is_the_defaults() -> None:
+    assert config.build([]) == RunConfig()
+
+
+def test_the_strongest_layer_wins_setting_by_setting() -> None:
+    layers: list[tuple[str, config.Values]] = [
+        ("preset", {"distill.steps": 1, "distill.rank": 1, "seed": 1, "distill.prompts": 1}),
+        ("file", {"distill.steps": 2, "distill.rank": 2, "seed": 2}),
+        ("environment", config.from_environment({"SAFESTEER_LITE__DISTILL__STEPS": "3", "SAFESTEER_LITE__SEED": "3"})),
+        ("flag", config.parse_assignments(["distill.steps=4"])),
+    ]
+    built = config.build(layers)
+    assert (built.distill.steps, built.seed, built.distill.rank, built.distill.prompts) == (4, 3, 2, 1)
+    assert built.distill.rollouts == DistillConfig().rollouts
+
+
+def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
+    problems = problems_of(
+        ("a.toml", {"distill.step": 3, "model.precision": "int8", "direction.strengths": [2.0, 1.0]}),
+        ("flag", {"distill.rank": "many", "tokens.horizon": "1"}),
+    )
+    assert problems == [
+        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.prompts, distill.top_k.",
+        "a.toml: model.precision: expected one of nf4, bf16, fp32, got 'int8'.",
+        "flag: distill.rank: expected a whole number, got 'many'.",
+        "tokens.horizon must be at least 2: the first position is the prompt's last.",
+        "direction.strengths must rise: the smallest sufficient one is taken.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("distill.steps", "12", 12),
+        ("distill.steps", 12.0, 12),
+        ("distill.learning_rate", "1e-4", 1e-4),
+        ("distill.learning_rate", 1, 1.0),
+        ("evaluate.stop_on_tax", "yes", True),
+        ("evaluate.stop_on_tax", False, False),
+        ("direction.strengths", "1, 2,3.5", (1.0, 2.0, 3.5)),
+        ("direction.refusal_openings", ["I", "Sorry"], ("I", "Sorry")),
+        ("distill.anchors", "0", 0),
+        ("prompts.training", "", ""),
+    ],
+)
+def test_values_become_the_type_of_their_setting(name: str, value: object, expected: object) -> None:
+    section, _, key = name.partition(".")
+    found = getattr(getattr(config.build([("flag", {name: value})]), section), key)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("distill.steps", "1.5", "expected a whole number"),
+        ("distill.steps", 1.5, "expected a whole number"),
+        ("distill.steps", True, "expected a number"),
+        ("distill.steps", "0", "must be greater than 0"),
+        ("distill.steps", [1], "expected a whole number"),
+        ("distill.learning_rate", "nan", "expected a finite number"),
+        ("distill.learning_rate", float("inf"), "expected a finite number"),
+        ("distill.steps", float("inf"), "expected a"),
+        ("distill.learning_rate", "-1", "must be greater than 0"),
+        ("evaluate.stop_on_tax", "maybe", "expected true or false"),
+        ("direction.strengths", [], "expected a list"),
+        ("direction.strengths", "1,x", "expected a list of float"),
+        ("direction.strengths", "-1,2", "must be above 0"),
+        ("direction.strengths", "nan,2", "finite"),
+        ("direction.strengths", "1,inf", "finite"),
+        ("direction.strengths", 3, "expected a list"),
+        ("direction.refusal_openings", "", "empty"),
+        ("model.name", 3, "expected text"),
+        ("direction.depth_limit", 1.5, "at most 1"),
+        ("distill.warmup", 1.0, "below 1"),
+        ("model", "x", "there is no setting 'model'"),
+        ("distill.first_layer", -1, "must be at least 0"),
+    ],
+)
+def test_a_wrong_value_is_one_problem(name: str, value: object, problem: str) -> None:
+    [told] = problems_of(("flag", {name: value}))
+    assert problem in told
+
+
+def test_an_assignment_needs_a_name_and_a_value() -> None:
+    for text in ("distill.steps", "=3", " =3"):
+        with pytest.raises(ConfigError, match="expected name=value"):
+            config.parse_assignments([text])
+    assert config.parse_assignments(["prompts.training=a=b.txt"]) == {"prompts.training": "a=b.txt"}
+
+
+def test_toml_reads_back_the_same(tmp_path: Path) -> None:
+    odd = 'quote " backslash \\ tab \t newline \n bell \x07 delete \x7f café 日本'
+    built = RunConfig(
+        model=replace(ModelConfig(), name=odd),
+        prompts=replace(PromptsConfig(), training="C:\\Users\\me\\own.csv"),
+        distill=replace(DistillConfig(), learning_rate=1.5e-7, anchors=0),
+        seed=42,
+    )
+    path = tmp_path / "run.toml"
+    path.write_text(config.to_toml(built), encoding="utf-8")
+    values, preset = config.read_toml(path)
+    assert preset == ""
+    assert config.build([("file", values)]) == built
+
+
+def test_every_setting_has_a_unit_and_a_source() -> None:
+    for kind in config.SECTIONS.values():
+        for item in fields(kind):
+            assert item.metadata["unit"] and item.metadata["source"], f"{kind.__name__}.{item.name}"
+
+
+def test_every_preset_builds() -> None:
+    names = config.preset_names()
+    assert len(names) >= 5
+    for name in names:
+        built = config.build([(name, config.preset_values(name))])
+        assert built.model.name
+        assert config.build([("again", tomllib_values(config.to_toml(built)))]) == built
+    quick = config.build([("demo", {**config.preset_values(names[0]), **config.QUICK})])
+    assert quick.distill.steps == config.QUICK["distill.steps"]
+
+
+def tomllib_values(text: str) -> config.Values:
+    problems: list[str] = []
+    values = config.flatten(tomllib.loads(text), "text", problems)
+    assert not problems
+    return values
+
+
+def test_a_preset_that_is_not_there_names_those_that_are() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.preset_values("qwen")
+    assert all(name in caught.value.hint for name in config.preset_names())
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    for content, told in (
+        (b"seed = ", "is not valid TOML"),
+        (b"\xff", "cannot be read"),
+        (b"[extra]\nx = 1", r"no section \[extra\]"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(ConfigError, match=told):
+            config.read_toml(bad)
+    with pytest.raises(ConfigError, match="There is no file"):
+        config.read_toml(tmp_path / "gone.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.read_toml(tmp_path)

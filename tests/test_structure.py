@@ -1,0 +1,115 @@
+"""The floors of the house: imports run down only, and nothing below the shell talks to the terminal."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import safesteer_lite
+
+PACKAGE = Path(safesteer_lite.__file__).parent
+
+# A module may import its own floor and those below it.
+FLOORS = (
+    ("errors", "events", "config", "rundir"),
+    ("prompts", "hardware"),
+    ("method",),
+    ("models",),
+    ("evaluation", "export"),
+    ("stages",),
+    ("report",),
+    ("pipeline",),
+    ("console", "screen", "chat", "wizard"),
+    ("cli",),
+    ("__main__",),
+)
+SHELL = {"console", "screen", "chat", "wizard", "cli", "__main__"}
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def part_of(path: Path) -> str:
+    """The part of the house that a file belongs to: `pipeline`, `models`, ..."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            if node.module == "safesteer_lite":
+                yield from (f"safesteer_lite.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def outside(path: Path) -> set[str]:
+    """The packages beyond this one and the standard library that a file imports."""
+    tops = {name.partition(".")[0] for name in imports(path)}
+    return tops - {"safesteer_lite"} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_run_down(path: Path) -> None:
+    own = FLOOR_OF[part_of(path)]
+    parts = {name.split(".")[1] for name in imports(path) if name.startswith("safesteer_lite.")} - {"__version__"}
+    assert [name for name in sorted(parts) if FLOOR_OF[name] > own] == []
+
+
+def test_every_part_has_a_floor() -> None:
+    assert {part_of(path) for path in MODULES} <= FLOOR_OF.keys()
+
+
+def test_the_ground_floor_needs_the_standard_library_only() -> None:
+    found = {part_of(path): outside(path) for path in MODULES if part_of(path) in FLOORS[0]}
+    assert found == {"errors": set(), "events": set(), "config": set(), "rundir": {"filelock"}}
+
+
+def test_the_method_knows_torch_and_nothing_else() -> None:
+    method = [path for path in MODULES if part_of(path) == "method"]
+    assert len(method) >= 5
+    for path in method:
+        assert outside(path) <= {"torch"}, path
+        named = {name for name in imports(path) if name.startswith("safesteer_lite.")}
+        assert all(name.startswith("safesteer_lite.method") for name in named), path
+        assert not {"pathlib", "json", "os"} & set(imports(path)), path
+
+
+def test_terminal_libraries_stay_in_the_shell() -> None:
+    for path in MODULES:
+        if part_of(path) not in SHELL:
+            assert not outside(path) & {"rich", "questionary", "tqdm"}, path
+        if "questionary" in outside(path):
+            assert part_of(path) == "wizard"
+
+
+def test_model_libraries_stay_in_models_and_export() -> None:
+    for path in MODULES:
+        if part_of(path) not in {"models", "export", "hardware"}:
+            assert not outside(path) & {"transformers", "peft", "bitsandbytes", "unsloth", "huggingface_hub"}, path
+
+
+def test_nothing_below_the_shell_prints() -> None:
+    for path in MODULES:
+        if part_of(path) in SHELL:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Name) and node.id in {"print", "tqdm"}), f"{path}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and node.attr in {"stdout", "stderr"}:
+                taken_from = getattr(node.value, "id", "")
+                assert taken_from != "sys", f"{path}:{node.lineno}"
+
+
+def test_nothing_works_at_import() -> None:
+    """Module bodies define; they call nothing for its effect."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert is_docstring or not isinstance(node, (ast.Expr, ast.For, ast.While, ast.With)), path

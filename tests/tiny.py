@@ -1,0 +1,143 @@
+"""Tiny random models with a real tokenizer and chat template, built in-process and offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from safesteer_lite.method.distill import pad_left
+from safesteer_lite.method.model import Batch
+from safesteer_lite.models import plain
+from safesteer_lite.models.plain import Adapter, PlainModel
+from safesteer_lite.models.policy import Policy
+
+LAYERS, WIDTH, VOCABULARY = 4, 64, 320
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+PRECISIONS = ("fp32", "bf16", "nf4-packed", "nf4-unpacked")
+PROMPTS = (
+    "Say hello.",
+    "How do rivers find their way to the sea?",
+    "Tell me how to bake bread, and why it rises when it is warm.",
+    "Why?",
+    "What is the name of the tallest tree in the wood?",
+)
+
+END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+class Loader(Protocol):
+    """What the fixture `tiny_policy` gives a test."""
+
+    def __call__(
+        self, architecture: str = "llama", precision: str = "fp32", first_layer: int = 0, filled: bool = False
+    ) -> Policy:
+        """A fresh policy over a tiny model of `architecture`."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few sentences: every text has tokens, and `assistant` and `user` are single ones."""
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    core.decoder = ByteLevelDecoder()
+    special = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY - 8,  # Fewer tokens than embedding rows, as in many real models.
+        initial_alphabet=ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    core.train_from_iterator(["assistant", "user"] * 50 + [prompt for prompt in PROMPTS for _ in range(3)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END_OF_TURN, pad_token=END_OF_TEXT)
+    tokenizer.add_special_tokens({"additional_special_tokens": [START_OF_TURN]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_model(folder: Path, architecture: str, *, layers: int = LAYERS, width: int = WIDTH, seed: int = 0) -> Path:
+    """Write a random model of `architecture` with its tokenizer, as a downloaded instruct model would lie there.
+
+    The weights are ten times larger than at an ordinary start: logits then differ by whole units, so that greedy
+    answers vary and a wrong position or mask shows.
+    """
+    config = _CONFIGS[architecture](
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        # transformers starts biases at zero, which would hide a bias that a backend loses.
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    ends = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: bool = False) -> Policy:
+    """Load a model through the plain backend, with an adapter of rank 4.
+
+    Args:
+        folder: from `save_model`.
+        precision: one of `PRECISIONS`.
+        first_layer: lowest block with an adapter.
+        filled: give the adapter's B matrices values, so that the student differs from the base.
+    """
+    kind, _, packing = precision.partition("-")
+    network, tokenizer = plain.load(folder, precision=kind, device="cpu", unpack=packing == "unpacked")
+    model = plain.with_adapter(network, tokenizer, Adapter(rank=4, alpha=8, first_layer=first_layer), seed=3)
+    if filled:
+        fill_adapter(model)
+    return Policy(model, prompt_tokens=128)
+
+
+def fill_adapter(model: PlainModel, scale: float = 0.05, seed: int = 5) -> None:
+    """Give all B matrices random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def prompt_batch(policy: Policy, count: int = len(PROMPTS)) -> Batch:
+    """The first `count` of `PROMPTS`, which differ in length, as one left-padded batch."""
+    return pad_left([policy.encode(prompt) for prompt in PROMPTS[:count]])
+
+
+def vector(scale: float, seed: int = 11) -> Tensor:
+    """A random steering vector, (WIDTH,), whose entries have standard deviation `scale`."""
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) * scale
