@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,7 +236,12 @@ def _start(options: argparse.Namespace, settings: RunConfig, model_folder: Path,
     folder = rundir.create(
         options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=hardware.package_versions()
     )
-    folder.write_config(config.to_toml(settings))
+    try:
+        folder.write_config(config.to_toml(settings))
+    except SafeSteerError:
+        # A run without settings could not be resumed: it would only be in the way.
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
     return _work(options, settings, folder, model_folder, emit)
 
 
@@ -247,7 +254,8 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
     from safesteer_lite.hardware import format_bytes, format_duration
 
     try:
-        report = pipeline.run(settings, folder, model_folder, emit, _stop_on_interrupt())
+        with _stop_on_interrupt() as stop_requested:
+            report = pipeline.run(settings, folder, model_folder, emit, stop_requested)
     except SafeSteerError as error:
         if not error.hint:
             error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
@@ -265,8 +273,9 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
     return 0
 
 
-def _stop_on_interrupt() -> Callable[[], bool]:
-    """The first Ctrl-C asks the run to stop after the step; the second stops it at once."""
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks the run to stop after the step, and the second stops it at once."""
     asked: list[bool] = []
 
     def handler(number: int, frame: object) -> None:
@@ -278,8 +287,11 @@ def _stop_on_interrupt() -> Callable[[], bool]:
             file=sys.stderr,
         )
 
-    signal.signal(signal.SIGINT, handler)
-    return lambda: bool(asked)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_settings(folder: RunFolder) -> RunConfig:
@@ -397,7 +409,12 @@ def export_command(options: argparse.Namespace) -> int:
     settings, emit = open_settings(folder), _sink(options)
     model_folder = _resolve(settings, emit)
     export_run(settings, folder, model_folder, emit, options.to, out, options.weights, options.strength)
-    sys.stdout.write(f"{out}\n")
+    if options.json:
+        from safesteer_lite.console import dump
+
+        sys.stdout.write(dump({"event": "Exported", "path": str(out)}).replace("\n", " ") + "\n")
+    else:
+        sys.stdout.write(f"{out}\n")
     return 0
 
 

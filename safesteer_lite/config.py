@@ -91,6 +91,7 @@ class DistillConfig:
     anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "RESULTS.md, trade-off")
     anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, trade-off", _OBJECTIVES)
     anchor_weight: float = setting(1.0, "factor", "RESULTS.md, trade-off")
+    half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
     learning_rate: float = setting(2e-4, "AdamW peak rate", "RESULTS.md, trade-off: this project's, for LoRA")
     warmup: float = setting(0.1, "share of steps", "paper, section 4.1")
     gradient_clip: float = setting(1.0, "norm", "paper, section 4.1")
@@ -153,6 +154,7 @@ _MAY_BE_ZERO = {
     "distill.anchors",
     "distill.first_layer",
     "distill.anchor_weight",
+    "distill.half_life",
     "seed",
 }
 _MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}

@@ -39,7 +39,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def tiny_policy(tiny_folder: Callable[[str], Path]) -> tiny.Loader:
     """Loads a fresh tiny policy, which a test may change as it likes."""
 
-    def load(architecture: str = "llama", precision: str = "fp32", first_layer: int = 0, filled: bool = False) -> Policy:
+    def load(
+        architecture: str = "llama", precision: str = "fp32", first_layer: int = 0, filled: bool = False
+    ) -> Policy:
         return tiny.load_policy(tiny_folder(architecture), precision, first_layer, filled=filled)
 
     return load

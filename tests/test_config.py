@@ -41,7 +41,7 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         ("flag", {"distill.rank": "many", "tokens.horizon": "1"}),
     )
     assert problems == [
-        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.prompts, distill.top_k.",
+        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.top_k, distill.temperature.",
         "a.toml: model.precision: expected one of nf4, bf16, fp32, got 'int8'.",
         "flag: distill.rank: expected a whole number, got 'many'.",
         "tokens.horizon must be at least 2: the first position is the prompt's last.",

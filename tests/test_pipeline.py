@@ -75,8 +75,7 @@ def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def run(done: RunFolder, tmp_path: Path) -> RunFolder:
     """A copy of the finished run."""
-    shutil.copytree(done.path, tmp_path / "runs" / "copy")
-    return RunFolder(tmp_path / "runs" / "copy")
+    return RunFolder(shutil.copytree(done.path, tmp_path / "runs" / done.path.name))
 
 
 def new_run(parent: Path, settings: RunConfig) -> RunFolder:

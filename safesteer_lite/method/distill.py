@@ -34,6 +34,7 @@ class Recipe:
         anchors: harmless prompts a step, one rollout each, whose teacher is the unsteered base; 0 is the paper.
         anchor_objective: divergence on anchors.
         anchor_weight: factor on the anchors' loss.
+        half_life: tokens after which a position of a rollout counts half as much; 0 counts all alike (paper).
         learning_rate: peak rate of AdamW.
         warmup: share of the steps in which the rate rises linearly, before it falls along a cosine to 0.
         gradient_clip: largest norm of the gradient.
@@ -52,6 +53,7 @@ class Recipe:
     anchors: int
     anchor_objective: Objective
     anchor_weight: float
+    half_life: float
     learning_rate: float
     warmup: float
     gradient_clip: float
@@ -269,7 +271,7 @@ class Distillation:
         return chunked_divergence(
             student_hidden[rollouts.mask],
             teacher_hidden[rollouts.mask],
-            position_weights(rollouts.mask, count),
+            position_weights(rollouts.mask, count, self.recipe.half_life),
             model.logits,
             objective,
             self.safety_tokens,

@@ -136,15 +136,20 @@ def chunked_divergence(
     return result
 
 
-def position_weights(mask: Tensor, rollouts: int) -> Tensor:
+def position_weights(mask: Tensor, rollouts: int, half_life: float = 0.0) -> Tensor:
     """Weights of the mean over valid positions, then over rollouts.
 
     Args:
         mask: (batch, length) bool, True at valid positions.
         rollouts: rollouts in the whole optimizer step, of which this batch may be a part.
+        half_life: tokens after which a position counts half as much, because whether an answer refuses is decided in its
+            first words; 0 counts all alike, which is the paper's mean.
 
     Returns:
         (valid positions,) float32, in the order of `tensor[mask]`.
     """
-    each = mask.float() / mask.sum(-1, keepdim=True).clamp_min(1)
+    each = mask.float()
+    if half_life:
+        each = each * 0.5 ** (torch.arange(mask.shape[1], device=mask.device) / half_life)
+    each = each / each.sum(-1, keepdim=True).clamp_min(torch.finfo(each.dtype).tiny)
     return each[mask] / rollouts

@@ -63,13 +63,15 @@ def collect(
         with policies.teacher(model, steer):
             continuation = model.generate(prompts, horizon - 1, 1.0, generator, samples)
         sequences = continuation.after(prompts.repeat(samples))
+        # Fewer than `horizon` where every continuation ended early.
+        read = continuation.tokens.shape[1] + 1
         with policies.base(model):
             shared = model.advance(model.start(sequences), steer.layer)
-            base_hidden = model.final(shared)[:, -horizon:]
+            base_hidden = model.final(shared)[:, -read:]
         with policies.teacher(model, steer):
-            teacher_hidden = model.final(shared)[:, -horizon:]
+            teacher_hidden = model.final(shared)[:, -read:]
         rows, width = base_hidden.shape[0], base_hidden.shape[-1]
-        likeliest = torch.stack([model.logits(base_hidden[:, at]).argmax(-1) for at in range(horizon)], dim=1)
+        likeliest = torch.stack([model.logits(base_hidden[:, at]).argmax(-1) for at in range(read)], dim=1)
     ends = torch.isin(likeliest, torch.tensor(sorted(model.end_of_turn), device=likeliest.device))
     # Position h is read after h sampled tokens; it is valid while those are text and the base would still go on.
     reached = torch.cat([torch.ones(rows, 1, dtype=torch.bool, device=ends.device), continuation.mask], dim=1)

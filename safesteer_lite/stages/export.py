@@ -50,7 +50,11 @@ def merged(session: Session, adapter: Path, out: Path, weights: str, strength: f
         ExportError: the weights could not be written, or failed a check; then nothing stays under `out`.
     """
     trained = trained_answers(session, adapter, strength)
-    quantised = session.config.model.precision == "nf4"
+    stored_quantised = "quantization_config" in plain.read_config(session.model_folder)
+    quantised = session.config.model.precision == "nf4" or stored_quantised
+    if stored_quantised and weights == "original":
+        session.note("The base has no 16-bit weights here, so the adapter is merged into its dequantised ones.")
+        weights = "dequantised"
     if weights == "dequantised" and not quantised:
         session.note("The base was not quantised, so its dequantised weights are its original ones.")
         weights = "original"

@@ -227,10 +227,11 @@ def test_judging_gives_reasons_and_puts_the_best_survivor_first() -> None:
         Candidate(-1, 3, 6.0, induce=0.0, bypass=-4.0, kl=0.1),
         Candidate(-1, 4, 5.0, induce=2.0, bypass=-5.0, kl=float("nan")),
         Candidate(-1, 5, 4.0),
+        Candidate(-1, 6, 3.0, bypass=-1.0, kl=0.01),
     ]
     judged = directions.judge_candidates(candidates, 0.1)
-    assert [entry.layer for entry in judged] == [2, 1, 0, 4, 3, 5]
+    assert [entry.layer for entry in judged] == [2, 1, 0, 4, 3, 6, 5]
     reasons = {entry.layer: entry.failed for entry in judged}
-    induce, kl = "does not induce refusal", "KL not below 0.1"
-    assert reasons == {0: (induce,), 1: (), 2: (), 3: (induce, kl), 4: (kl,), 5: (induce, kl)}
+    weak, blunt, unknown = "does not induce refusal", "KL not below 0.1", "induce score not measured"
+    assert reasons == {0: (weak,), 1: (), 2: (), 3: (blunt, weak), 4: (blunt,), 5: (blunt,), 6: (unknown,)}
     assert directions.judge_candidates([], 0.1) == []

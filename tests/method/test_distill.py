@@ -1,0 +1,298 @@
+"""The training loop: it learns, resumes exactly, and gives the same update however it is cut into pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safesteer_lite.method import model as policies
+from safesteer_lite.method.distill import (
+    Distillation,
+    MasterAdamW,
+    Recipe,
+    StepResult,
+    learning_rate_at,
+    pad_left,
+    prompts_at,
+)
+from safesteer_lite.method.model import Batch, LanguageModel, Residual, Steering
+from safesteer_lite.models.plain import PlainModel
+from safesteer_lite.models.policy import Policy, kl_to_reference, reference_answers
+from tests import tiny
+
+SAFETY_TOKENS = torch.arange(20, 70)
+RECIPE = Recipe(
+    objective="full",
+    top_k=8,
+    steps=6,
+    prompts=2,
+    rollouts=4,
+    completion_tokens=8,
+    temperature=1.0,
+    anchors=0,
+    anchor_objective="full",
+    anchor_weight=1.0,
+    half_life=0.0,
+    learning_rate=1e-2,
+    warmup=0.1,
+    gradient_clip=1.0,
+    micro_batch=8,
+    chunk=16,
+    seed=1,
+)
+ANCHORED = replace(RECIPE, anchors=3, anchor_weight=0.5)
+HARMLESS = ("Name a tree.", "How is bread baked?", "Where is the sea?")
+
+
+def training(
+    policy: Policy, recipe: Recipe, model: LanguageModel | None = None, layer: int = 2, scale: float = 0.4
+) -> Distillation:
+    """A loop over the tiny prompts with a random steering vector."""
+    return Distillation(
+        model or policy.model,
+        Steering(layer, tiny.vector(scale)),
+        SAFETY_TOKENS,
+        [policy.encode(prompt) for prompt in tiny.PROMPTS],
+        [policy.encode(prompt) for prompt in HARMLESS],
+        recipe,
+    )
+
+
+def steps(loop: Distillation, count: int) -> list[StepResult]:
+    """Do `count` optimizer steps."""
+    return [loop.step() for _ in range(count)]
+
+
+def adapter(model: PlainModel) -> list[Tensor]:
+    """Copies of the trained weights."""
+    return [parameter.detach().clone() for parameter in model.parameters_to_train()]
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether all tensors agree bit for bit."""
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def distance_to_teacher(policy: Policy, loop: Distillation) -> float:
+    """KL(teacher || student) along the teacher's own answers, nats a token."""
+    with policies.teacher(policy.model, loop.steer):
+        reference = reference_answers(policy, tiny.PROMPTS, 8, 5)
+    return kl_to_reference(policy, reference, 64)
+
+
+def test_steps_bring_the_student_to_the_teacher(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    recipe = replace(RECIPE, steps=12)
+    loop = training(policy, recipe)
+    before = distance_to_teacher(policy, loop)
+    results = steps(loop, 12)
+    assert distance_to_teacher(policy, loop) < 0.5 * before
+    assert sum(result.loss for result in results[-3:]) < 0.7 * sum(result.loss for result in results[:3])
+    assert [result.step for result in results] == list(range(1, 13))
+    for place, result in enumerate(results):
+        assert result.learning_rate == learning_rate_at(place, recipe)
+        assert result.prompt == prompts_at(place, 2, 5, 1)[0]
+        assert result.gradient_norm > 0 and math.isnan(result.anchor_loss) and result.micro_batch == 8
+        assert 8 <= result.tokens <= 64 and 1 <= len(result.rollout) <= 8
+    assert all(parameter.grad is None for parameter in policy.model.parameters_to_train())
+
+
+def test_only_the_adapter_is_trained(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    frozen = {name: value.detach().clone() for name, value in policy.model.network.named_parameters()}
+    steps(training(policy, ANCHORED), 2)
+    changed = {name for name, value in policy.model.network.named_parameters() if not torch.equal(value, frozen[name])}
+    assert changed == {name for name in frozen if "lora_" in name}
+
+
+def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy("qwen2", filled=True)
+    loop = training(policy, ANCHORED)
+    model, found = policy.model, loop._sample(pad_left([loop.harmful[0]]), 3, torch.Generator().manual_seed(0))
+    rows = []
+    with torch.no_grad():
+        for tokens, mask in zip(found.tokens, found.mask, strict=True):
+            sequence = torch.cat([loop.harmful[0].input_ids[0], tokens[mask]])[None]
+            at = slice(-int(mask.sum()) - 1, -1)
+            log_p = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
+            with policies.teacher(model, loop.steer):
+                log_q = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
+            rows.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    loss = loop._backward(loop.harmful[0].repeat(3), found, "full", 1.0, steered=True)
+    assert loss == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
+
+
+def test_anchors_keep_harmless_answers_near_the_base(tiny_policy: tiny.Loader) -> None:
+    drift = {}
+    for recipe in (RECIPE, replace(ANCHORED, anchor_weight=2.0)):
+        policy = tiny_policy()
+        with policies.base(policy.model):
+            reference = reference_answers(policy, HARMLESS, 8, 3)
+        results = steps(training(policy, recipe), 6)
+        drift[recipe.anchors] = kl_to_reference(policy, reference, 64)
+        assert results[0].anchor_loss < 1e-6 if recipe.anchors else math.isnan(results[0].anchor_loss)
+    assert drift[3] < 0.8 * drift[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_equals_uninterrupted(precision: str, tiny_policy: tiny.Loader) -> None:
+    """Half the steps, then everything that is saved goes into a freshly loaded model."""
+    whole = tiny_policy("qwen3", precision)
+    uninterrupted = training(whole, ANCHORED)
+    expected = steps(uninterrupted, 5)
+
+    first = training(tiny_policy("qwen3", precision), ANCHORED)
+    steps(first, 2)
+    saved = first.optimizer.state()
+    steps(first, 1)  # What follows the save must not leak into it.
+    torch.manual_seed(1234)
+    resumed_policy = tiny_policy("qwen3", precision)
+    second = training(resumed_policy, ANCHORED)
+    second.optimizer.load(saved)
+    second.done = 2
+    rest = steps(second, 3)
+    assert equal(adapter(resumed_policy.model), adapter(whole.model))
+    assert {key: value.tolist() for key, value in second.optimizer.state().items()} == {
+        key: value.tolist() for key, value in uninterrupted.optimizer.state().items()
+    }
+    for one, other in zip(rest, expected[2:], strict=True):
+        assert torch.equal(one.rollout, other.rollout)
+        assert replace(one, rollout=other.rollout) == other
+
+
+def test_masters_keep_what_bf16_would_round_away() -> None:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([parameter])
+    for _ in range(100):
+        parameter.grad = torch.ones(3, dtype=torch.bfloat16)
+        optimizer.step(1e-3, 10.0)
+    # Each step is a quarter of bf16's spacing below 1; one by one they would all be lost.
+    assert optimizer.masters[0].detach().tolist() == pytest.approx([0.9] * 3, abs=1e-3)
+    assert parameter.detach().float().tolist() == pytest.approx([0.9] * 3, abs=3e-3)
+
+
+def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int = 0) -> tuple[float, list[Tensor]]:
+    """Loss and adapter gradients of one set of rollouts."""
+    found = loop._sample(prompts, 4, torch.Generator().manual_seed(seed))
+    loop.optimizer.zero()
+    loss = loop._backward(prompts.repeat(4), found, loop.recipe.objective, 1.0, steered=True)
+    grads = [parameter.grad for parameter in model.parameters_to_train()]
+    assert all(grad is not None for grad in grads)
+    return loss, [grad.clone() for grad in grads if grad is not None]
+
+
+@pytest.mark.parametrize("objective", ["generalized", "full"])
+def test_the_size_of_micro_batches_does_not_matter(objective: str, tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy(filled=True)
+    # Rollouts of unequal length, over which a mean of means differs from a mean.
+    policy.model._end_of_turn = frozenset(range(0, 320, 9))
+    prompts = tiny.prompt_batch(policy, 2)
+    recipe = replace(RECIPE, objective=objective)  # type: ignore[arg-type]
+    loss, expected = gradients(policy.model, training(policy, recipe), prompts)
+    assert max(float(grad.abs().max()) for grad in expected) > 1e-4
+    for size in (1, 3):
+        other, found = gradients(policy.model, training(policy, replace(recipe, micro_batch=size)), prompts)
+        assert other == pytest.approx(loss, rel=1e-4)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+
+
+class SmallMemory(PlainModel):
+    """Runs out of memory when more than `rows` sequences go through the upper blocks at once, outside of sampling."""
+
+    rows = 1000
+
+    def final(self, residual: Residual) -> Tensor:
+        if residual.hidden.shape[0] > self.rows:
+            raise torch.OutOfMemoryError("simulated")
+        return super().final(residual)
+
+
+def small_memory(policy: Policy, rows: int) -> SmallMemory:
+    """The policy's network on a machine with room for `rows` sequences."""
+    model = SmallMemory(policy.model.network, policy.tokenizer, policy.model.first_adapter_layer)
+    model.rows = rows
+    return model
+
+
+def test_when_memory_runs_out_the_micro_batch_is_halved_and_the_update_stays(tiny_policy: tiny.Loader) -> None:
+    """8 does not fit, 4 does not fit, 2 does: the update is the one that a micro-batch of 2 gives from the start."""
+    roomy = tiny_policy()
+    expected = steps(training(roomy, replace(ANCHORED, micro_batch=2)), 2)
+    tight = tiny_policy()
+    results = steps(training(tight, ANCHORED, small_memory(tight, 3)), 2)
+    assert [result.micro_batch for result in results] == [2, 2]
+    assert [result.loss for result in results] == [result.loss for result in expected]
+    assert equal(adapter(tight.model), adapter(roomy.model))
+
+
+def test_when_memory_runs_out_in_the_anchors_no_gradient_counts_twice(tiny_policy: tiny.Loader) -> None:
+    """The 2 harmful rollouts fit and have left their gradients when the 3 anchors do not fit."""
+    recipe = replace(ANCHORED, prompts=1, rollouts=2, micro_batch=3)
+    roomy = tiny_policy()
+    expected = steps(training(roomy, replace(recipe, micro_batch=1)), 1)
+    tight = tiny_policy()
+    results = steps(training(tight, recipe, small_memory(tight, 2)), 1)
+    assert results[0].micro_batch == 1
+    assert results[0].gradient_norm == expected[0].gradient_norm
+    assert equal(adapter(tight.model), adapter(roomy.model))
+
+
+def test_when_not_even_one_rollout_fits_the_error_reaches_the_caller(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    with pytest.raises(torch.OutOfMemoryError):
+        training(policy, RECIPE, small_memory(policy, 0)).step()
+
+
+@pytest.mark.parametrize(("first_layer", "steered_layer"), [(2, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("precision", ["fp32", "nf4-packed"])
+def test_sharing_the_lower_blocks_changes_nothing(
+    first_layer: int, steered_layer: int, precision: str, tiny_policy: tiny.Loader
+) -> None:
+    """Blocks below the first adapter and the steered one run once; the general path runs all blocks for each policy."""
+    policy = tiny_policy("qwen2", precision, first_layer=first_layer, filled=True)
+    prompts = tiny.prompt_batch(policy, 2)
+    loss, found = gradients(policy.model, training(policy, RECIPE, layer=steered_layer), prompts)
+    general = PlainModel(policy.model.network, policy.tokenizer, 0)
+    other, expected = gradients(policy.model, training(policy, RECIPE, general, layer=steered_layer), prompts)
+    assert loss == pytest.approx(other, rel=1e-3 if precision == "fp32" else 0.05)
+    assert len(found) == (tiny.LAYERS - first_layer) * 7 * 2
+    together = torch.cat([grad.flatten().float() for grad in found])
+    separate = torch.cat([grad.flatten().float() for grad in expected])
+    assert torch.nn.functional.cosine_similarity(together, separate, dim=0) > (0.99999 if precision == "fp32" else 0.99)
+
+
+def test_every_prompt_comes_once_an_epoch() -> None:
+    for available, a_step in ((10, 4), (7, 3), (3, 5), (1, 2)):
+        places = [place for step in range(3 * available) for place in prompts_at(step, a_step, available, 5)]
+        epochs = [places[start : start + available] for start in range(0, 3 * available, available)]
+        assert all(sorted(epoch) == list(range(available)) for epoch in epochs)
+    first, second = (sum((prompts_at(step, 10, 40, seed) for step in range(4)), []) for seed in (0, 1))
+    assert first != second, "another seed is another order"
+    assert prompts_at(0, 40, 40, 0) != prompts_at(1, 40, 40, 0), "each epoch is shuffled anew"
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    recipe = replace(RECIPE, steps=100, warmup=0.1, learning_rate=2e-4)
+    rates = [learning_rate_at(step, recipe) for step in range(100)]
+    assert rates[:10] == pytest.approx([2e-5 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2e-4) and rates[55] == pytest.approx(1e-4)
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert 0 < rates[-1] < 1e-6
+    assert learning_rate_at(0, replace(recipe, steps=1)) == pytest.approx(2e-4)
+    assert learning_rate_at(0, replace(recipe, warmup=0.0)) == pytest.approx(2e-4)
+
+
+def test_half_life_is_passed_on(tiny_policy: tiny.Loader) -> None:
+    """With a half-life far below one token only the first position counts."""
+    policy = tiny_policy(filled=True)
+    prompts = tiny.prompt_batch(policy, 2)
+    _, sharp = gradients(policy.model, training(policy, replace(RECIPE, half_life=0.01)), prompts)
+    _, single = gradients(policy.model, training(policy, replace(RECIPE, completion_tokens=1)), prompts)
+    for one, two in zip(sharp, single, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
