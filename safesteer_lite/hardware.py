@@ -325,7 +325,7 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # The numbers are those of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
-    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20))
+    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
     return all([library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings])
 
 

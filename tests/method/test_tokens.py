@@ -42,7 +42,7 @@ def test_the_tokens_that_steering_raises_are_elected(tiny_policy: tiny.Loader) -
     with torch.no_grad():
         for token in planted:
             model.causal.lm_head.weight[token] = vector
-    # Added below the last block, so that the final hidden state carries the vector whatever attention does.
+    # Added to the input of the last block, so that the final hidden state carries the vector whatever attention does.
     steer = Steering(tiny.LAYERS - 1, 6 * vector)
     found = tokens.collect(
         model, steer, tiny.prompt_batch(policy), samples=3, horizon=4, generator=torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ def test_the_tokens_that_steering_raises_are_elected(tiny_policy: tiny.Loader) -
         chunk=7,
     )
     assert sorted(elected.ids.tolist()) == planted
-    assert (elected.teacher_probability > 10 * elected.base_probability).all()
+    assert (elected.teacher_probability > 3 * elected.base_probability).all()
     assert elected.positions == found.teacher.shape[0] > 15
 
 

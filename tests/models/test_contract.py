@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safesteer_lite.method import model as policies
 from safesteer_lite.method import steering
-from safesteer_lite.method.model import Batch, Steering
+from safesteer_lite.method.model import Batch
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny
