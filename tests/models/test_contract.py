@@ -148,6 +148,21 @@ def test_self_check_passes_on_a_fresh_adapter(
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: str, tiny_policy: tiny.Loader) -> None:
+    """Where bitsandbytes repacks, base layers pass no gradient on: what is left comes by the residual stream, and is wrong."""
+    found = []
+    for precision in ("nf4-packed", "nf4-unpacked"):
+        policy = tiny_policy(architecture, precision, filled=True)
+        batch = tiny.prompt_batch(policy)
+        policy.model.generate(batch, 3, 1.0, torch.Generator().manual_seed(0), 2)
+        policies.last_logits(policy.model, batch).square().mean().backward()
+        parameters = policy.model.parameters_to_train()
+        found.append([parameter.grad.float().flatten() for parameter in parameters if parameter.grad is not None])
+    for packed, unpacked in zip(*found, strict=True):
+        assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_unpacked_4bit_weights_give_the_packed_forward(architecture: str, tiny_policy: tiny.Loader) -> None:
     """The weights are the same numbers; only kernels and thus the last bf16 bits may differ."""
     packed, unpacked = tiny_policy(architecture, "nf4-packed"), tiny_policy(architecture, "nf4-unpacked")
