@@ -149,7 +149,7 @@ def test_self_check_passes_on_a_fresh_adapter(
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: str, tiny_policy: tiny.Loader) -> None:
-    """Where bitsandbytes repacks, base layers pass no gradient on: what is left comes by the residual stream, and is wrong."""
+    """Where bitsandbytes repacks, base layers pass no gradient on, and only the residual stream still does."""
     found = []
     for precision in ("nf4-packed", "nf4-unpacked"):
         policy = tiny_policy(architecture, precision, filled=True)
@@ -159,7 +159,7 @@ def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: s
         parameters = policy.model.parameters_to_train()
         found.append([parameter.grad.float().flatten() for parameter in parameters if parameter.grad is not None])
     for packed, unpacked in zip(*found, strict=True):
-        assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > 0.98
+        assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
