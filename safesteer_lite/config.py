@@ -57,12 +57,12 @@ class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
     refusal_openings: tuple[str, ...] = setting(("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting")
-    shortlist: int = setting(20, "candidates scored in full; 0 scores all", "RESULTS.md, shortlist")
+    shortlist: int = setting(20, "candidates scored in full; 0 scores all", "unproved: sweep not compared yet")
     depth_limit: float = setting(0.8, "share of the depth", "Arditi et al., appendix C")
     kl_limit: float = setting(0.1, "nats", "Arditi et al., appendix C")
     strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "METHOD: 1 is often weak")
     teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "METHOD: nearly all")
-    teacher_tokens: int = setting(20, "tokens an answer", "RESULTS.md, strength search")
+    teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared")
     minimum_prompts: int = setting(16, "prompts that must pass the filter", "half of the selection split")
 
 
@@ -81,25 +81,25 @@ class TokensConfig:
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = setting("full", "loss on harmful prompts", "RESULTS.md, trade-off", _OBJECTIVES)
+    objective: str = setting("full", "loss on harmful prompts", "one row in RESULTS.md; not compared", _OBJECTIVES)
     top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
     steps: int = setting(25, "optimizer steps", "paper, section 4.1")
     prompts: int = setting(4, "harmful prompts a step", "paper, section 4.1")
     rollouts: int = setting(8, "rollouts a harmful prompt", "paper, section 4.1")
     completion_tokens: int = setting(512, "tokens a rollout", "paper, section 4.1")
     temperature: float = setting(1.0, "softmax temperature", "paper, section 4.1")
-    anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "RESULTS.md, trade-off")
-    anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, trade-off", _OBJECTIVES)
-    anchor_weight: float = setting(1.0, "factor", "RESULTS.md, trade-off")
+    anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "one row in RESULTS.md; not compared")
+    anchor_objective: str = setting("full", "loss on anchors", "one row in RESULTS.md; not compared", _OBJECTIVES)
+    anchor_weight: float = setting(1.0, "factor", "one row in RESULTS.md; not compared")
     half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
-    learning_rate: float = setting(2e-4, "AdamW peak rate", "RESULTS.md, trade-off: this project's, for LoRA")
+    learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")
     warmup: float = setting(0.1, "share of steps", "paper, section 4.1")
     gradient_clip: float = setting(1.0, "norm", "paper, section 4.1")
     rank: int = setting(16, "LoRA r", "METHOD section 3")
-    lora_alpha: int = setting(32, "LoRA alpha", "RESULTS.md, trade-off")
-    first_layer: int = setting(0, "lowest adapted block", "RESULTS.md, trade-off")
-    micro_batch: int = setting(16, "rollouts a forward, at most", "RESULTS.md")
-    chunk: int = setting(64, "positions whose logits exist at a time", "RESULTS.md")
+    lora_alpha: int = setting(32, "LoRA alpha", "one row in RESULTS.md; not compared")
+    first_layer: int = setting(0, "lowest adapted block", "one row in RESULTS.md; not compared")
+    micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
+    chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")
     save_every: int = setting(5, "steps between saved steps", "at most 4 steps are done again")
 
 
