@@ -42,14 +42,14 @@ class PromptsConfig:
 
     training: str = setting("", "file with harmful prompts; empty is the bundled set", "the user")
     column: str = setting("", "column of that file; empty finds it", "the user")
-    direction: int = setting(128, "harmful and harmless prompts each", "Arditi et al., section 2.3")
-    selection: int = setting(32, "harmful and harmless prompts each", "Arditi et al., section 2.3")
-    train: int = setting(100, "harmful prompts", "paper, section 4.1")
+    direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717")
+    selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717")
+    train: int = setting(100, "harmful prompts", "arXiv 2606.02530")
     contrast: int = setting(100, "borderline training prompts among the anchors", "RESULTS.md, probes")
     test: int = setting(100, "harmful and harmless prompts each", "bundled test split")
     borderline_selection: int = setting(30, "borderline prompts", "bundled selection split")
     borderline_test: int = setting(60, "borderline prompts", "bundled test split")
-    prompt_tokens: int = setting(512, "tokens, longest prompt", "paper, section 4.1")
+    prompt_tokens: int = setting(512, "tokens, longest prompt", "arXiv 2606.02530")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class DirectionConfig:
 
     refusal_openings: tuple[str, ...] = setting(("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting")
     shortlist: int = setting(20, "candidates scored in full; 0 scores all", "unproved: sweep not compared yet")
-    depth_limit: float = setting(0.8, "share of the depth", "Arditi et al., appendix C")
-    kl_limit: float = setting(0.1, "nats", "Arditi et al., appendix C")
+    depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717")
+    kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717")
     strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "METHOD: 1 is often weak")
     teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "METHOD: nearly all")
     teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared")
@@ -70,9 +70,9 @@ class DirectionConfig:
 class TokensConfig:
     """How safety tokens are voted."""
 
-    count: int = setting(50, "tokens (K)", "paper, section 4.1")
+    count: int = setting(50, "tokens (K)", "arXiv 2606.02530")
     ballots: int = setting(200, "votes a position", "the authors' research scripts")
-    samples: int = setting(8, "continuations a prompt (M)", "paper, section 4.1")
+    samples: int = setting(8, "continuations a prompt (M)", "arXiv 2606.02530")
     horizon: int = setting(7, "positions (H)", "paper, Qwen; Llama 5")
     minimum_probability: float = setting(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7")
 
@@ -83,18 +83,18 @@ class DistillConfig:
 
     objective: str = setting("full", "loss on harmful prompts", "one row in RESULTS.md; not compared", _OBJECTIVES)
     top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
-    steps: int = setting(25, "optimizer steps", "paper, section 4.1")
-    prompts: int = setting(4, "harmful prompts a step", "paper, section 4.1")
-    rollouts: int = setting(8, "rollouts a harmful prompt", "paper, section 4.1")
-    completion_tokens: int = setting(512, "tokens a rollout", "paper, section 4.1")
-    temperature: float = setting(1.0, "softmax temperature", "paper, section 4.1")
+    steps: int = setting(25, "optimizer steps", "arXiv 2606.02530")
+    prompts: int = setting(4, "harmful prompts a step", "arXiv 2606.02530")
+    rollouts: int = setting(8, "rollouts a harmful prompt", "arXiv 2606.02530")
+    completion_tokens: int = setting(512, "tokens a rollout", "arXiv 2606.02530")
+    temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530")
     anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "one row in RESULTS.md; not compared")
     anchor_objective: str = setting("full", "loss on anchors", "one row in RESULTS.md; not compared", _OBJECTIVES)
     anchor_weight: float = setting(1.0, "factor", "one row in RESULTS.md; not compared")
     half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
     learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")
-    warmup: float = setting(0.1, "share of steps", "paper, section 4.1")
-    gradient_clip: float = setting(1.0, "norm", "paper, section 4.1")
+    warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
+    gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
     rank: int = setting(16, "LoRA r", "METHOD section 3")
     lora_alpha: int = setting(32, "LoRA alpha", "one row in RESULTS.md; not compared")
     first_layer: int = setting(0, "lowest adapted block", "one row in RESULTS.md; not compared")

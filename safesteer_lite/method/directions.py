@@ -1,4 +1,4 @@
-"""The refusal direction: candidates, scores and selection (Arditi et al. 2024, sections 2.3 and 2.4, appendix C).
+"""The refusal direction: candidates, scores and selection (Arditi et al. 2024, arXiv 2406.11717).
 
 A candidate is r[position, layer] = mean over harmful - mean over harmless prompts of the block INPUT, at one of the
 template positions after the user's text. The authors of SafeSteer score every candidate three times with full

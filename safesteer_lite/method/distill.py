@@ -1,4 +1,4 @@
-"""Localized on-policy distillation (paper, section 3.3): the student answers, the steered teacher corrects it token by
+"""Localized on-policy distillation (arXiv 2606.02530): the student answers, the steered teacher corrects it token by
 token.
 
 Every random choice is a function of (seed, step), so a run resumed from a saved step does exactly what an

@@ -1,7 +1,7 @@
 """What the method asks of a language model: a small protocol, so that tiny random models and every backend run the
 same code.
 
-One set of weights serves three policies (paper, section 3): `base` (adapters off), `teacher` (adapters off, steering
+One set of weights serves three policies (arXiv 2606.02530): `base` (adapters off), `teacher` (adapters off, steering
 on) and `student` (adapters on, which is the model as it stands).
 """
 

@@ -11,7 +11,7 @@ Notation: p = student, q = teacher, both probabilities of the FULL vocabulary; S
 | `full`        | sum_V p log(p / q), the ordinary reverse KL             | p = q                           |
 | `top-k`       | `rest-bucket` with S = the teacher's K likeliest tokens at that position | p = q on those  |
 
-`paper` is the authors' loss (paper, section 3.3); the others are this project's.
+`paper` is the authors' loss (arXiv 2606.02530); the others are this project's.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Blocks are hooked on their first positional argument (the residual stream), with_kwargs=True, because blocks return a
 plain tensor in transformers and a tuple elsewhere. Every hook returns a new tensor and is removed on the way out.
-Ablation exists only to score candidate directions (Arditi et al., section 2.4); nothing else in the project uses it.
+Ablation exists only to score candidate directions (arXiv 2406.11717); nothing else in the project uses it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Safety tokens: which words the steered teacher wants more than the base does (paper, section 3.2)."""
+"""Safety tokens: which words the steered teacher wants more than the base does (arXiv 2606.02530)."""
 
 from __future__ import annotations
 
