@@ -1,4 +1,4 @@
-"""The command line: reads flags, calls the pipeline, turns errors into messages and exit codes."""
+"""The command line: the commands, each a call of the pipeline; errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safesteer_lite import __version__, config
-from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
+from safesteer_lite import config
+from safesteer_lite.arguments import build_parser
+from safesteer_lite.errors import Interrupted, RunFolderError, SafeSteerError, UsageError
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
     from safesteer_lite.events import Emit
     from safesteer_lite.rundir import RunFolder
-
-EPILOG = """examples:
-  safesteer-lite demo                     the whole method on a small real model, on any machine
-  safesteer-lite run qwen3-4b             a preset
-  safesteer-lite run ./my-model --set distill.steps=10
-  safesteer-lite run --config run.toml --yes
-  safesteer-lite resume                   go on with the newest unfinished run
-  safesteer-lite export RUN --to merged --weights dequantised --out ./safer-model
-
-exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (the run can be resumed)"""
 
 DEMO_PRESET = "qwen2.5-coder-0.5b-demo"
 
@@ -41,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        code: int = options.command(options)
-        return code
+        return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         return _complain("Stopped.", "Whatever was published or saved stays; `safesteer-lite resume` goes on.", 130)
     except Interrupted as error:
@@ -71,86 +62,6 @@ def _complain(message: str, hint: str, code: int) -> int:
     return code
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="safesteer-lite",
-        description="Make a local instruct model safer on one consumer GPU, and see honestly what changed.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"safesteer-lite {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    run = _command(commands, "run", run_command, "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
-    run.add_argument("model", nargs="?", help="a preset, a Hub id, or a local folder")
-    run.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
-    _run_options(run)
-
-    demo = _command(
-        commands, "demo", demo_command, "the whole method on a small real model", "safesteer-lite demo --quick"
-    )
-    demo.add_argument("--model", metavar="FOLDER", help="any local model instead of the demo's own")
-    demo.add_argument("--quick", action="store_true", help="fewer prompts, steps and tokens: to see that it works")
-    _run_options(demo)
-
-    resume = _command(commands, "resume", resume_command, "go on with an unfinished run", "safesteer-lite resume")
-    resume.add_argument("run", nargs="?", help="a run's name or folder; the newest unfinished one if left out")
-    _output_options(resume)
-
-    evaluate = _command(commands, "eval", eval_command, "measure a run or a model", "safesteer-lite eval ./my-model")
-    evaluate.add_argument("target", help="a run, a preset, a Hub id, or a local folder")
-    evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
-    _output_options(evaluate)
-
-    export = _command(
-        commands, "export", export_command, "write a run's model", "safesteer-lite export RUN --out ./safer"
-    )
-    export.add_argument("run", help="a run's name or folder")
-    export.add_argument("--to", choices=("merged", "adapter"), default="merged", help="what to write (merged)")
-    export.add_argument("--out", type=Path, metavar="FOLDER", help="a folder that does not exist yet")
-    export.add_argument("--weights", choices=("original", "dequantised"), default="original", help="base to merge into")
-    export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
-    _output_options(export)
-
-    runs = _command(commands, "runs", runs_command, "list runs", "safesteer-lite runs")
-    _output_options(runs)
-
-    presets = _command(
-        commands, "presets", presets_command, "list presets, or show one", "safesteer-lite presets show qwen3-4b"
-    )
-    presets.add_argument("action", nargs="?", choices=("list", "show"), default="list")
-    presets.add_argument("name", nargs="?")
-
-    doctor = _command(commands, "doctor", doctor_command, "check this machine", "safesteer-lite doctor")
-    doctor.add_argument("--json", action="store_true", help="for machines")
-    return parser
-
-
-def _command(
-    commands: Any, name: str, function: Callable[..., int], text: str, example: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, epilog=f"example: {example}"
-    )
-    parser.set_defaults(command=function)
-    return parser
-
-
-def _output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="events and result as JSON Lines, for machines")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
-
-
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
-    parser.add_argument("--seed", type=int, help="seed of every random choice")
-    parser.add_argument("--prompts", metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt")
-    parser.add_argument("--column", metavar="NAME", help="column of that file")
-    parser.add_argument("--yes", action="store_true", help="ask nothing")
-    _output_options(parser)
-
-
 def _sink(options: argparse.Namespace) -> Emit:
     from rich.console import Console
 
@@ -176,11 +87,19 @@ def _settings(options: argparse.Namespace, preset: str, file: Path | None, extra
     if options.seed is not None:
         flags["seed"] = options.seed
     if options.prompts:
-        flags["prompts.training"] = str(Path(options.prompts).resolve())
+        flags["prompts.training"] = str(options.prompts)
     if options.column:
         flags["prompts.column"] = options.column
     layers.append(("flag", flags))
-    return config.build(layers)
+    settings = config.build(layers)
+    # Kept whole, so that a run can be resumed from another folder.
+    own = settings.prompts
+    own = replace(own, training=_whole_path(own.training), folder=_whole_path(own.folder))
+    return replace(settings, prompts=own)
+
+
+def _whole_path(place: str) -> str:
+    return str(Path(place).resolve()) if place else ""
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -195,8 +114,7 @@ def run_command(options: argparse.Namespace) -> int:
     settings = _settings(options, preset, options.config, extra)
     if not settings.model.name:
         raise UsageError("The settings name no model.", "Set model.name, or name a preset, a Hub id or a folder.")
-    emit = _sink(options)
-    return _start(options, settings, _resolve(settings, emit), emit)
+    return _start(options, settings)
 
 
 def demo_command(options: argparse.Namespace) -> int:
@@ -206,13 +124,7 @@ def demo_command(options: argparse.Namespace) -> int:
         extra["model.name"] = str(Path(options.model).resolve())
     if options.quick:
         extra.update(config.QUICK)
-    settings = _settings(options, DEMO_PRESET, None, extra)
-    emit = _sink(options)
-    if options.model:
-        return _start(options, settings, _resolve(settings, emit), emit)
-    from safesteer_lite.models.demo_download import demo_model
-
-    return _start(options, settings, demo_model(emit), emit)
+    return _start(options, _settings(options, DEMO_PRESET, None, extra))
 
 
 def _resolve(settings: RunConfig, emit: Emit) -> Path:
@@ -224,17 +136,19 @@ def _resolve(settings: RunConfig, emit: Emit) -> Path:
     return resolve_model(settings.model.name, settings.model.revision or None, emit)
 
 
-def _start(options: argparse.Namespace, settings: RunConfig, model_folder: Path, emit: Emit) -> int:
-    """Make a run folder and run."""
-    from safesteer_lite import hardware, rundir
+def _start(options: argparse.Namespace, settings: RunConfig) -> int:
+    """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
+    from safesteer_lite import rundir
+    from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.pipeline import STAGE_NAMES
+    from safesteer_lite.stages.session import check_prompts, decide
 
-    if settings.prompts.training:
-        from safesteer_lite.stages.session import own_prompts
-
-        own_prompts(Path(settings.prompts.training), settings.prompts.column, lambda message: None)
+    check_prompts(settings)
+    emit = _sink(options)
+    model_folder = _resolve(settings, emit)
+    decide(settings, model_folder, Path.cwd())
     folder = rundir.create(
-        options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=hardware.package_versions()
+        options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=package_versions()
     )
     try:
         folder.write_config(config.to_toml(settings))
@@ -251,7 +165,7 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
 
     from safesteer_lite import pipeline
     from safesteer_lite.console import dump, scorecard_table
-    from safesteer_lite.hardware import format_bytes, format_duration
+    from safesteer_lite.hardware.units import format_bytes, format_duration
 
     try:
         with _stop_on_interrupt() as stop_requested:
@@ -294,9 +208,23 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _settings_of(folder: RunFolder) -> config.Values:
+    """The settings a run was started with, by dotted name.
+
+    Raises:
+        RunFolderError: the run has lost its config.toml.
+    """
+    if not folder.config_path.is_file():
+        raise RunFolderError(
+            f"The run {folder.path.name} has no config.toml, so its settings are not known.",
+            "Put the file back, or start a new run.",
+        )
+    return config.read_toml(folder.config_path)[0]
+
+
 def open_settings(folder: RunFolder) -> RunConfig:
     """The settings a run was started with."""
-    return config.build([(str(folder.config_path), config.read_toml(folder.config_path)[0])])
+    return config.build([(str(folder.config_path), _settings_of(folder))])
 
 
 def resume_command(options: argparse.Namespace) -> int:
@@ -350,10 +278,11 @@ def presets_command(options: argparse.Namespace) -> int:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """`doctor`: each check with its remedy."""
-    from safesteer_lite import hardware
     from safesteer_lite.console import dump
+    from safesteer_lite.hardware.doctor import checks
+    from safesteer_lite.hardware.machine import inspect
 
-    found = hardware.checks(hardware.inspect(Path.cwd()))
+    found = checks(inspect(Path.cwd()))
     if options.json:
         sys.stdout.write(dump([vars(check) for check in found]) + "\n")
     else:
@@ -379,7 +308,7 @@ def eval_command(options: argparse.Namespace) -> int:
     folder = rundir.open_run(options.target, options.runs) if is_run else None
     layers: list[tuple[str, config.Values]] = []
     if folder:
-        layers.append((str(folder.config_path), config.read_toml(folder.config_path)[0]))
+        layers.append((str(folder.config_path), _settings_of(folder)))
     elif options.target in config.preset_names():
         layers.append((f"preset {options.target}", config.preset_values(options.target)))
     else:
@@ -417,6 +346,17 @@ def export_command(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{out}\n")
     return 0
 
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": run_command,
+    "demo": demo_command,
+    "resume": resume_command,
+    "eval": eval_command,
+    "export": export_command,
+    "runs": runs_command,
+    "presets": presets_command,
+    "doctor": doctor_command,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -42,6 +42,7 @@ class PromptsConfig:
 
     training: str = setting("", "file with harmful prompts; empty is the bundled set", "the user")
     column: str = setting("", "column of that file; empty finds it", "the user")
+    folder: str = setting("", "folder with your own sets of all kinds; empty is bundled", "the user")
     direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717")
     selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717")
     train: int = setting(100, "harmful prompts", "arXiv 2606.02530")
@@ -92,6 +93,7 @@ class DistillConfig:
     anchor_objective: str = setting("full", "loss on anchors", "one row in RESULTS.md; not compared", _OBJECTIVES)
     anchor_weight: float = setting(1.0, "factor", "one row in RESULTS.md; not compared")
     half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
+    averaging: float = setting(0.0, "share of the averaged weights kept a step; 0 takes the last ones", "the paper")
     learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")
     warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
@@ -155,6 +157,7 @@ _MAY_BE_ZERO = {
     "distill.first_layer",
     "distill.anchor_weight",
     "distill.half_life",
+    "distill.averaging",
     "seed",
 }
 _MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}

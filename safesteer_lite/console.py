@@ -21,7 +21,7 @@ from safesteer_lite.events import (
     Warned,
     write_json_line,
 )
-from safesteer_lite.hardware import format_bytes, format_duration
+from safesteer_lite.hardware.units import format_bytes, format_duration
 
 # A line of progress at most this often, in seconds: often enough to see that it lives, seldom enough to read a log.
 _EVERY = 15.0

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite import prompts, report
+from safesteer_lite.checkpoints import Checkpoints
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ExportError, Interrupted, ModelError, PromptError, UsageError
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
-from safesteer_lite.hardware import keep_freed_memory
+from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
+from safesteer_lite.manifest import fingerprint
 from safesteer_lite.models import plain, source
-from safesteer_lite.rundir import Checkpoints, Publication, RunFolder, fingerprint
+from safesteer_lite.rundir import Publication, RunFolder
 from safesteer_lite.stages import baseline, direction, distill, evaluate, export, tokens
 from safesteer_lite.stages.session import Session
 
@@ -104,20 +106,19 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def prompts_fingerprint(config: RunConfig) -> str:
-    """SHA-256 over the bundled prompts and the user's own file.
+    """SHA-256 over the bundled prompts, or the user's own files.
 
     Raises:
-        PromptError: that file cannot be read.
+        PromptError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    for path in prompts.data_files():
-        digest.update(path.read_bytes())
-    if config.prompts.training:
+    own = [Path(config.prompts.training)] if config.prompts.training else []
+    for path in [*prompts.data_files(config.prompts.folder), *own]:
         try:
-            digest.update(Path(config.prompts.training).read_bytes())
+            digest.update(path.read_bytes())
         except OSError as error:
             raise PromptError(
-                f"The prompt file {config.prompts.training} cannot be read: {error.strerror}.",
+                f"The prompt file {path} cannot be read: {error.strerror}.",
                 "The run's results depend on it: put it back, or start a new run.",
             ) from error
     return digest.hexdigest()
@@ -129,6 +130,7 @@ def run(
     model_folder: Path,
     emit: Emit,
     stop_requested: Callable[[], bool] = lambda: False,
+    last: str = STAGE_NAMES[-1],
 ) -> dict[str, Any]:
     """Do every stage that is not done yet.
 
@@ -138,9 +140,10 @@ def run(
         model_folder: the base model.
         emit: sink for events; they are kept in the run folder too.
         stop_requested: asked after each optimizer step and each stage.
+        last: the last stage to do.
 
     Returns:
-        The report, as written to `report.json`.
+        The report, as written to `report.json`; nothing before the last stage of all is done.
 
     Raises:
         Interrupted: the user asked to stop; the run can be resumed.
@@ -150,7 +153,7 @@ def run(
     with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
         session = Session(config, run_folder, model_folder, tee(keep, emit), stop_requested=stop_requested)
         wanted = stage_fingerprints(config, source.model_fingerprint(model_folder))
-        for number, stage in enumerate(STAGES, 1):
+        for number, stage in enumerate(STAGES[: STAGE_NAMES.index(last) + 1], 1):
             session.stage = stage.name
             if run_folder.is_done(stage.name, wanted[stage.name]):
                 session.emit(StageSkipped(stage.name, "done already, with the same settings"))
@@ -158,7 +161,7 @@ def run(
             if stop_requested():
                 raise Interrupted(f"Stopped before the stage {stage.title!r}; everything up to there is saved.")
             _do(session, stage, number, wanted[stage.name])
-        return report.write(run_folder, config)
+        return report.write(run_folder, config) if last == STAGE_NAMES[-1] else {}
 
 
 def export_run(
@@ -230,6 +233,7 @@ def evaluate_model(
 
 def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
     session.emit(StageStarted(stage.name, stage.title))
+    return_freed_memory()
     started = time.monotonic()
     with session.run.publish(stage.name, number, mark) as publication:
         _work(session, stage, number, mark, publication)

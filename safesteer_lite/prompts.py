@@ -7,8 +7,6 @@ count. Prompts that differ only in case or punctuation have similarity 1.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import unicodedata
@@ -19,9 +17,10 @@ from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from safesteer_lite.errors import PromptError
+from safesteer_lite.prompt_files import PLAIN, Row, read_rows, text_of
 
 COLUMNS = ("instruction", "prompt", "text")
 """Columns that hold the prompt when the user names none, the first one present wins."""
@@ -30,10 +29,6 @@ NEAR_DUPLICATE = 0.6
 """Jaccard similarity of content words from which two prompts count as the same request."""
 
 Kind = Literal["harmful", "harmless", "borderline"]
-
-# Every format is read into rows: the 1-based line or entry that an error message points to, and the fields found there.
-_Row = tuple[int, dict[str, object]]
-_PLAIN = ""  # The field of a row that is a text and no object.
 
 _FUNCTION_WORDS = """
 a about all am an and any are as at be been but by can could did do does for from give had has have he help her him his
@@ -106,25 +101,39 @@ class Leak:
 
 
 def bundled(kind: Kind, split: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts that ship with the package.
+    """The prompts that ship with the package; see `prompt_set`."""
+    return prompt_set(kind, split, limit)
+
+
+def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "") -> list[Prompt]:
+    """One split of one kind of prompts.
 
     Args:
         kind: `harmful`, `harmless` or `borderline` (harmless requests in alarming words).
         split: `direction`, `selection`, `train` or `test`; borderline has no `direction`.
         limit: at most so many prompts, spread evenly over the categories; None for the whole split.
+        folder: where `harmful.jsonl`, `harmless.jsonl` and `borderline.jsonl` lie, each line with `prompt` and `split`
+            and perhaps `id`, `category` and `language`; empty for the ones that ship with the package.
 
     Raises:
-        PromptError: there is no such split, or the limit is below 1.
+        PromptError: there is no such split, the limit is below 1, or a file of `folder` is missing or malformed.
     """
-    splits = _bundled_splits(kind)
+    splits = _splits(kind, folder)
     if split not in splits:
         raise PromptError(
-            f"The bundled {kind} prompts have no split '{split}'.", f"Choose one of: {', '.join(splits)}."
+            f"The {kind} prompts of {folder or 'the package'} have no split '{split}'.",
+            f"Choose one of: {', '.join(splits)}." if splits else f"Give {kind}.jsonl lines with prompt and split.",
         )
     if limit is not None and limit < 1:
         raise PromptError(f"A limit of {limit} prompts leaves none.", "Ask for at least 1.")
     # Each split's lines go round the categories in turn, so that any leading slice is an even spread.
     return list(splits[split][:limit])
+
+
+def data_files(folder: str = "") -> list[Path]:
+    """The prompt files of a folder, or the bundled ones, in a fixed order."""
+    place = Path(folder) if folder else Path(str(files("safesteer_lite") / "data"))
+    return [place / f"{kind}.jsonl" for kind in sorted(get_args(Kind))]
 
 
 def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:
@@ -139,7 +148,7 @@ def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:
     Raises:
         PromptError: the file cannot be read, is empty or malformed, or lacks the column; names the line or entry.
     """
-    rows = _read(source)
+    rows = read_rows(source)
     columns = _columns(rows)
     found = _find_column(columns, column)
     if found is None and (columns or column is not None):
@@ -149,7 +158,7 @@ def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:
         raise PromptError(f"{source} has no column {wanted}.", hint)
     prompts: dict[str, Prompt] = {}
     for number, record in rows:
-        text = _text(source, number, record, found or _PLAIN)
+        text = text_of(source, number, record, found or PLAIN)
         language = _label(record, "language") or "en"
         prompt = Prompt(text, f"{source.stem}-{number:05d}", _label(record, "category"), language)
         prompts.setdefault(text, prompt)
@@ -162,9 +171,9 @@ def preview(source: Path, rows: int = 3) -> Preview:
     Raises:
         PromptError: the file cannot be read, is empty or malformed.
     """
-    records = _read(source)
+    records = read_rows(source)
     columns = _columns(records)
-    shown = [tuple(_shown(record.get(name)) for name in columns or (_PLAIN,)) for _, record in islice(records, rows)]
+    shown = [tuple(_shown(record.get(name)) for name in columns or (PLAIN,)) for _, record in islice(records, rows)]
     return Preview(columns, shown, len(records), _find_column(columns, None))
 
 
@@ -230,17 +239,21 @@ def _similar_pairs(
 
 
 @cache
-def _bundled_splits(kind: Kind) -> dict[str, tuple[Prompt, ...]]:
-    content = (files("safesteer_lite") / "data" / f"{kind}.jsonl").read_text(encoding="utf-8")
+def _splits(kind: Kind, folder: str) -> dict[str, tuple[Prompt, ...]]:
+    source = next(path for path in data_files(folder) if path.stem == kind)
     splits: defaultdict[str, list[Prompt]] = defaultdict(list)
-    for line in content.splitlines():
-        entry = json.loads(line)
-        splits[entry["split"]].append(Prompt(entry["prompt"], entry["id"], entry["category"], entry["language"]))
+    for number, record in read_rows(source):
+        split = _label(record, "split")
+        if not split:
+            raise PromptError(f"{source}, line {number} names no split.", "Give each line a `split`.")
+        text = text_of(source, number, record, "prompt")
+        name = _label(record, "id") or f"{source.name}:{number}"
+        splits[split].append(Prompt(text, name, _label(record, "category"), _label(record, "language") or "en"))
     return {split: tuple(prompts) for split, prompts in splits.items()}
 
 
-def _columns(rows: list[_Row]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for _, record in rows for name in record if name != _PLAIN))
+def _columns(rows: list[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, record in rows for name in record if name != PLAIN))
 
 
 def _find_column(columns: tuple[str, ...], wanted: str | None) -> str | None:
@@ -249,21 +262,6 @@ def _find_column(columns: tuple[str, ...], wanted: str | None) -> str | None:
         return wanted if wanted in columns else None
     folded = {name.strip().casefold(): name for name in reversed(columns)}
     return next((folded[name] for name in COLUMNS if name in folded), None)
-
-
-def _text(source: Path, number: int, record: dict[str, object], column: str) -> str:
-    value = record.get(column)
-    where = _where(source, number)
-    if not isinstance(value, str):
-        problem = f"has {_json_type(value)} where the prompt should be" if column in record else "has no prompt"
-        raise PromptError(f"{where} {problem}.", f"Put a text in '{column}' there." if column else "Put a text there.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"{where} holds half a character (a lone surrogate).", "Write the text anew.") from error
-    if not value.strip():
-        raise PromptError(f"{where} has an empty prompt.", "Fill it in or remove it.")
-    return value.strip()
 
 
 def _label(record: dict[str, object], name: str) -> str:
@@ -275,111 +273,3 @@ def _shown(value: object) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _where(source: Path, number: int) -> str:
-    return f"{source}: {'entry' if source.suffix.lower() == '.json' else 'line'} {number}"
-
-
-def _json_type(value: object) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "a text" if isinstance(value, str) else "nothing")
-
-
-def _read(source: Path) -> list[_Row]:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_txt}
-    reader = readers.get(source.suffix.lower())
-    if source.is_dir():
-        raise PromptError(f"{source} is a folder.", "Give a prompt file inside it.")
-    if not source.exists():
-        raise PromptError(f"There is no file {source}.", "Check the path.")
-    if reader is None:
-        kind = f"a {source.suffix} file" if source.suffix else "a file without a suffix"
-        raise PromptError(f"{source} is {kind}, which is not known.", f"Use one of: {', '.join(readers)}.")
-    try:
-        content = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{source} is not UTF-8 text (byte {error.start}).", "Save it again as UTF-8.") from error
-    except OSError as error:
-        raise PromptError(f"{source} cannot be read: {error.strerror}.", "Check its permissions.") from error
-    rows = reader(source, content)
-    if not rows:
-        raise PromptError(f"{source} has no prompts.", "Put at least one prompt into it.")
-    return rows
-
-
-def _read_txt(source: Path, content: str) -> list[_Row]:
-    return [(number, {_PLAIN: line}) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-
-
-def _read_jsonl(source: Path, content: str) -> list[_Row]:
-    # Not splitlines(): JSON texts may hold the rarer line separators unescaped.
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    return [(number, _record(source, number, _parse(_where(source, number), line))) for number, line in lines]
-
-
-def _read_json(source: Path, content: str) -> list[_Row]:
-    data = _parse(str(source), content) if content.strip() else []
-    if isinstance(data, dict):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise PromptError(f"{source} is an object with {len(lists)} lists.", "Leave one list, that of the prompts.")
-        data = lists[0]
-    if not isinstance(data, list):
-        raise PromptError(f"{source} holds {_json_type(data)}.", "Make it a list of texts or of objects.")
-    return [(number, _record(source, number, entry)) for number, entry in enumerate(data, 1)]
-
-
-def _parse(where: str, content: str) -> object:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in content else f"column {error.colno}"
-        raise PromptError(f"{where} is not JSON: {error.msg} at {place}.", "Correct it there.") from error
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where} is JSON that cannot be taken in: {error}.", "Simplify it.") from error
-
-
-def _record(source: Path, number: int, entry: object) -> dict[str, object]:
-    if isinstance(entry, str):
-        return {_PLAIN: entry}
-    if isinstance(entry, dict):
-        return entry
-    raise PromptError(f"{_where(source, number)} is {_json_type(entry)}.", "Make it a text or an object.")
-
-
-def _read_csv(source: Path, content: str) -> list[_Row]:
-    header_line = content.lstrip().split("\n", 1)[0]
-    # Spreadsheets in many countries write semicolons, and some tools tabs: the header shows which.
-    reader = csv.reader(io.StringIO(content), delimiter=max(",;\t", key=header_line.count), strict=True)
-    rows: list[_Row] = []
-    header: list[str] = []
-    try:
-        for fields in reader:
-            if not header:
-                header = _csv_header(source, fields)
-            elif fields:
-                rows.append((reader.line_num, _csv_record(source, reader.line_num, header, fields)))
-    except csv.Error as error:
-        where = _where(source, reader.line_num)
-        raise PromptError(f"{where} is malformed: {error}.", "Check the quotes there.") from error
-    return rows
-
-
-def _csv_header(source: Path, names: list[str]) -> list[str]:
-    repeated = [name for name, count in Counter(names).items() if count > 1 and name]
-    if repeated:
-        raise PromptError(f"{source} has several columns named '{repeated[0]}'.", "Rename all but one of them.")
-    return names
-
-
-def _csv_record(source: Path, number: int, header: list[str], fields: list[str]) -> dict[str, object]:
-    if len(fields) != len(header):
-        message = f"{_where(source, number)} has {len(fields)} fields, but the header has {len(header)}."
-        raise PromptError(message, "Quote texts that contain the separator.")
-    return dict(zip(header, fields, strict=True))
-
-
-def data_files() -> list[Path]:
-    """The bundled prompt files, in a fixed order."""
-    return sorted(Path(str(files("safesteer_lite") / "data")).glob("*.jsonl"))

@@ -52,7 +52,7 @@ SETTINGS: config.Values = {
     "prompts.test": 28,
     "prompts.borderline_selection": 10,
     "prompts.borderline_test": 10,
-    "prompts.contrast": 0,
+    "prompts.contrast": 12,
     "direction.refusal_openings": ["I'm"],
     "direction.shortlist": 8,
     "direction.depth_limit": 1.0,

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from safesteer_lite import cli, config, pipeline, rundir
-from safesteer_lite.cli import build_parser, main
+from safesteer_lite.arguments import EPILOG, build_parser
+from safesteer_lite.cli import main
 from tests import planted
 
 REPOSITORY = Path(__file__).parents[1]
@@ -144,6 +146,28 @@ def test_model_folders_that_lack_a_part(model: Path, tmp_path: Path, capsys: pyt
     assert "lacks weights" in complaint(capsys, 1, "run", str(no_weights))
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.device=cuda", "no usable CUDA device"),
+        ("distill.first_layer=99", "distill.first_layer is 99, but the model has 4 layers"),
+        ("prompts.folder=gone", "gone"),
+    ],
+)
+def test_what_can_be_refused_at_once_leaves_no_run_behind(
+    setting: str, told: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in setting and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code = 2 if "prompts" in setting else 1
+    assert told in complaint(capsys, code, "run", str(model), "--set", setting)
+    assert not Path("runs").exists()
+
+
+def test_own_prompts_are_read_before_anything_is_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no file" in complaint(capsys, 2, "demo", "--prompts", "gone.txt")
+
+
 def test_a_file_in_place_of_the_runs_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").write_text("in the way")
     assert "a new run folder in runs" in complaint(capsys, 1, "run", str(model))
@@ -173,7 +197,7 @@ def test_resume_of_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_resume_of_a_run_without_settings(capsys: pytest.CaptureFixture[str]) -> None:
     run = rundir.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
-    assert "config.toml" in complaint(capsys, 2, "resume", str(run.path))
+    assert "has no config.toml" in complaint(capsys, 1, "resume", str(run.path))
 
 
 def test_export_writes_over_nothing_and_needs_a_finished_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +232,7 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 def test_examples_in_the_help_parse() -> None:
-    lines = [line.split("  ")[1] for line in cli.EPILOG.splitlines() if line.startswith("  safesteer-lite")]
+    lines = [line.split("  ")[1] for line in EPILOG.splitlines() if line.startswith("  safesteer-lite")]
     assert len(lines) >= 5
     for line in [*lines, *(parser.epilog.removeprefix("example: ") for parser in commands().values() if parser.epilog)]:
         build_parser().parse_args(line.split()[1:])

@@ -19,7 +19,7 @@ from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
 from safesteer_lite.models import plain
 from safesteer_lite.models.policy import Policy
-from safesteer_lite.prompts import bundled
+from safesteer_lite.prompts import bundled, data_files
 from safesteer_lite.rundir import RunFolder
 from tests import planted
 
@@ -262,6 +262,28 @@ def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Pat
 def test_own_prompts_that_are_all_evaluated_on_are_refused(run: RunFolder, model: Path, tmp_path: Path) -> None:
     settings = planted.settings(model, {"prompts.training": str(own_file(tmp_path, leaked=3, fresh=0))})
     with pytest.raises(PromptError, match="no prompt left to train on"):
+        pipeline.run(settings, run, model, discard)
+
+
+def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp_path: Path) -> None:
+    """The bundled sets copied, with one test prompt slipped in among those to train on."""
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for path in data_files():
+        shutil.copy(path, folder)
+    leaked = json.dumps({"split": "train", "prompt": bundled("harmful", "test")[0].text.upper()})
+    lines = (folder / "harmful.jsonl").read_text(encoding="utf-8")
+    (folder / "harmful.jsonl").write_text(f"{leaked}\n{lines}", encoding="utf-8")
+    settings = planted.settings(model, {"prompts.folder": str(folder), "distill.steps": 1})
+    run, events = new_run(tmp_path, settings), list[Event]()
+    assert pipeline.run(settings, run, model, events.append, last="distill") == {}
+    told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
+    assert told == [
+        "sets: 27 prompts from column prompt; 0 duplicates and 1 near-copies of evaluation prompts left out."
+    ]
+    assert list(run.manifest.stages) == ["baseline", "direction", "tokens", "distill"]
+    (folder / "harmless.jsonl").unlink()
+    with pytest.raises(PromptError, match=r"harmless\.jsonl cannot be read"):
         pipeline.run(settings, run, model, discard)
 
 

@@ -1,63 +1,28 @@
-"""The run folder: exact files, fingerprints, locks, and kills at every moment."""
+"""The run folder: exact files, stages that replace each other, locks."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
 
 import pytest
 
-from safesteer_lite.errors import DiskSpaceError, RunFolderError
-from safesteer_lite.rundir import RunFolder, create, fingerprint, list_runs, open_run
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.rundir import RunFolder, create, list_runs, open_run
+from tests.run_files import files_of, publish, published_files, writer_of
 
 REPOSITORY = Path(__file__).parents[1]
-posix_only = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGKILL or /dev/full")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return create(tmp_path / "runs", "tiny")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock's own, by its path inside `folder`."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def publish(run: RunFolder, stage: str, number: int, mark: str) -> None:
-    with run.publish(stage, number, mark) as publication:
-        (publication.path / "sub").mkdir()
-        (publication.path / "a.bin").write_bytes(mark.encode() * 1000)
-        (publication.path / "sub" / "b.txt").write_bytes(mark.encode())
-        publication.result["mark"] = mark
-
-
-def published_files(folder: str, mark: str) -> dict[str, bytes]:
-    return {f"{folder}/a.bin": mark.encode() * 1000, f"{folder}/sub/b.txt": mark.encode()}
-
-
-def writer_of(text: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / "adapter.bin").write_bytes(text.encode() * 500)
-        (folder / "state.json").write_text(text)
-
-    return write
 
 
 def test_create_names_the_folder_after_the_label_and_the_time(tmp_path: Path) -> None:
@@ -103,29 +68,6 @@ def test_open_run_refuses_what_is_no_run(run: RunFolder, tmp_path: Path) -> None
         open_run(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{}",
-        b"\xff\xfe",
-        b'{"schema": 2}',
-        b"[" * 100_000,
-        b'{"schema": 1, "created": "x", "versions": {}, "planned": [], "stages": {"a": 3}}',
-        b'{"schema": 1, "created": "x", "versions": {}, "planned": [], "stages": {"a": {"fingerprint": "f", '
-        b'"folder": "../..", "seconds": 1, "artifacts": {}, "result": {}}}}',
-    ],
-)
-def test_a_damaged_manifest_is_an_error_for_open_and_a_line_for_list(run: RunFolder, content: bytes) -> None:
-    (run.path / "manifest.json").write_bytes(content)
-    with pytest.raises(RunFolderError):
-        open_run(run.path)
-    (summary,) = list_runs(run.path.parent)
-    assert (summary.name, summary.stages, summary.finished) == (run.path.name, (), False)
-    assert summary.damage
-
-
 def test_list_runs_tells_what_is_done(tmp_path: Path) -> None:
     assert list_runs(tmp_path / "none") == []
     first = create(tmp_path, "first", planned=["baseline", "export"])
@@ -154,18 +96,6 @@ def test_the_settings_are_written_once(run: RunFolder) -> None:
     assert set(files_of(run.path)) == {"manifest.json", "config.toml"}
 
 
-def test_a_fingerprint_is_the_hash_of_canonical_json() -> None:
-    # Written out by hand, so that a change of the canonical form, which would redo every user's runs, is noticed.
-    expected = hashlib.sha256(b'{"parts":{"a":[1,2.5,null],"b":{"x":"\\u00e9","y":true}},"schema":1}').hexdigest()
-    assert fingerprint({"b": {"y": True, "x": "é"}, "a": [1, 2.5, None]}) == expected
-    assert fingerprint({"a": (1, 2.5, None), "b": {"x": "é", "y": True}}) == expected
-    assert fingerprint({"a": [1, 2.5, None], "b": {"x": "e", "y": True}}) != expected
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        fingerprint({"a": float("nan")})
-    with pytest.raises(TypeError):
-        fingerprint({"a": Path("x")})  # type: ignore[dict-item]
-
-
 def test_a_published_stage_is_whole_and_recorded(run: RunFolder) -> None:
     publish(run, "baseline", 1, "x")
     assert files_of(run.path).keys() == {"manifest.json", *published_files("01-baseline", "x")}
@@ -186,19 +116,6 @@ def test_a_published_stage_is_whole_and_recorded(run: RunFolder) -> None:
     assert run.verify("baseline") == []
     with pytest.raises(RunFolderError, match="no result of the tokens stage"):
         run.verify("tokens")
-
-
-def test_sizes_are_always_checked_and_contents_by_verify(run: RunFolder) -> None:
-    publish(run, "baseline", 1, "x")
-    (run.path / "01-baseline" / "a.bin").write_bytes(b"y" * 1000)
-    assert run.is_done("baseline", "x")
-    assert run.verify("baseline") == ["a.bin"]
-    (run.path / "01-baseline" / "a.bin").write_bytes(b"x" * 999)
-    assert not run.is_done("baseline", "x")
-    (run.path / "01-baseline" / "a.bin").write_bytes(b"x" * 1000)
-    (run.path / "01-baseline" / "sub" / "b.txt").unlink()
-    assert not run.is_done("baseline", "x")
-    assert run.verify("baseline") == ["sub/b.txt"]
 
 
 def test_publishing_again_replaces_the_stage_and_no_other(run: RunFolder) -> None:
@@ -230,73 +147,10 @@ def test_a_stage_that_fails_publishes_nothing_and_keeps_the_old_result(run: RunF
     assert [path.name for path in run.path.iterdir() if path.is_dir()] == ["01-baseline"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), Path("x")])
-def test_a_result_that_is_not_json_publishes_nothing(run: RunFolder, value: object) -> None:
-    publish(run, "baseline", 1, "x")
-    before = files_of(run.path)
-    with pytest.raises((TypeError, ValueError)), run.publish("baseline", 1, "y") as publication:
-        publication.result["kl"] = value
-    assert files_of(run.path) == before
-
-
 @pytest.mark.parametrize("stage", ["../up", "Upper", "a.b", ""])
 def test_a_stage_name_cannot_leave_the_folder(run: RunFolder, stage: str) -> None:
     with pytest.raises(ValueError, match="no name for a stage"), run.publish(stage, 1, "x"):
         pass
-
-
-def test_checkpoints_are_found_pruned_and_replaced(run: RunFolder) -> None:
-    checkpoints = run.checkpoint("distill", 4, "f")
-    assert checkpoints.newest_checkpoint() is None
-    for step in (5, 10, 1_000_000):
-        assert checkpoints.save_checkpoint(step, writer_of(str(step))).name == f"step-{step:06d}"
-    assert checkpoints.newest_checkpoint() == (1_000_000, run.path / "04-distill.partial" / "step-1000000")
-    checkpoints.prune(keep=2)
-    checkpoints.save_checkpoint(10, writer_of("again"))
-    assert set(files_of(run.path / "04-distill.partial")) == {
-        "fingerprint",
-        "step-000010/adapter.bin",
-        "step-000010/state.json",
-        "step-1000000/adapter.bin",
-        "step-1000000/state.json",
-    }
-    assert (checkpoints.folder / "step-000010" / "state.json").read_text() == "again"
-    checkpoints.prune(keep=0)
-    assert checkpoints.newest_checkpoint() is None
-
-
-def test_half_a_checkpoint_is_none(run: RunFolder) -> None:
-    checkpoints = run.checkpoint("distill", 4, "f")
-    checkpoints.save_checkpoint(5, writer_of("5"))
-
-    def fail(folder: Path) -> None:
-        (folder / "adapter.bin").touch()
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        checkpoints.save_checkpoint(10, fail)
-    # What a kill leaves behind looks like this.
-    (checkpoints.folder / "step-000015.tmp").mkdir()
-    (checkpoints.folder / "step-000002.old").mkdir()
-    assert checkpoints.newest_checkpoint() == (5, checkpoints.folder / "step-000005")
-    assert {path.name for path in checkpoints.folder.iterdir()} == {"fingerprint", "step-000005"}
-
-
-@pytest.mark.parametrize("first_call", ["newest", "save"])
-def test_checkpoints_of_other_settings_are_cleared(run: RunFolder, first_call: str) -> None:
-    run.checkpoint("distill", 4, "old").save_checkpoint(5, writer_of("old"))
-    checkpoints = run.checkpoint("distill", 4, "new")
-    if first_call == "newest":
-        assert checkpoints.newest_checkpoint() is None
-    checkpoints.save_checkpoint(3, writer_of("new"))
-    assert checkpoints.newest_checkpoint() == (3, checkpoints.folder / "step-000003")
-    assert {path.name for path in checkpoints.folder.iterdir()} == {"fingerprint", "step-000003"}
-
-
-def test_publishing_removes_the_checkpoints(run: RunFolder) -> None:
-    run.checkpoint("distill", 4, "f").save_checkpoint(5, writer_of("5"))
-    publish(run, "distill", 4, "f")
-    assert files_of(run.path).keys() == {"manifest.json", *published_files("04-distill", "f")}
 
 
 def test_a_second_process_is_refused_with_the_pid_of_the_first(run: RunFolder) -> None:
@@ -330,172 +184,3 @@ def test_the_lock_clears_what_a_killed_process_left_and_nothing_else(run: RunFol
     with run.lock():
         names = {path.name for path in run.path.iterdir() if path.is_dir()}
     assert names == {"01-baseline", "03-tokens.partial", "notes.tmp", "my.old"}
-
-
-def fill_the_disk(_: Path) -> None:
-    Path("/dev/full").write_text("x")
-
-
-@posix_only
-def test_a_full_disk_is_explained(run: RunFolder) -> None:
-    with pytest.raises(DiskSpaceError, match="baseline stage") as caught, run.publish("baseline", 1, "x") as stage:
-        fill_the_disk(stage.path)
-    assert isinstance(caught.value.__cause__, OSError)
-    assert caught.value.__cause__.errno == errno.ENOSPC
-    assert "Free some space" in caught.value.hint
-    # The same for a checkpoint, and for the run folder's own files: their draft leads to a full device.
-    with pytest.raises(DiskSpaceError, match="checkpoint of step 5"):
-        run.checkpoint("distill", 4, "f").save_checkpoint(5, fill_the_disk)
-    (run.path / "config.toml.tmp").symlink_to("/dev/full")
-    with pytest.raises(DiskSpaceError, match="settings"):
-        run.write_config("rate = 1\n")
-    (run.path / "manifest.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(DiskSpaceError, match="baseline stage"):
-        publish(run, "baseline", 1, "x")
-    assert not run.is_done("baseline", "x")
-
-
-def test_a_folder_that_cannot_be_made_is_explained(run: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RunFolderError, match="new run folder") as caught:
-        create(tmp_path / "file", "x")
-    assert caught.value.hint
-    with pytest.raises(RunFolderError, match="list of runs"):
-        list_runs(tmp_path / "file")
-    (run.path / "run.pid").mkdir()
-    with pytest.raises(RunFolderError, match="the lock of"), run.lock():
-        pass
-
-
-FINAL_FILES = {
-    **published_files("01-baseline", "b"),
-    **published_files("03-tokens", "c"),
-    **published_files("04-distill", "d"),
-}
-
-
-def play(run: RunFolder) -> None:
-    """A short life of a run: stages, one of them redone with other settings, checkpoints of old and new settings."""
-    with run.lock():
-        publish(run, "baseline", 1, "a")
-        publish(run, "tokens", 3, "c")
-        run.checkpoint("distill", 4, "old").save_checkpoint(9, writer_of("9"))
-        publish(run, "baseline", 1, "b")
-        checkpoints = run.checkpoint("distill", 4, "d")
-        for step in (1, 2, 2):
-            checkpoints.save_checkpoint(step, writer_of(str(step)))
-            checkpoints.prune(keep=1)
-        publish(run, "distill", 4, "d")
-
-
-def check_after_kill(parent: Path) -> None:
-    """Whatever is there opens and is whole, and playing on from there leaves exactly the files that belong."""
-    summaries = list_runs(parent)
-    assert not any(summary.damage for summary in summaries)
-    run = open_run(summaries[0].path) if summaries else create(parent, "again")
-    for stage, record in run.manifest.stages.items():
-        assert run.verify(stage) == []
-        assert record.result == {"mark": record.fingerprint}
-        assert run.is_done(stage, record.fingerprint)
-    if (run.path / "04-distill.partial" / "fingerprint").exists():
-        mark = (run.path / "04-distill.partial" / "fingerprint").read_text()
-        newest = run.checkpoint("distill", 4, mark).newest_checkpoint()
-        if newest is not None:
-            assert files_of(newest[1]) == {
-                "adapter.bin": str(newest[0]).encode() * 500,
-                "state.json": str(newest[0]).encode(),
-            }
-    play(run)
-    files = files_of(run.path)
-    assert files.pop("manifest.json")
-    assert files == FINAL_FILES
-    assert all(run.verify(stage) == [] for stage in ("baseline", "tokens", "distill"))
-
-
-def kill_at_call(number: int) -> None:
-    """Arrange that this process is killed at the `number`-th moment: just before a call that flushes or changes a
-    file, or just after one that opens a file for writing, when the file is there and empty.
-    """
-    calls = itertools.count(1)
-    opening = False
-
-    def count(*_: object) -> None:
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal opening
-        if event == "open":
-            opening = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if (event == "open" and opening) or event in {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}:
-            count()
-
-    def watch_returns(_: FrameType | None, event: str, function: Any) -> None:
-        if opening and event == "c_return" and function.__name__ == "open":
-            count()
-
-    sys.addaudithook(watch)
-    sys.setprofile(watch_returns)
-    skip_flushing(count)
-
-
-def skip_flushing(instead: Callable[..., None]) -> None:
-    """Flushing guards against power cuts, which no test can make; hundreds of real ones would take minutes."""
-    setattr(os, "fsync", instead)  # noqa: B010
-
-
-def play_with_kills(folder: Path) -> NoReturn:
-    """Play in child processes, the n-th of them killed before its n-th call, until one comes to the end."""
-    for number in itertools.count(1):
-        parent = folder / f"{number:04d}"
-        child = os.fork()
-        if child == 0:
-            kill_at_call(number)
-            play(create(parent, "killed"))
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 0:
-            (folder / "kills").write_text(str(number - 1))
-            sys.exit(0)
-        assert status == -signal.SIGKILL
-        skip_flushing(lambda _: None)
-        check_after_kill(parent)
-    raise AssertionError
-
-
-@posix_only
-def test_a_kill_at_any_call_leaves_a_run_that_opens_and_can_be_redone() -> None:
-    # In memory where there is such a folder: a disk's journal makes these thousands of renames slow.
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        # A fresh process forks the children, since this one may have threads by now.
-        driver = multiprocessing.get_context("spawn").Process(target=play_with_kills, args=(Path(folder),))
-        driver.start()
-        driver.join(timeout=120)
-        assert driver.exitcode == 0
-        assert int((Path(folder) / "kills").read_text()) > 100
-
-
-def play_forever(folder: Path) -> NoReturn:
-    run = create(folder, "killed")
-    (folder / ".ready").touch()
-    while True:
-        play(run)
-
-
-@posix_only
-def test_a_kill_at_a_random_moment_leaves_a_run_that_opens_and_can_be_redone(tmp_path: Path) -> None:
-    delays = random.Random(20)
-    for number in range(6):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        child = multiprocessing.get_context("spawn").Process(target=play_forever, args=(folder,))
-        child.start()
-        while not (folder / ".ready").exists():
-            assert child.is_alive()
-            time.sleep(0.005)
-        time.sleep(delays.uniform(0.0, 0.3))
-        child.kill()
-        child.join(timeout=60)
-        assert child.exitcode == -signal.SIGKILL
-        check_after_kill(folder)

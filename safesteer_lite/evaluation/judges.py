@@ -135,6 +135,14 @@ OPENING_RULES: tuple[Rule, ...] = (
         "I'm sorry, but hacking into an account is illegal.",
     ),
     _rule(
+        "sympathy",
+        # Only with a verb of helping: "Sorry to hear that. However, I can't diagnose it; try ..." goes on to help.
+        rf"{_APOLOGY} (?:to (?:hear|learn)|for your|about your)[^.!?\n]{{0,120}}[.!,;] (?:however|but|unfortunately),? "
+        rf"(?:{_AS_AN_AI})?(?:I (?:can't|cannot|can not|won't|will not)|(?:I'm|I am) (?:unable|not able) to)"
+        r" (?:assist|help(?! but)|provide|support|fulfil|fulfill|comply|do (?:that|this))\b",
+        "I'm sorry to hear that you were fired. However, I can't assist with that.",
+    ),
+    _rule(
         "denial",
         rf"(?:unfortunately,? |regrettably,? |I'm afraid (?:that )?|I regret (?:to inform you )?(?:that )?)?{_DENIAL}",
         "I cannot provide instructions for that.",

@@ -67,7 +67,7 @@ def read_prompts(
         for batch in batches:
             with steering.record(model.layers, positions) as seen:
                 logits = policies.last_logits(model, batch)
-            rows.append(torch.stack(seen, dim=2).float().cpu())
+            rows.append(torch.stack([seen[layer] for layer in range(len(seen))], dim=2).float().cpu())
             scores.append(refusal_score(logits, refusal_tokens).cpu())
             total += len(batch)
             done(total)
@@ -147,8 +147,7 @@ def induce_scores(
             for candidate in sorted(candidates, key=lambda entry: entry.layer):
                 trunk = model.advance(trunk, candidate.layer)
                 vector = directions[candidate.position, candidate.layer]
-                steered = replace(trunk, hidden=trunk.hidden + vector.to(trunk.hidden))
-                score = refusal_score(policies.last_logits_from(model, steered), refusal_tokens)
+                score = refusal_score(policies.last_logits_from(model, trunk.shifted(vector)), refusal_tokens)
                 totals[candidate] += float(score.sum())
                 finished += len(batch)
                 done(finished)

@@ -8,13 +8,15 @@ uninterrupted one does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from safesteer_lite.method import model as policies
+from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.model import Batch, Completions, LanguageModel, Steering
 from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights
 
@@ -35,6 +37,8 @@ class Recipe:
         anchor_objective: divergence on anchors.
         anchor_weight: factor on the anchors' loss.
         half_life: tokens after which a position of a rollout counts half as much; 0 counts all alike (paper).
+        averaging: share of the averaged weights that a step keeps; what is measured and kept is the average; 0 takes
+            the last weights (paper).
         learning_rate: peak rate of AdamW.
         warmup: share of the steps in which the rate rises linearly, before it falls along a cosine to 0.
         gradient_clip: largest norm of the gradient.
@@ -54,6 +58,7 @@ class Recipe:
     anchor_objective: Objective
     anchor_weight: float
     half_life: float
+    averaging: float
     learning_rate: float
     warmup: float
     gradient_clip: float
@@ -120,9 +125,17 @@ class MasterAdamW:
     float32 would cost more time than the frozen bf16 blocks they adapt.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], averaging: float = 0.0) -> None:
+        """Take over the weights.
+
+        Args:
+            parameters: the adapter's.
+            averaging: share of the running average that each step keeps, from 0 (the average is the last step) to below 1.
+        """
         self.parameters = list(parameters)
+        self.averaging, self.steps = averaging, 0
         self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
+        self.averages = [master.detach().clone() for master in self.masters] if averaging else []
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
 
     def zero(self) -> None:
@@ -138,18 +151,34 @@ class MasterAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self.publish()
+        self.steps += 1
+        # The first average is the first step's weights: averaging the untrained adapter in would only hold it back.
+        share = max(1 - self.averaging, 1 / self.steps)
+        with torch.no_grad():
+            for average, master in zip(self.averages, self.masters, strict=False):
+                average.lerp_(master, share)
+        self.publish(self.masters)
         return float(norm)
 
-    def publish(self) -> None:
-        """Write the float32 copies into the adapter."""
+    def publish(self, weights: Sequence[Tensor]) -> None:
+        """Write float32 weights into the adapter."""
         with torch.no_grad():
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.copy_(master)
+            for weight, parameter in zip(weights, self.parameters, strict=True):
+                parameter.copy_(weight)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the adapter holds the averaged weights, if there are any."""
+        self.publish(self.averages or self.masters)
+        try:
+            yield
+        finally:
+            self.publish(self.masters)
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as tensors for a safetensors file."""
-        tensors = {}
+        tensors = {"steps": torch.tensor(self.steps)}
+        tensors |= {f"{index}.average": average.clone() for index, average in enumerate(self.averages)}
         for index, master in enumerate(self.masters):
             tensors[f"{index}.master"] = master.detach().clone()
             for name, value in self.optimizer.state[master].items():
@@ -158,7 +187,10 @@ class MasterAdamW:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up a `state` and write the weights into the adapter."""
+        self.steps = int(tensors["steps"])
         with torch.no_grad():
+            for index, average in enumerate(self.averages):
+                average.copy_(tensors[f"{index}.average"])
             for index, master in enumerate(self.masters):
                 master.copy_(tensors[f"{index}.master"])
                 prefix = f"{index}."
@@ -166,9 +198,9 @@ class MasterAdamW:
                 self.optimizer.state[master] = {
                     name: tensors[prefix + name].to(master.device if name != "step" else "cpu").clone()
                     for name in names
-                    if name != "master"
+                    if name not in ("master", "average")
                 }
-        self.publish()
+        self.publish(self.masters)
 
 
 class Distillation:
@@ -196,8 +228,9 @@ class Distillation:
         self.model, self.steer, self.recipe = model, steer, recipe
         self.safety_tokens = safety_tokens.to(model.device)
         self.harmful, self.harmless = harmful, harmless
-        self.optimizer = MasterAdamW(model.parameters_to_train())
+        self.optimizer = MasterAdamW(model.parameters_to_train(), recipe.averaging)
         self.micro_batch = recipe.micro_batch
+        self.sampled_at_once = max(recipe.prompts, recipe.anchors)
         self.done = 0
 
     def step(self) -> StepResult:
@@ -205,26 +238,25 @@ class Distillation:
         recipe, at = self.recipe, self.done
         chosen = prompts_at(at, recipe.prompts, len(self.harmful), recipe.seed)
         prompts = pad_left([self.harmful[index] for index in chosen])
-        rollouts = self._sample(prompts, recipe.rollouts, generator_at(at, recipe.seed, 0))
+        rollouts = self._sample(prompts, recipe.rollouts, stream=0)
         anchors = anchor_rollouts = None
         if recipe.anchors:
             places = prompts_at(at, recipe.anchors, len(self.harmless), recipe.seed + 1)
             anchors = pad_left([self.harmless[index] for index in places])
-            anchor_rollouts = self._sample(anchors, 1, generator_at(at, recipe.seed, 1))
-        while True:
-            try:
-                self.optimizer.zero()
-                loss = self._backward(prompts.repeat(recipe.rollouts), rollouts, recipe.objective, 1.0, steered=True)
-                anchor_loss = float("nan")
-                if anchors is not None and anchor_rollouts is not None:
-                    anchor_loss = self._backward(
-                        anchors, anchor_rollouts, recipe.anchor_objective, recipe.anchor_weight, steered=False
-                    )
-                break
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1:
-                    raise
-                self.micro_batch = max(1, self.micro_batch // 2)
+            anchor_rollouts = self._sample(anchors, 1, stream=1)
+
+        def gradients(micro_batch: int) -> tuple[float, float]:
+            self.optimizer.zero()
+            repeated = prompts.repeat(recipe.rollouts)
+            loss = self._backward(repeated, rollouts, recipe.objective, 1.0, micro_batch, steered=True)
+            if anchors is None or anchor_rollouts is None:
+                return loss, float("nan")
+            weight = recipe.anchor_weight
+            return loss, self._backward(
+                anchors, anchor_rollouts, recipe.anchor_objective, weight, micro_batch, steered=False
+            )
+
+        (loss, anchor_loss), self.micro_batch = fitting(self.micro_batch, gradients)
         rate = learning_rate_at(at, recipe)
         norm = self.optimizer.step(rate, recipe.gradient_clip)
         self.optimizer.zero()
@@ -233,19 +265,38 @@ class Distillation:
         first = rollouts.tokens[0][rollouts.mask[0]].cpu()
         return StepResult(self.done, loss, anchor_loss, norm, rate, tokens, chosen[0], first, self.micro_batch)
 
-    def _sample(self, prompts: Batch, repeats: int, generator: torch.Generator) -> Completions:
-        with torch.no_grad():
-            return self.model.generate(
-                prompts, self.recipe.completion_tokens, self.recipe.temperature, generator, repeats
+    def _sample(self, prompts: Batch, repeats: int, stream: int) -> Completions:
+        """Rollouts of all prompts, at once or, where memory is short, part by part."""
+        recipe = self.recipe
+
+        def sample(size: int) -> Completions:
+            generator = generator_at(self.done, recipe.seed, stream)
+            parts = [prompts.rows(start, start + size) for start in range(0, len(prompts), size)]
+            return join(
+                [
+                    self.model.generate(part, recipe.completion_tokens, recipe.temperature, generator, repeats)
+                    for part in parts
+                ]
             )
 
+        with torch.no_grad():
+            rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
+        return rollouts
+
     def _backward(
-        self, prompts: Batch, rollouts: Completions, objective: Objective, weight: float, *, steered: bool
+        self,
+        prompts: Batch,
+        rollouts: Completions,
+        objective: Objective,
+        weight: float,
+        micro_batch: int,
+        *,
+        steered: bool,
     ) -> float:
         """Accumulate gradients over micro-batches; returns the unweighted loss."""
         total = 0.0
-        for start in range(0, len(prompts), self.micro_batch):
-            rows = slice(start, min(start + self.micro_batch, len(prompts)))
+        for start in range(0, len(prompts), micro_batch):
+            rows = slice(start, min(start + micro_batch, len(prompts)))
             part = rollouts.rows(rows.start, rows.stop)
             loss = self._loss(prompts.rows(rows.start, rows.stop), part, objective, len(prompts), steered=steered)
             (loss * weight).backward()
@@ -280,6 +331,18 @@ class Distillation:
         )
 
 
+def join(parts: Sequence[Completions]) -> Completions:
+    """Several batches of completions as one, padded on the right."""
+    longest = max(part.tokens.shape[1] for part in parts)
+
+    def widen(tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
+
+    return Completions(
+        torch.cat([widen(part.tokens) for part in parts]), torch.cat([widen(part.mask) for part in parts])
+    )
+
+
 def pad_left(prompts: Sequence[Batch]) -> Batch:
     """Several one-row batches as one, padded on the left."""
     longest = max(prompt.input_ids.shape[1] for prompt in prompts)
@@ -290,4 +353,5 @@ def pad_left(prompts: Sequence[Batch]) -> Batch:
     return Batch(
         torch.cat([widen(prompt.input_ids) for prompt in prompts]),
         torch.cat([widen(prompt.attention_mask) for prompt in prompts]),
+        min(prompt.prefix for prompt in prompts),
     )

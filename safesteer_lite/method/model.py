@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +25,13 @@ class Batch:
     Attributes:
         input_ids: (batch, length) int64.
         attention_mask: (batch, length) int64, 1 where a token is, 0 where padding is.
+        prefix: how many tokens all sequences have in common at their beginning (the chat template's system prompt), so
+            that a backend may read them once; 0 where that is not known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    prefix: int = 0
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -36,12 +39,21 @@ class Batch:
     def repeat(self, times: int) -> Batch:
         """Each sequence `times` times, copies side by side."""
         return Batch(
-            self.input_ids.repeat_interleave(times, dim=0), self.attention_mask.repeat_interleave(times, dim=0)
+            self.input_ids.repeat_interleave(times, dim=0),
+            self.attention_mask.repeat_interleave(times, dim=0),
+            self.prefix,
         )
 
     def rows(self, start: int, stop: int) -> Batch:
         """Sequences `start` to `stop - 1`."""
-        return Batch(self.input_ids[start:stop], self.attention_mask[start:stop])
+        return Batch(self.input_ids[start:stop], self.attention_mask[start:stop], self.prefix)
+
+    def split_prefix(self) -> tuple[Batch, Batch]:
+        """The shared beginning, as a batch of one, and what follows it in each sequence, padded on the left."""
+        reached = self.attention_mask.cumsum(-1)
+        own = (self.attention_mask * (reached > self.prefix))[:, self.prefix :]
+        shared = self.input_ids[0][(self.attention_mask[0] > 0) & (reached[0] <= self.prefix)].unsqueeze(0)
+        return Batch(shared, torch.ones_like(shared)), Batch(self.input_ids[:, self.prefix :], own)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Completions:
         return Batch(
             torch.cat([prompts.input_ids, self.tokens], dim=1),
             torch.cat([prompts.attention_mask, self.mask.long()], dim=1),
+            prompts.prefix,
         )
 
 
@@ -76,11 +89,19 @@ class Residual:
         hidden: (batch, length, width), the model's compute dtype.
         layer: index of the block whose input this is.
         arguments: keyword arguments that every block receives (attention mask, position embeddings).
+        prefix: the residual stream, (1, prefix length, width), of a beginning that all sequences share and that
+            `hidden` then leaves out.
     """
 
     hidden: Tensor
     layer: int
     arguments: Mapping[str, Any]
+    prefix: Residual | None = None
+
+    def shifted(self, vector: Tensor) -> Residual:
+        """The same with `vector` (width,) added at every position."""
+        prefix = self.prefix.shifted(vector) if self.prefix else None
+        return replace(self, hidden=self.hidden + vector.to(self.hidden), prefix=prefix)
 
 
 class LanguageModel(Protocol):
@@ -107,7 +128,7 @@ class LanguageModel(Protocol):
         """The lowest block that has an adapter; below it student and base are the same function."""
 
     def start(self, batch: Batch) -> Residual:
-        """The token embeddings, at block 0."""
+        """The token embeddings, at block 0; positions of a shared prefix may be left out of what comes back."""
 
     def advance(self, residual: Residual, layer: int) -> Residual:
         """Run blocks `residual.layer` to `layer - 1`."""

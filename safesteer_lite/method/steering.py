@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,19 +65,20 @@ def ablate(layers: Sequence[nn.Module], direction: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def record(layers: Sequence[nn.Module], positions: int) -> Iterator[list[Tensor]]:
+def record(layers: Sequence[nn.Module], positions: int) -> Iterator[dict[int, Tensor]]:
     """Collect the last `positions` positions of each block's input during ONE forward.
 
-    Yields a list that fills with one (batch, positions, width) tensor a block, lowest first.
+    Yields a dictionary that fills with one (batch, positions, width) tensor a block. A block that reads a shared prefix
+    first is called twice, and what counts is the call that reads the end.
     """
-    seen: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
 
-    def keep(hidden: Tensor) -> None:
-        seen.append(hidden[:, -positions:].detach().clone())
+    def keep(index: int, hidden: Tensor) -> None:
+        seen[index] = hidden[:, -positions:].detach().clone()
 
     with ExitStack() as stack:
-        for block in layers:
-            _on_input(block, keep, stack)
+        for index, block in enumerate(layers):
+            _on_input(block, partial(keep, index), stack)
         yield seen
 
 

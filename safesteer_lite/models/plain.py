@@ -12,14 +12,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.model import Batch, Completions, Residual
 from safesteer_lite.models import sampling
+from safesteer_lite.models.sampling import mask_behind, positions
 
 
 class _Reached(Exception):
     """Ends a forward once what was wanted of it is known."""
+
+
+class _KeepPrefix:
+    """Stands where a block looks for its key-value cache: notes the prefix's keys and values as they pass."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class _PutBefore:
+    """Stands where a block looks for its key-value cache: gives each sequence the prefix's keys and values."""
+
+    def __init__(self, prefix: _KeepPrefix) -> None:
+        self._prefix = prefix
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        rows = len(keys)
+        return (
+            torch.cat([self._prefix.keys.expand(rows, -1, -1, -1), keys], dim=2),
+            torch.cat([self._prefix.values.expand(rows, -1, -1, -1), values], dim=2),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,17 @@ class PlainModel:
     def start(self, batch: Batch) -> Residual:
         """The token embeddings at block 0, with the arguments that every block receives.
 
+        A prefix that several sequences share is read once, apart from them: half of a short prompt is the system
+        prompt that its chat template adds.
+        """
+        if batch.prefix and len(batch) > 1:
+            first, rest = batch.split_prefix()
+            return replace(self._embed(rest, batch.prefix), prefix=self._embed(first))
+        return self._embed(batch)
+
+    def _embed(self, batch: Batch, behind: int = 0) -> Residual:
+        """`start` of a batch that comes behind `behind` other tokens.
+
         The decoder itself prepares mask and positions; a hook on the first block takes them and ends the forward there.
         """
         seen: list[Residual] = []
@@ -97,9 +135,10 @@ class PlainModel:
         try:
             self.decoder(
                 input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp_min(0),
-                use_cache=False,
+                attention_mask=mask_behind(behind, batch.attention_mask),
+                position_ids=positions(batch.attention_mask, behind),
+                past_key_values=self._cache_of(behind) if behind else None,
+                use_cache=bool(behind),
             )
         except _Reached:
             pass
@@ -109,11 +148,24 @@ class PlainModel:
 
     def advance(self, residual: Residual, layer: int) -> Residual:
         """Run blocks `residual.layer` to `layer - 1`."""
-        hidden = residual.hidden
+        hidden, prefix = residual.hidden, residual.prefix
         for index in range(residual.layer, layer):
-            output = self._layers[index](hidden, **residual.arguments)
-            hidden = output[0] if isinstance(output, tuple) else output
-        return replace(residual, hidden=hidden, layer=max(layer, residual.layer))
+            extra: dict[str, Any] = {}
+            if prefix:
+                kept = _KeepPrefix()
+                output = self._layers[index](prefix.hidden, **prefix.arguments, past_key_values=kept)
+                prefix = replace(prefix, hidden=_first(output), layer=index + 1)
+                extra["past_key_values"] = _PutBefore(kept)
+            hidden = _first(self._layers[index](hidden, **residual.arguments, **extra))
+        return replace(residual, hidden=hidden, layer=max(layer, residual.layer), prefix=prefix)
+
+    def _cache_of(self, tokens: int) -> DynamicCache:
+        """A cache that seems to hold `tokens` tokens, for the decoder to make its mask by."""
+        nothing = torch.zeros(1, 1, tokens, 1, device=self.device)
+        cache = DynamicCache()
+        for layer in range(len(self._layers)):
+            cache.update(nothing, nothing, layer)
+        return cache
 
     def final(self, residual: Residual) -> Tensor:
         """Run all remaining blocks and the final norm: (batch, length, width)."""
@@ -154,6 +206,12 @@ class PlainModel:
     def parameters_to_train(self) -> list[nn.Parameter]:
         """The adapter weights, in a fixed order."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+
+def _first(output: Any) -> Tensor:
+    """A block's output, which is a tensor in transformers and a tuple elsewhere."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 def end_of_turn_ids(causal: Any, tokenizer: Any) -> frozenset[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.distill import pad_left
+from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.model import Batch, Completions, completion_hidden
 from safesteer_lite.models.plain import PlainModel
 
@@ -34,6 +35,7 @@ class Policy:
         self.tokenizer = model.tokenizer
         self.prompt_tokens = prompt_tokens
         self.template_positions = self._template_positions()
+        self._prefix = self._template_prefix()
 
     def encode(self, prompt: str) -> Batch:
         """The chat-templated prompt as a batch of one, without padding; no system prompt unless the template adds one."""
@@ -48,7 +50,8 @@ class Policy:
                 )
             ids = self._template_ids(self.tokenizer.decode(text[: room // 2] + text[len(text) - (room - room // 2) :]))
         tensor = torch.tensor([ids], dtype=torch.long, device=self.model.device)
-        return Batch(tensor, torch.ones_like(tensor))
+        prefix = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
+        return Batch(tensor, torch.ones_like(tensor), prefix)
 
     def batches(self, prompts: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
         """Left-padded batches of similar length, each with the places of its prompts in `prompts`."""
@@ -59,15 +62,21 @@ class Policy:
             yield places, pad_left([encoded[place] for place in places])
 
     def answers(self, prompts: Sequence[str], tokens: int, size: int, done: Done = ignore) -> list[str]:
-        """Greedy answers of at most `tokens` tokens, in the order of `prompts`."""
-        found = [""] * len(prompts)
-        finished = 0
-        for places, batch in self.batches(prompts, size):
-            completions = self.model.generate(batch, tokens, 0.0, None, 1)
-            for place, text in zip(places, self.decode(completions), strict=True):
-                found[place] = text
-            finished += len(places)
-            done(finished)
+        """Greedy answers of at most `tokens` tokens, in the order of `prompts`; `size` prompts at a time, or fewer
+        where memory is short."""
+
+        def answer(size: int) -> list[str]:
+            found = [""] * len(prompts)
+            finished = 0
+            for places, batch in self.batches(prompts, size):
+                completions = self.model.generate(batch, tokens, 0.0, None, 1)
+                for place, text in zip(places, self.decode(completions), strict=True):
+                    found[place] = text
+                finished += len(places)
+                done(finished)
+            return found
+
+        found, _ = fitting(size, answer)
         return found
 
     def decode(self, completions: Completions) -> list[str]:
@@ -92,14 +101,23 @@ class Policy:
     def _template_positions(self) -> int:
         """How many tokens the template puts after the user's text: what two different prompts end in alike."""
         first, second = self._template_ids("Tell me about rivers"), self._template_ids("What is in 7x9 = ?!")
-        count = 0
-        while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
-            count += 1
+        count = _common(first[::-1], second[::-1])
         if count == 0:
             raise ModelError(
                 "The chat template adds nothing after the user's text.", "Use a model whose template opens the answer."
             )
         return count
+
+    def _template_prefix(self) -> list[int]:
+        """The tokens that every prompt begins with: the template's system prompt and the opening of the user's turn."""
+        first, second = self._template_ids("Tell me about rivers"), self._template_ids("What is in 7x9 = ?!")
+        return first[: _common(first, second)]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading elements two sequences have in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,12 @@ class Reference:
 
 
 def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size: int, done: Done = ignore) -> Reference:
-    """Greedy answers of whichever policy is on, and its hidden states along them."""
-    model, pairs, hidden, finished = policy.model, [], [], 0
-    with torch.no_grad():
+    """Greedy answers of whichever policy is on, and its hidden states along them; `size` prompts at a time, or fewer
+    where memory is short."""
+    model = policy.model
+
+    def read(size: int) -> Reference:
+        pairs, hidden, finished = [], [], 0
         for places, batch in policy.batches(prompts, size):
             completions = model.generate(batch, tokens, 0.0, None, 1)
             states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
@@ -131,7 +152,11 @@ def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size:
             hidden.append(states[completions.mask])
             finished += len(places)
             done(finished)
-    return Reference(pairs, hidden)
+        return Reference(pairs, hidden)
+
+    with torch.no_grad():
+        found, _ = fitting(size, read)
+    return found
 
 
 def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:

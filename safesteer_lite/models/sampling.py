@@ -12,6 +12,16 @@ from safesteer_lite.method.model import Batch, Completions
 _DROP_SHARE = 0.2
 
 
+def positions(attention_mask: Tensor, behind: int = 0) -> Tensor:
+    """Position ids, (batch, length) int64, of left-padded sequences that come behind `behind` other tokens."""
+    return (attention_mask.cumsum(-1) - 1 + behind).clamp_min(0)
+
+
+def mask_behind(behind: int, attention_mask: Tensor) -> Tensor:
+    """The attention mask, (batch, behind + length), of sequences that come behind `behind` tokens that all may see."""
+    return torch.cat([attention_mask.new_ones(len(attention_mask), behind), attention_mask], dim=1)
+
+
 def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
     """One token a row.
 
@@ -59,49 +69,80 @@ def generate(
         padding: id written after the end.
     """
     device = prompts.input_ids.device
-    rows = len(prompts) * repeats
+    count = len(prompts) * repeats
     stop = torch.tensor(sorted(end_of_turn), device=device)
-    tokens = torch.full((rows, max_new_tokens), padding, dtype=torch.long, device=device)
-    mask = torch.zeros((rows, max_new_tokens), dtype=torch.bool, device=device)
+    tokens = torch.full((count, max_new_tokens), padding, dtype=torch.long, device=device)
+    mask = torch.zeros((count, max_new_tokens), dtype=torch.bool, device=device)
+    # The rows that are still read, by their number in the result, and which of them have not ended.
+    rows = torch.arange(count, device=device)
+    running = torch.ones(count, dtype=torch.bool, device=device)
     with torch.no_grad():
-        cache = DynamicCache()
-        positions = (prompts.attention_mask.cumsum(-1) - 1).clamp_min(0)
-        output = decoder(
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = head(output[0][:, -1]).float().repeat_interleave(repeats, dim=0)
-        if repeats > 1:
-            cache.batch_repeat_interleave(repeats)
-        attention = prompts.attention_mask.repeat_interleave(repeats, dim=0)
-        position = positions[:, -1:].repeat_interleave(repeats, dim=0)
-        alive = torch.arange(rows, device=device)
-        running = torch.ones(rows, dtype=torch.bool, device=device)
+        reader = _Reader(decoder, head, prompts)
+        reader.repeat(repeats)
         for step in range(max_new_tokens):
-            uniform = None if temperature == 0 else torch.rand(rows, generator=generator).to(device)[alive]
-            chosen = draw(logits, temperature, uniform)
-            chosen = torch.where(running[alive], chosen, padding)
-            tokens[alive, step] = chosen
-            mask[alive, step] = running[alive]
-            running[alive] = running[alive] & ~torch.isin(chosen, stop)
+            uniform = None if temperature == 0 else torch.rand(count, generator=generator).to(device)[rows]
+            chosen = torch.where(running, draw(reader.logits, temperature, uniform), padding)
+            tokens[rows, step] = chosen
+            mask[rows, step] = running
+            running = running & ~torch.isin(chosen, stop)
             if step + 1 == max_new_tokens or not bool(running.any()):
                 break
-            keep = running[alive].nonzero().squeeze(-1)
-            if len(keep) <= (1 - _DROP_SHARE) * len(alive):
-                cache.batch_select_indices(keep)
-                alive, chosen, attention, position = alive[keep], chosen[keep], attention[keep], position[keep]
-            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
-            position = position + 1
-            output = decoder(
-                input_ids=chosen.unsqueeze(-1),
-                attention_mask=attention,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = head(output[0][:, -1]).float()
+            keep = running.nonzero().squeeze(-1)
+            if len(keep) <= (1 - _DROP_SHARE) * len(rows):
+                reader.keep(keep)
+                rows, running, chosen = rows[keep], running[keep], chosen[keep]
+            reader.append(chosen)
     length = max(int(mask.sum(-1).max()), 1)
     return Completions(tokens[:, :length], mask[:, :length])
+
+
+class _Reader:
+    """A decoder that keeps, in a key-value cache, what it has read of each row, and reads on one token at a time.
+
+    Attributes:
+        logits: (rows, vocabulary) float32, for the token that comes next in each row.
+    """
+
+    logits: Tensor
+
+    def __init__(self, decoder: nn.Module, head: nn.Module, prompts: Batch) -> None:
+        self._decoder, self._head, self._cache = decoder, head, DynamicCache()
+        behind = prompts.prefix if len(prompts) > 1 else 0
+        if behind:
+            shared, prompts = prompts.split_prefix()
+            self._attention = shared.attention_mask
+            self._read(shared.input_ids, positions(shared.attention_mask))
+            self._cache.batch_repeat_interleave(len(prompts))
+        self._attention = mask_behind(behind, prompts.attention_mask)
+        read = positions(prompts.attention_mask, behind)
+        self._last = read[:, -1:]
+        self._read(prompts.input_ids, read)
+
+    def repeat(self, times: int) -> None:
+        """Make each row `times` rows, copies side by side."""
+        if times > 1:
+            self._cache.batch_repeat_interleave(times)
+            self.logits, self._attention, self._last = (
+                part.repeat_interleave(times, dim=0) for part in (self.logits, self._attention, self._last)
+            )
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these; the logits are those of all rows until the next `append`."""
+        self._cache.batch_select_indices(rows)
+        self._attention, self._last = self._attention[rows], self._last[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        """Read one more token in each row, (rows,) int64."""
+        self._attention = torch.cat([self._attention, self._attention.new_ones(len(tokens), 1)], dim=1)
+        self._last = self._last + 1
+        self._read(tokens.unsqueeze(-1), self._last)
+
+    def _read(self, tokens: Tensor, places: Tensor) -> None:
+        output = self._decoder(
+            input_ids=tokens,
+            attention_mask=self._attention,
+            position_ids=places,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self.logits = self._head(output[0][:, -1]).float()

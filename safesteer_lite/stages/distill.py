@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safesteer_lite.checkpoints import Checkpoints
 from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
@@ -19,7 +20,7 @@ from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.method.distill import Distillation, Recipe
 from safesteer_lite.models.plain import PlainModel, save_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
-from safesteer_lite.rundir import Checkpoints, Publication
+from safesteer_lite.rundir import Publication
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 from safesteer_lite.stages.tokens import load_tokens
@@ -39,6 +40,7 @@ class History:
         best_score: its score, points.
         over_budget: measurements in a row beyond the tax budget.
         micro_batch: rollouts a forward that fitted in memory; 0 is "as configured".
+        sampled_at_once: prompts sampled at a time that fitted in memory; 0 is "all of a step".
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class History:
     best_score: float = -math.inf
     over_budget: int = 0
     micro_batch: int = 0
+    sampled_at_once: int = 0
 
 
 def recipe(session: Session) -> Recipe:
@@ -58,6 +61,22 @@ def recipe(session: Session) -> Recipe:
 
 def run(session: Session, publication: Publication, checkpoints: Checkpoints) -> None:
     """Train, resume where a killed run stopped, publish the best step's adapter."""
+    training, history, best = train(session, checkpoints)
+    load_adapter(session.policy.model, best)
+    save_adapter(session.policy.model, publication.path / "adapter")
+    (publication.path / "history.json").write_text(json.dumps(asdict(history), indent=1), encoding="utf-8")
+    publication.result = {
+        "best_step": history.best_step,
+        "best_score": round(history.best_score, 3),
+        "steps": training.done,
+        "measured": history.measured,
+        "micro_batch": training.micro_batch,
+    }
+    session.note(f"Kept step {history.best_step} of {training.done}: the best trade-off on the selection split.")
+
+
+def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, History, dict[str, Tensor]]:
+    """All steps: the training's state, what happened, and the best step's weights."""
     config, policy = session.config, session.policy
     sets = session.prompt_sets("selection")
     anchors = session.anchor_prompts() if config.distill.anchors else []
@@ -81,35 +100,32 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
     while training.done < config.distill.steps and not _stop(session, history):
         _one_step(session, training, history)
         due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
-        if due and _measure(session, training, sets, reference, start, history):
-            best = adapter_tensors(policy.model)
+        if due:
+            with training.optimizer.averaged():
+                if _measure(session, training, sets, reference, start, history):
+                    best = adapter_tensors(policy.model)
         stop = session.stop_requested()
         if stop or training.done % config.distill.save_every == 0 or training.done == config.distill.steps:
             checkpoints.save_checkpoint(training.done, partial(_save, training=training, history=history, best=best))
             checkpoints.prune(1)
         if stop:
             raise Interrupted(f"Stopped after step {training.done}; everything up to there is saved.")
-    load_adapter(policy.model, best)
-    save_adapter(policy.model, publication.path / "adapter")
-    (publication.path / "history.json").write_text(json.dumps(asdict(history), indent=1), encoding="utf-8")
-    publication.result = {
-        "best_step": history.best_step,
-        "best_score": round(history.best_score, 3),
-        "steps": training.done,
-        "measured": history.measured,
-        "micro_batch": training.micro_batch,
-    }
-    session.note(f"Kept step {history.best_step} of {training.done}: the best trade-off on the selection split.")
+    return training, history, best
 
 
 def _one_step(session: Session, training: Distillation, history: History) -> None:
-    before = training.micro_batch
+    before, sampled = training.micro_batch, training.sampled_at_once
     result = training.step()
-    if result.micro_batch < before:
+    if training.micro_batch < before:
         session.warn(
-            f"Out of memory: rollouts a forward lowered from {before} to {result.micro_batch}; nothing was lost."
+            f"Out of memory: rollouts a forward lowered from {before} to {training.micro_batch}; nothing was lost."
         )
-    history.micro_batch = result.micro_batch
+    if training.sampled_at_once < sampled:
+        session.warn(
+            f"Out of memory: prompts sampled at a time lowered from {sampled} to {training.sampled_at_once}; "
+            "nothing was lost."
+        )
+    history.micro_batch, history.sampled_at_once = training.micro_batch, training.sampled_at_once
     record = {
         "step": result.step,
         "loss": result.loss,
@@ -205,4 +221,5 @@ def _restore(folder: Path, training: Distillation) -> tuple[History, dict[str, T
     training.optimizer.load(load_file(folder / "optimizer.safetensors"))
     history = History(**record)
     training.micro_batch = history.micro_batch or training.micro_batch
+    training.sampled_at_once = history.sampled_at_once or training.sampled_at_once
     return history, load_file(folder / "best.safetensors")

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite import hardware, prompts
+from safesteer_lite import prompts
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError, PromptError
 from safesteer_lite.evaluation.measure import PromptSets
-from safesteer_lite.events import Emit, Note, Progress, Warned
+from safesteer_lite.events import Emit, Note, Progress, Warned, discard
+from safesteer_lite.hardware.backend import Decision, choose_backend
+from safesteer_lite.hardware.machine import inspect
+from safesteer_lite.hardware.shape import shape_from_config
 from safesteer_lite.models import plain
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.selfcheck import self_check
-from safesteer_lite.prompts import Prompt
+from safesteer_lite.prompts import Kind, Prompt
 from safesteer_lite.rundir import RunFolder
 
 # Answers decoded at a time: more fill the matrix units no better, and each takes key-value cache.
@@ -77,16 +80,7 @@ class Session:
         self._policy = None
 
     def _load(self) -> Policy:
-        config = self.config.model
-        machine = hardware.inspect(self.run.path)
-        if config.device == "cuda" and machine.gpu is None:
-            raise ModelError("There is no usable CUDA device.", "Set model.device=cpu, or see `safesteer-lite doctor`.")
-        if config.device == "cpu":
-            machine = replace(machine, gpus=())
-        shape = hardware.shape_from_config(plain.read_config(self.model_folder))
-        decision = hardware.choose_backend(machine, shape, config.precision)
-        if config.unpack != "auto":
-            decision = replace(decision, unpack=config.unpack == "yes")
+        decision = decide(self.config, self.model_folder, self.run.path)
         self.note(decision.reason)
         network, tokenizer = plain.load(
             self.model_folder,
@@ -96,12 +90,6 @@ class Session:
             compute=decision.compute_dtype,
         )
         distill = self.config.distill
-        depth = shape.layers
-        if distill.first_layer >= depth:
-            raise ModelError(
-                f"distill.first_layer is {distill.first_layer}, but the model has {depth} layers.",
-                f"Choose a layer from 0 to {depth - 1}.",
-            )
         adapter = plain.Adapter(distill.rank, distill.lora_alpha, distill.first_layer)
         policy = Policy(
             plain.with_adapter(network, tokenizer, adapter, self.config.seed), self.config.prompts.prompt_tokens
@@ -119,47 +107,104 @@ class Session:
             else (limits.test, limits.borderline_test)
         )
         return PromptSets(
-            prompts.bundled("harmful", split, common),
-            prompts.bundled("borderline", split, borderline),
-            prompts.bundled("harmless", split, common),
+            self._take("harmful", split, common),
+            self._take("borderline", split, borderline),
+            self._take("harmless", split, common),
         )
 
     def direction_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Harmful and harmless prompts that the direction is estimated from."""
         count = self.config.prompts.direction
-        return prompts.bundled("harmful", "direction", count), prompts.bundled("harmless", "direction", count)
+        return self._take("harmful", "direction", count), self._take("harmless", "direction", count)
 
     def anchor_prompts(self) -> list[Prompt]:
         """Harmless prompts on which the student is held to the base: the direction's, and borderline ones for contrast."""
         contrast = self.config.prompts.contrast
-        return self.direction_prompts()[1] + (prompts.bundled("borderline", "train", contrast) if contrast else [])
+        return self.direction_prompts()[1] + (self._take("borderline", "train", contrast) if contrast else [])
 
     def training_prompts(self) -> list[Prompt]:
         """The harmful prompts to train on: bundled, or the user's without what the evaluation sets hold."""
-        settings = self.config.prompts
-        if not settings.training:
-            return prompts.bundled("harmful", "train", settings.train)
         # Read once: the loop asks at every step, and a file that changes meanwhile must not change the run.
         if not self._training:
-            self._training = own_prompts(Path(settings.training), settings.column, self.note)
+            if self.config.prompts.training or self.config.prompts.folder:
+                self._training = own_prompts(self.config, self.note)
+            else:
+                self._training = self._take("harmful", "train", self.config.prompts.train)
         return self._training
 
+    def _take(self, kind: Kind, split: str, count: int) -> list[Prompt]:
+        return prompts.prompt_set(kind, split, count, self.config.prompts.folder)
 
-def own_prompts(path: Path, column: str, note: Callable[[str], None]) -> list[Prompt]:
-    """A user's prompt file, without prompts that (nearly) equal one that is evaluated on."""
-    loaded = prompts.load_prompts(path, column or None)
-    held_out: list[Prompt] = []
-    for split in ("selection", "test"):
-        held_out += prompts.bundled("harmful", split)
-    leaks = {leak.prompt.id for leak in prompts.check_leaks(loaded.prompts, held_out)}
-    kept = [prompt for prompt in loaded.prompts if prompt.id not in leaks]
+
+def decide(config: RunConfig, model_folder: Path, folder: Path) -> Decision:
+    """How the model will be loaded on this machine; cheap, so that a run is refused before its folder is made.
+
+    Args:
+        config: all settings.
+        model_folder: the base model.
+        folder: where the run goes.
+
+    Raises:
+        ModelError: the settings ask for a device or a layer that is not there.
+        OutOfMemoryError: the model does not fit.
+    """
+    settings, machine = config.model, inspect(folder)
+    if settings.device == "cuda" and machine.gpu is None:
+        raise ModelError("There is no usable CUDA device.", "Set model.device=cpu, or see `safesteer-lite doctor`.")
+    if settings.device == "cpu":
+        machine = replace(machine, gpus=())
+    shape = shape_from_config(plain.read_config(model_folder))
+    if config.distill.first_layer >= shape.layers:
+        raise ModelError(
+            f"distill.first_layer is {config.distill.first_layer}, but the model has {shape.layers} layers.",
+            f"Choose a layer from 0 to {shape.layers - 1}.",
+        )
+    decision = choose_backend(machine, shape, settings.precision)
+    return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Read every prompt that a run will need.
+
+    Raises:
+        PromptError: a file is missing or malformed, or a split is.
+    """
+    session = Session(config, RunFolder(Path()), Path(), discard)
+    session.prompt_sets("selection")
+    session.prompt_sets("test")
+    session.anchor_prompts()
+    session.training_prompts()
+
+
+def own_prompts(config: RunConfig, note: Callable[[str], None]) -> list[Prompt]:
+    """A user's prompts to train on, without those that (nearly) equal one that is evaluated on.
+
+    Raises:
+        PromptError: a file is missing or malformed, or nothing is left.
+    """
+    settings = config.prompts
+    if settings.training:
+        place = Path(settings.training)
+        loaded = prompts.load_prompts(place, settings.column or None)
+        given, column, duplicates = loaded.prompts, loaded.column or "text", loaded.duplicates_removed
+    else:
+        place = Path(settings.folder)
+        given = prompts.prompt_set("harmful", "train", settings.train, settings.folder)
+        column, duplicates = "prompt", 0
+    held_out = [
+        prompt
+        for split in ("selection", "test")
+        for prompt in prompts.prompt_set("harmful", split, folder=settings.folder)
+    ]
+    leaks = {leak.prompt.id for leak in prompts.check_leaks(given, held_out)}
+    kept = [prompt for prompt in given if prompt.id not in leaks]
     note(
-        f"{path.name}: {len(kept)} prompts from column {loaded.column or 'text'}; {loaded.duplicates_removed} duplicates "
+        f"{place.name}: {len(kept)} prompts from column {column}; {duplicates} duplicates "
         f"and {len(leaks)} near-copies of evaluation prompts left out."
     )
     if not kept:
         raise PromptError(
-            f"{path} has no prompt left to train on.", "Give prompts that the evaluation sets do not hold."
+            f"{place} has no prompt left to train on.", "Give prompts that the evaluation sets do not hold."
         )
     return kept
 

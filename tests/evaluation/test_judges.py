@@ -32,6 +32,8 @@ REFUSALS = [
     ("I'm sorry, but it is not appropriate to write such an email.", "apology"),
     ("I'm sorry, but distributing malware goes against our policies.", "apology-and-reproach"),
     ("I'm sorry, but hacking into an account is illegal and I would rather not.", "apology-and-reproach"),
+    ("I'm sorry to hear that you were fired. However, I can't assist with that.", "sympathy"),
+    ("I'm so sorry to hear that. Unfortunately, I am unable to help with revenge.", "sympathy"),
     ("I cannot provide instructions for picking a lock.", "denial"),
     ("I can't help with that.", "denial"),
     ("I cannot help planning a burglary.", "denial"),
@@ -81,6 +83,8 @@ REFUSALS = [
 ]
 
 ANSWERS = [
+    "I'm sorry to hear that you have a cold. However, I can't diagnose it; here is what usually helps.",
+    "I'm sorry to hear that. However, I can't help but admire your courage.",
     "I'm sorry to hear that you are having trouble. Try restarting the router.",
     "I'm sorry for your loss. Here are some words for the card.",
     "I'm sorry, but I don't understand the question. Could you rephrase it?",

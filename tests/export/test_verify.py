@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.verify import FileReport, check_files, check_sums, write_sums
 
-torch.set_num_threads(1)
 ROWS, TOKENS = 40, 32
 SHARD = "model-00001-of-00002.safetensors"
 

@@ -188,7 +188,7 @@ def ablated_logits(policy: Policy, batch: Batch, direction: Tensor) -> Tensor:
         return hidden - torch.outer((hidden @ unit).flatten(), unit).reshape(hidden.shape)
 
     model = policy.model
-    start = model.start(batch)
+    start = model.start(Batch(batch.input_ids, batch.attention_mask))
     hidden = start.hidden
     for block in model.decoder.layers:
         hidden = clean(hidden)

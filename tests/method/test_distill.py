@@ -17,11 +17,12 @@ from safesteer_lite.method.distill import (
     MasterAdamW,
     Recipe,
     StepResult,
+    join,
     learning_rate_at,
     pad_left,
     prompts_at,
 )
-from safesteer_lite.method.model import Batch, LanguageModel, Residual, Steering
+from safesteer_lite.method.model import Batch, Completions, LanguageModel, Residual, Steering
 from safesteer_lite.models.plain import PlainModel
 from safesteer_lite.models.policy import Policy, kl_to_reference, reference_answers
 from tests import tiny
@@ -39,6 +40,7 @@ RECIPE = Recipe(
     anchor_objective="full",
     anchor_weight=1.0,
     half_life=0.0,
+    averaging=0.0,
     learning_rate=1e-2,
     warmup=0.1,
     gradient_clip=1.0,
@@ -114,7 +116,7 @@ def test_only_the_adapter_is_trained(tiny_policy: tiny.Loader) -> None:
 def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy("qwen2", filled=True)
     loop = training(policy, ANCHORED)
-    model, found = policy.model, loop._sample(pad_left([loop.harmful[0]]), 3, torch.Generator().manual_seed(0))
+    model, found = policy.model, loop._sample(pad_left([loop.harmful[0]]), 3, stream=0)
     rows = []
     with torch.no_grad():
         for tokens, mask in zip(found.tokens, found.mask, strict=True):
@@ -124,7 +126,7 @@ def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tin
             with policies.teacher(model, loop.steer):
                 log_q = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
             rows.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    loss = loop._backward(loop.harmful[0].repeat(3), found, "full", 1.0, steered=True)
+    loss = loop._backward(loop.harmful[0].repeat(3), found, "full", 1.0, 8, steered=True)
     assert loss == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
 
 
@@ -179,9 +181,9 @@ def test_masters_keep_what_bf16_would_round_away() -> None:
 
 def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int = 0) -> tuple[float, list[Tensor]]:
     """Loss and adapter gradients of one set of rollouts."""
-    found = loop._sample(prompts, 4, torch.Generator().manual_seed(seed))
+    found = loop._sample(prompts, 4, stream=seed)
     loop.optimizer.zero()
-    loss = loop._backward(prompts.repeat(4), found, loop.recipe.objective, 1.0, steered=True)
+    loss = loop._backward(prompts.repeat(4), found, loop.recipe.objective, 1.0, loop.micro_batch, steered=True)
     grads = [parameter.grad for parameter in model.parameters_to_train()]
     assert all(grad is not None for grad in grads)
     return loss, [grad.clone() for grad in grads if grad is not None]
@@ -204,9 +206,19 @@ def test_the_size_of_micro_batches_does_not_matter(objective: str, tiny_policy: 
 
 
 class SmallMemory(PlainModel):
-    """Runs out of memory when more than `rows` sequences go through the upper blocks at once, outside of sampling."""
+    """Runs out of memory when more than `rows` sequences go through the upper blocks at once outside of sampling, or
+    more than `sampled` are sampled at once."""
 
     rows = 1000
+    sampled = 1000
+
+    def generate(
+        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+    ) -> Completions:
+        if len(prompts) * repeats > self.sampled:
+            torch.rand(3, generator=generator)  # What a failed attempt has drawn must not shift the next one.
+            raise torch.OutOfMemoryError("simulated")
+        return super().generate(prompts, max_new_tokens, temperature, generator, repeats)
 
     def final(self, residual: Residual) -> Tensor:
         if residual.hidden.shape[0] > self.rows:
@@ -219,6 +231,35 @@ def small_memory(policy: Policy, rows: int) -> SmallMemory:
     model = SmallMemory(policy.model.network, policy.tokenizer, policy.model.first_adapter_layer)
     model.rows = rows
     return model
+
+
+def test_averaged_weights_are_the_running_mean_of_the_steps(tiny_policy: tiny.Loader) -> None:
+    """With 0.5 kept a step: the first step's weights, then half and half with each later step's."""
+    policy = tiny_policy("llama", "fp32")
+    loop = training(policy, replace(RECIPE, averaging=0.5))
+    seen = []
+    for _ in range(3):
+        loop.step()
+        seen.append(adapter(policy.model))
+    first, second, third = (torch.cat([weight.flatten() for weight in weights]) for weights in seen)
+    with loop.optimizer.averaged():
+        found = torch.cat([weight.flatten() for weight in adapter(policy.model)])
+    assert not torch.equal(first, third)
+    torch.testing.assert_close(found, first / 4 + second / 4 + third / 2, rtol=1e-5, atol=1e-7)
+    assert equal(adapter(policy.model), seen[-1]), "training goes on from the last weights"
+
+
+def test_averaged_weights_survive_a_resume(tiny_policy: tiny.Loader) -> None:
+    recipe = replace(RECIPE, averaging=0.7)
+    whole, first, second = tiny_policy(), tiny_policy(), tiny_policy()
+    uninterrupted, before, after = (training(policy, recipe) for policy in (whole, first, second))
+    steps(uninterrupted, 4)
+    steps(before, 2)
+    after.optimizer.load(before.optimizer.state())
+    after.done = before.done
+    steps(after, 2)
+    with uninterrupted.optimizer.averaged(), after.optimizer.averaged():
+        assert equal(adapter(whole.model), adapter(second.model))
 
 
 def test_when_memory_runs_out_the_micro_batch_is_halved_and_the_update_stays(tiny_policy: tiny.Loader) -> None:
@@ -242,6 +283,27 @@ def test_when_memory_runs_out_in_the_anchors_no_gradient_counts_twice(tiny_polic
     assert results[0].micro_batch == 1
     assert results[0].gradient_norm == expected[0].gradient_norm
     assert equal(adapter(tight.model), adapter(roomy.model))
+
+
+def test_when_memory_runs_out_while_sampling_fewer_prompts_are_sampled_at_once(tiny_policy: tiny.Loader) -> None:
+    """3 anchors do not fit at once, 1 does; a run that starts with 1 at once draws the same numbers."""
+    small, tight = tiny_policy(), tiny_policy()
+    expected = training(small, ANCHORED)
+    expected.sampled_at_once = 1
+    model = small_memory(tight, 1000)
+    model.sampled = ANCHORED.rollouts
+    found = training(tight, ANCHORED, model)
+    assert [result.loss for result in steps(found, 2)] == [result.loss for result in steps(expected, 2)]
+    assert found.sampled_at_once == 1
+    assert equal(adapter(tight.model), adapter(small.model))
+
+
+def test_completions_sampled_in_parts_have_one_length() -> None:
+    short = Completions(torch.tensor([[5]]), torch.tensor([[True]]))
+    long = Completions(torch.tensor([[6, 7], [8, 0]]), torch.tensor([[True, True], [True, False]]))
+    joined = join([short, long])
+    assert joined.tokens[joined.mask].tolist() == [5, 6, 7, 8]
+    assert joined.tokens.shape == joined.mask.shape == (3, 2)
 
 
 def test_when_not_even_one_rollout_fits_the_error_reaches_the_caller(tiny_policy: tiny.Loader) -> None:

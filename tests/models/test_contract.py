@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from safesteer_lite.method import model as policies
 from safesteer_lite.method import steering
-from safesteer_lite.method.model import Batch
+from safesteer_lite.method.model import Batch, Steering
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny
@@ -53,7 +55,8 @@ def test_a_hook_fires_at_every_token_that_is_sampled(loaded: tuple[Policy, str])
     with steering.count_calls(policy.model.layers, 2) as calls:
         sampled = policy.model.generate(batch, 4, 5.0, torch.Generator().manual_seed(1), 2)
     assert sampled.tokens.shape == (10, 4)
-    assert [shape[1] for shape in calls] == [batch.input_ids.shape[1], 1, 1, 1]
+    # The prefix that all prompts share, what follows it, and each further token.
+    assert [shape[1] for shape in calls] == [batch.prefix, batch.input_ids.shape[1] - batch.prefix, 1, 1, 1]
 
 
 def test_steering_moves_the_logits_and_its_removal_restores_them(loaded: tuple[Policy, str]) -> None:
@@ -92,7 +95,7 @@ def test_adapters_off_is_the_base_though_the_adapter_is_not_zero(
 
 def test_blocks_one_by_one_equal_the_models_own_forward(loaded: tuple[Policy, str]) -> None:
     policy, _ = loaded
-    model, batch = policy.model, tiny.prompt_batch(policy)
+    model, batch = policy.model, replace(tiny.prompt_batch(policy), prefix=0)
     expected = full_forward(policy, batch)
     with torch.no_grad():
         at_once = model.final(model.start(batch))
@@ -103,6 +106,81 @@ def test_blocks_one_by_one_equal_the_models_own_forward(loaded: tuple[Policy, st
         assert torch.equal(model.advance(stopping, 1).hidden, stopping.hidden)
         assert torch.equal(model.logits(at_once), expected)
         assert torch.equal(model.logits(model.final(stopping)), expected)
+
+
+def test_a_shared_prefix_is_the_template_in_front_of_the_text(loaded: tuple[Policy, str]) -> None:
+    policy, _ = loaded
+    batch = tiny.prompt_batch(policy)
+    opening = policy.tokenizer(f"{tiny.START_OF_TURN}user\n", add_special_tokens=False).input_ids
+    assert batch.prefix == len(opening) > 0
+    shared, rest = batch.split_prefix()
+    assert shared.input_ids.tolist() == [opening]
+    for row, prompt in enumerate(tiny.PROMPTS):
+        whole = policy.encode(prompt).input_ids[0].tolist()
+        assert rest.input_ids[row][rest.attention_mask[row] > 0].tolist() == whole[len(opening) :]
+
+
+@pytest.mark.parametrize("who", ["base", "teacher", "student"])
+def test_reading_a_shared_prefix_once_changes_nothing(loaded: tuple[Policy, str], who: str) -> None:
+    """At the positions after the prefix, for rows of different length; rounding may differ by a few last bits."""
+    policy, precision = loaded
+    model, shared = policy.model, tiny.prompt_batch(policy)
+    apart, length = replace(shared, prefix=0), shared.input_ids.shape[1] - shared.prefix
+    steer = Steering(2, tiny.vector(0.4))
+    contexts: dict[str, AbstractContextManager[None]] = {
+        "base": policies.base(model),
+        "teacher": policies.teacher(model, steer),
+        "student": nullcontext(),
+    }
+    with torch.no_grad(), contexts[who]:
+        found = [model.final(model.start(batch))[:, -length:] for batch in (shared, apart)]
+    own = shared.split_prefix()[1].attention_mask > 0
+    assert found[0].shape == found[1].shape
+    difference = (found[0][own] - found[1][own]).abs().max() / found[1][own].abs().max()
+    assert difference < (1e-5 if precision == "fp32" else 0.1)
+
+
+def test_a_shared_prefix_takes_part_in_steering_ablation_and_recording(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy("qwen2", "fp32", filled=True)
+    model, shared = policy.model, tiny.prompt_batch(policy)
+    found = []
+    for batch in (shared, replace(shared, prefix=0)):
+        with torch.no_grad():
+            branched = model.final(model.advance(model.start(batch), 2).shifted(tiny.vector(0.5)))[:, -1]
+            with steering.ablate(model.layers, tiny.vector(1.0)):
+                ablated = policies.last_logits(model, batch)
+            with steering.record(model.layers, 2) as seen:
+                policies.last_logits(model, batch)
+        found.append([branched, ablated, *(seen[layer] for layer in range(tiny.LAYERS))])
+    for once, apart in zip(*found, strict=True):
+        torch.testing.assert_close(once, apart, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_gradients_flow_through_a_shared_prefix(architecture: str, tiny_policy: tiny.Loader) -> None:
+    """The adapter changes the prefix's keys and values, so its gradient has a part that comes through them."""
+    policy = tiny_policy(architecture, "fp32", filled=True)
+    shared, found = tiny.prompt_batch(policy), []
+    for batch in (shared, replace(shared, prefix=0)):
+        policies.last_logits(policy.model, batch).square().mean().backward()
+        parameters = policy.model.parameters_to_train()
+        found.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
+        for parameter in parameters:
+            parameter.grad = None
+    assert len(found[0]) == len(found[1]) == tiny.LAYERS * 7 * 2
+    for once, apart in zip(*found, strict=True):
+        torch.testing.assert_close(once, apart, rtol=1e-3, atol=1e-4 * float(apart.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_sampling_behind_a_shared_prefix_draws_the_same_tokens(architecture: str, tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy(architecture, "fp32", filled=True)
+    shared, drawn = tiny.prompt_batch(policy), []
+    for batch in (shared, replace(shared, prefix=0)):
+        for temperature in (0.0, 1.0):
+            drawn.append(policy.model.generate(batch, 12, temperature, torch.Generator().manual_seed(4), 3))
+    for once, apart in zip(drawn[:2], drawn[2:], strict=True):
+        assert torch.equal(once.tokens, apart.tokens) and torch.equal(once.mask, apart.mask)
 
 
 def test_every_adapted_layer_gets_gradients_after_a_generate(loaded: tuple[Policy, str]) -> None:

@@ -80,7 +80,7 @@ def test_rows_that_end_do_not_change_the_answers_of_the_others(tiny_policy: tiny
     )
     together = ours(policy, batch, ends)
     handle.remove()
-    assert rows[0] == len(batch) and rows[-1] < len(batch), "no row has left the batch"
+    assert rows[1] == len(batch) and rows[-1] < len(batch), "no row has left the batch"
     for row, prompt in enumerate(tiny.PROMPTS):
         alone = ours(policy, policy.encode(prompt), ends)
         length = int(alone.mask.sum())
@@ -103,7 +103,8 @@ def test_repeats_read_the_prompt_once_and_lie_side_by_side(tiny_policy: tiny.Loa
     handle = policy.model.layers[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
     repeated = ours(policy, batch, frozenset({-1}), repeats=3)
     handle.remove()
-    assert shapes[0] == batch.input_ids.shape and shapes[1] == (15, 1)
+    length = batch.input_ids.shape[1] - batch.prefix
+    assert shapes[:3] == [(1, batch.prefix), (5, length), (15, 1)]
     plain = ours(policy, batch, frozenset({-1}))
     assert torch.equal(repeated.tokens, plain.tokens.repeat_interleave(3, dim=0))
     sampled = ours(policy, batch, frozenset({-1}), temperature=1.0, repeats=3).tokens

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from safesteer_lite.errors import SelfCheckError
 from safesteer_lite.method.model import Batch, Completions, Residual
-from safesteer_lite.models import sampling
 from safesteer_lite.models.plain import PlainModel
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.selfcheck import self_check
@@ -25,35 +24,37 @@ def rebuilt(policy: Policy, kind: type[PlainModel]) -> Policy:
     return Policy(kind(policy.model.network, policy.tokenizer, 0), policy.prompt_tokens)
 
 
-class SamplesFromACopy(PlainModel):
-    """Sampling runs on weights of its own, which no hook ever sees: the teacher would be the base."""
+class SamplesElsewhere(PlainModel):
+    """Sampling runs through another decoder than everything else."""
+
+    def other_decoder(self) -> Any:
+        raise NotImplementedError
 
     def generate(
         self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
     ) -> Completions:
+        own, self.decoder = self.decoder, self.other_decoder()
+        try:
+            return super().generate(prompts, max_new_tokens, temperature, generator, repeats)
+        finally:
+            self.decoder = own
+
+
+class SamplesFromACopy(SamplesElsewhere):
+    """Sampling runs on weights of its own, which no hook ever sees: the teacher would be the base."""
+
+    def other_decoder(self) -> Any:
         decoder = copy.deepcopy(self.decoder)
         for block in decoder.layers:
             block._forward_pre_hooks.clear()
             block._forward_pre_hooks_with_kwargs.clear()
-        return sampling.generate(
-            decoder,
-            self.causal.lm_head,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            generator=generator,
-            repeats=repeats,
-            end_of_turn=self.end_of_turn,
-            padding=0,
-        )
+        return decoder
 
 
-class DecodesPastTheHooks(PlainModel):
+class DecodesPastTheHooks(SamplesElsewhere):
     """The prompt is read with hooks, and each further token without: what Unsloth's fast decoding does."""
 
-    def generate(
-        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
-    ) -> Completions:
+    def other_decoder(self) -> Any:
         def bypass(block: Any) -> Callable[..., Any]:
             call = block.__call__
 
@@ -65,17 +66,7 @@ class DecodesPastTheHooks(PlainModel):
         decoder = copy.copy(self.decoder)
         decoder._modules = dict(self.decoder._modules)
         decoder._modules["layers"] = nn.ModuleList(_Calls(bypass(block)) for block in self.decoder.layers)
-        return sampling.generate(
-            decoder,
-            self.causal.lm_head,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            generator=generator,
-            repeats=repeats,
-            end_of_turn=self.end_of_turn,
-            padding=0,
-        )
+        return decoder
 
 
 class _Calls(nn.Module):

@@ -1,0 +1,91 @@
+"""The arguments of every command: names, defaults and help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite import __version__
+
+EPILOG = """examples:
+  safesteer-lite demo                     the whole method on a small real model, on any machine
+  safesteer-lite run qwen3-4b             a preset
+  safesteer-lite run ./my-model --set distill.steps=10
+  safesteer-lite run --config run.toml --yes
+  safesteer-lite resume                   go on with the newest unfinished run
+  safesteer-lite export RUN --to merged --weights dequantised --out ./safer-model
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (the run can be resumed)"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `command` of what it reads is the command's name, and missing where none was given."""
+    parser = argparse.ArgumentParser(
+        prog="safesteer-lite",
+        description="Make a local instruct model safer on one consumer GPU, and see honestly what changed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"safesteer-lite {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    run = _command(commands, "run", "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
+    run.add_argument("model", nargs="?", help="a preset, a Hub id, or a local folder")
+    run.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
+    _run_options(run)
+
+    demo = _command(commands, "demo", "the whole method on a small real model", "safesteer-lite demo --quick")
+    demo.add_argument("--model", metavar="FOLDER", help="any local model instead of the demo's own")
+    demo.add_argument("--quick", action="store_true", help="fewer prompts, steps and tokens: to see that it works")
+    _run_options(demo)
+
+    resume = _command(commands, "resume", "go on with an unfinished run", "safesteer-lite resume")
+    resume.add_argument("run", nargs="?", help="a run's name or folder; the newest unfinished one if left out")
+    _output_options(resume)
+
+    evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
+    evaluate.add_argument("target", help="a run, a preset, a Hub id, or a local folder")
+    evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    _output_options(evaluate)
+
+    export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
+    export.add_argument("run", help="a run's name or folder")
+    export.add_argument("--to", choices=("merged", "adapter"), default="merged", help="what to write (merged)")
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="a folder that does not exist yet")
+    export.add_argument("--weights", choices=("original", "dequantised"), default="original", help="base to merge into")
+    export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
+    _output_options(export)
+
+    runs = _command(commands, "runs", "list runs", "safesteer-lite runs")
+    _output_options(runs)
+
+    presets = _command(commands, "presets", "list presets, or show one", "safesteer-lite presets show qwen3-4b")
+    presets.add_argument("action", nargs="?", choices=("list", "show"), default="list")
+    presets.add_argument("name", nargs="?")
+
+    doctor = _command(commands, "doctor", "check this machine", "safesteer-lite doctor")
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, epilog=f"example: {example}"
+    )
+    parser.set_defaults(command=name)
+    return parser
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="events and result as JSON Lines, for machines")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    parser.add_argument("--seed", type=int, help="seed of every random choice")
+    parser.add_argument("--prompts", metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt")
+    parser.add_argument("--column", metavar="NAME", help="column of that file")
+    parser.add_argument("--yes", action="store_true", help="ask nothing")
+    _output_options(parser)

@@ -1,0 +1,132 @@
+"""The decision how a model is loaded on this machine: device, precision and compute dtype, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from safesteer_lite.errors import UsageError
+from safesteer_lite.hardware.machine import Gpu, Machine
+from safesteer_lite.hardware.need import Need, Precision, estimate
+from safesteer_lite.hardware.shape import ModelShape
+from safesteer_lite.hardware.units import format_bytes
+
+Fit = Literal["fits", "tight", "does not fit"]
+
+# Unpacking stops here, so that the desktop and the prompt sets keep room.
+_UNPACK_SHARE = 0.6
+_FITS_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the model will be loaded, and why.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        precision: `nf4`, `bf16` or `fp32`.
+        unpack: whether 4-bit weights are expanded once after loading.
+        compute_dtype: `bf16` or `fp32`.
+        fit: whether the smallest possible work fits the device's free memory.
+        reason: one sentence for the user.
+    """
+
+    device: str
+    precision: Precision
+    unpack: bool
+    compute_dtype: str
+    fit: Fit
+    reason: str
+
+
+def fit(bytes_needed: int, bytes_free: int) -> Fit:
+    """`fits` up to 80 % of what is free, `tight` up to all of it."""
+    if bytes_needed > bytes_free:
+        return "does not fit"
+    return "fits" if bytes_needed <= _FITS_SHARE * bytes_free else "tight"
+
+
+def smallest_need(shape: ModelShape, precision: Precision, unpacked: bool, compute_dtype: str) -> Need:
+    """The need of the least work that batch sizes can be reduced to: what decides whether a model can run at all."""
+    return estimate(
+        shape,
+        precision=precision,
+        unpacked=unpacked,
+        rank=16,
+        rollouts=8,
+        prompt_tokens=128,
+        completion_tokens=128,
+        micro_batch=1,
+        chunk=64,
+        compute_dtype=compute_dtype,
+        checkpointing=True,
+    )
+
+
+def choose_backend(machine: Machine, shape: ModelShape, requested: str) -> Decision:
+    """Device, precision and compute dtype for a model on this machine.
+
+    Args:
+        machine: from `inspect`.
+        shape: the model.
+        requested: `auto` (4-bit), `nf4`, `bf16` or `fp32`.
+
+    Raises:
+        UsageError: `requested` is none of these.
+    """
+    if requested not in ("auto", *get_args(Precision)):
+        raise UsageError(f"There is no precision {requested!r}.", "Use auto, nf4, bf16 or fp32.")
+    precision: Precision = "nf4" if requested == "auto" else requested  # type: ignore[assignment]
+    gpu = machine.gpu
+    if gpu is None:
+        return _choose_on_cpu(machine, shape, precision, "")
+    on_gpu = _choose_on_gpu(gpu, shape, precision)
+    if on_gpu.fit != "does not fit":
+        return on_gpu
+    instead = f", because {format_bytes(gpu.memory_free)} free on the {gpu.name} are too little"
+    on_cpu = _choose_on_cpu(machine, shape, precision, instead)
+    return on_gpu if on_cpu.fit == "does not fit" else on_cpu
+
+
+_NAMES = {"nf4": "4-bit weights", "bf16": "16-bit weights", "fp32": "32-bit weights"}
+
+
+def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision) -> Decision:
+    compute = "fp32" if precision == "fp32" else "bf16"
+    need = smallest_need(shape, precision, False, compute)
+    # CUDA's own context takes about half a gigabyte that the estimate does not know of.
+    needed = need.peak_bytes + 500_000_000
+    result = fit(needed, gpu.memory_free)
+    name = f"{_NAMES[precision]} on the {gpu.name}"
+    amounts = f"at least {format_bytes(needed)} needed, {format_bytes(gpu.memory_free)} free"
+    reason = f"{name}: {amounts}."
+    if result == "does not fit":
+        reason = f"{name} do not fit: {amounts}."
+    elif compute == "bf16" and gpu.capability < (8, 0):
+        reason = f"{name}: {amounts}; slow, because this card has no bf16 arithmetic."
+    return Decision("cuda", precision, False, compute, result, reason)
+
+
+def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, instead: str) -> Decision:
+    """Unpacked where memory allows, in fp32 where the CPU has no bf16 arithmetic and memory allows that too."""
+    dtypes = ["fp32"] if precision == "fp32" else ["bf16"] if machine.bf16_fast else ["fp32", "bf16"]
+    for compute in dtypes:
+        need = smallest_need(shape, precision, precision == "nf4", compute)
+        if need.peak_bytes > _UNPACK_SHARE * machine.ram_available:
+            continue
+        where = f"on the CPU{instead}"
+        if precision == "nf4":
+            kept = "the same numbers, faster" if compute == "bf16" else "faster than bf16, which this CPU lacks"
+            reason = f"4-bit weights unpacked once to {compute} {where}: {kept}"
+        else:
+            because = " in fp32, because this CPU has no bf16 arithmetic" if compute != precision else ""
+            reason = f"{_NAMES[precision]} {where}{because}"
+        reason += f", {format_bytes(need.weights_bytes)} of memory."
+        return Decision("cpu", precision, precision == "nf4", compute, "fits", reason)
+    compute = dtypes[-1]
+    needed = smallest_need(shape, precision, False, compute).peak_bytes
+    result = fit(needed, machine.ram_available)
+    name = _NAMES[precision] + (" left packed" if precision == "nf4" else "")
+    amounts = f"{format_bytes(needed)} needed, {format_bytes(machine.ram_available)} available"
+    verdict = {"does not fit": " do not fit", "tight": " are a tight fit", "fits": ""}[result]
+    return Decision("cpu", precision, False, compute, result, f"{name} on the CPU{instead}{verdict}: {amounts}.")

@@ -1,0 +1,165 @@
+"""The doctor's checks: whether this machine is ready for a run, and what to do where it is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from safesteer_lite.hardware.limits import read_or_empty
+from safesteer_lite.hardware.machine import PACKAGES, Machine
+from safesteer_lite.hardware.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `doctor`.
+
+    Attributes:
+        name: what was looked at.
+        ok: True, False for what must be mended, None for what is optional, unknown or merely worth knowing.
+        found: what is there.
+        remedy: one sentence on what to do; empty only where nothing need be done.
+    """
+
+    name: str
+    ok: bool | None
+    found: str
+    remedy: str = ""
+
+
+def checks(machine: Machine) -> list[Check]:
+    """Everything `doctor` looks at, without the network."""
+    return [
+        _python_check(machine),
+        *_package_checks(machine),
+        _bitsandbytes_check(machine),
+        _cuda_check(machine),
+        _gpu_memory_check(machine),
+        _bf16_check(machine),
+        _at_least("memory", machine.ram_total, 8 * 10**9, "Use a machine with more memory, or a model below 1B."),
+        _at_least("disk", machine.disk_free, 10 * 10**9, "Free some space, or choose a folder on another disk."),
+        _login_check(),
+        _offline_check(),
+        _terminal_check(),
+    ]
+
+
+def _at_least(name: str, found: int, wanted: int, remedy: str) -> Check:
+    ok = found >= wanted
+    text = format_bytes(found) + ("" if ok else f", {format_bytes(wanted)} wanted")
+    return Check(name, ok, text, "" if ok else remedy)
+
+
+def _python_check(machine: Machine) -> Check:
+    ok = tuple(int(part) for part in machine.python.split(".")[:2]) >= (3, 11)
+    return Check("Python", ok, machine.python, "" if ok else "Install Python 3.11 or newer.")
+
+
+def _package_checks(machine: Machine) -> list[Check]:
+    """Installed versions against the bounds in this package's own metadata."""
+    # It comes with transformers, and is not needed to start the program.
+    from packaging.requirements import Requirement
+
+    try:
+        stated = [Requirement(line) for line in metadata.requires("safesteer-lite") or []]
+    except metadata.PackageNotFoundError:
+        stated = []
+    bounds = {requirement.name: requirement.specifier for requirement in stated}
+    found = []
+    for name in PACKAGES:
+        version, bound = machine.versions.get(name), bounds.get(name)
+        wanted = f"{name}{bound}" if bound is not None else name
+        if version is None:
+            optional = name == "unsloth"
+            remedy = f'Run: pip install "{wanted}"' + (" for faster training on CUDA (Linux)." if optional else ".")
+            found.append(Check(name, None if optional else False, "not installed", remedy))
+        elif bound is None:
+            remedy = "Install safesteer-lite itself with pip, so that its version bounds are known."
+            found.append(Check(name, None, f"{version}, bounds unknown", remedy))
+        elif bound.contains(version, prereleases=True):
+            found.append(Check(name, True, version))
+        else:
+            found.append(Check(name, False, f"{version}, wanted {bound}", f'Run: pip install "{wanted}".'))
+    return found
+
+
+def _bitsandbytes_check(machine: Machine) -> Check:
+    name = "bitsandbytes import"
+    if machine.versions.get("bitsandbytes") is None:
+        return Check(name, False, "not installed", "Run: pip install bitsandbytes.")
+    # In a process of its own: a broken native library may end the process, and the import may look for better kernels
+    # on the network unless that is forbidden beforehand.
+    command = [sys.executable, "-c", "import bitsandbytes"]
+    forbid = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, env=forbid)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check(name, None, f"could not be tried: {error}", "Try it: python -c 'import bitsandbytes'.")
+    if done.returncode != 0:
+        found = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        return Check(name, False, found, "Reinstall it with: pip install --force-reinstall bitsandbytes.")
+    return Check(name, True, "works")
+
+
+def _cuda_check(machine: Machine) -> Check:
+    if machine.gpu is not None:
+        driver = machine.gpu.driver or "unknown"
+        return Check("CUDA", True, f"torch for CUDA {machine.cuda_build}, driver {driver}")
+    if not machine.gpus:
+        return Check("CUDA", None, "no NVIDIA card found", "Small models run on the CPU; a card makes it much faster.")
+    card = machine.gpus[0]
+    if machine.cuda_build is None:
+        remedy = "Install a CUDA build of torch in place of the CPU build."
+        return Check("CUDA", False, f"{card.name}, but torch is built for the CPU only", remedy)
+    found = f"torch for CUDA {machine.cuda_build} cannot use the {card.name} with driver {card.driver}"
+    return Check("CUDA", False, found, "Update the NVIDIA driver, or install torch for an older CUDA.")
+
+
+def _gpu_memory_check(machine: Machine) -> Check:
+    gpu = machine.gpu
+    if gpu is None:
+        return Check("GPU memory", None, "no usable GPU", "Mend the CUDA line above if there should be one.")
+    found = f"{gpu.name}: {format_bytes(gpu.memory_free)} free of {format_bytes(gpu.memory_total)}"
+    ok = gpu.memory_free >= 6 * 10**9
+    return Check("GPU memory", ok, found, "" if ok else "Close programs that use the card, or choose a smaller model.")
+
+
+def _bf16_check(machine: Machine) -> Check:
+    if machine.bf16_fast:
+        return Check("fast bf16", True, "yes")
+    return Check("fast bf16", None, "no", "Nothing is broken, but runs take longer than on newer hardware.")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def _login_check() -> Check:
+    """Whether a token is there; its value is never read into the result."""
+    if any(os.environ.get(variable, "").strip() for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
+        return Check("model hub login", True, "token in the environment")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    file = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    if read_or_empty(file).strip():
+        return Check("model hub login", True, "token file")
+    remedy = "Only gated models need it: run hf auth login, or set HF_TOKEN."
+    return Check("model hub login", None, "no token", remedy)
+
+
+def _offline_check() -> Check:
+    if _is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"):
+        remedy = "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE before downloading a model."
+        return Check("offline mode", None, "on: only models already here can be used", remedy)
+    return Check("offline mode", True, "off")
+
+
+def _terminal_check() -> Check:
+    columns = shutil.get_terminal_size().columns
+    ok = columns >= 80
+    return Check("terminal width", ok, f"{columns} columns", "" if ok else "Widen the window to 80 columns or more.")

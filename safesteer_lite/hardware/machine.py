@@ -1,0 +1,168 @@
+"""What this machine has: processor, memory, disk, cards, and the packages that results depend on.
+
+Sizes are bytes. torch is imported inside functions only, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from safesteer_lite.hardware.disk import disk_free
+from safesteer_lite.hardware.limits import cgroup_memory, read_or_empty, usable_cores
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA card.
+
+    Attributes:
+        name: as the driver calls it.
+        memory_total, memory_free: bytes.
+        capability: CUDA compute capability, (major, minor).
+        driver: driver version; None where it cannot be read.
+        usable: whether the installed torch can compute on it.
+    """
+
+    name: str
+    memory_total: int
+    memory_free: int
+    capability: tuple[int, int]
+    driver: str | None
+    usable: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found.
+
+    Attributes:
+        system: operating system and release.
+        python: version.
+        cpu: name.
+        cores: physical cores that this process may use.
+        ram_total, ram_available: bytes, within the limits of the process's control group.
+        disk_free: bytes, at the folder asked about.
+        gpus: every card found, also those torch cannot use.
+        versions: package name to installed version, None where missing.
+        cuda_build: the CUDA version torch was built for; None for a CPU build.
+        bf16_fast: whether the device that will compute (`gpu`, else the CPU) has bf16 arithmetic; False where unknown.
+    """
+
+    system: str
+    python: str
+    cpu: str
+    cores: int
+    ram_total: int
+    ram_available: int
+    disk_free: int
+    gpus: tuple[Gpu, ...]
+    versions: Mapping[str, str | None]
+    cuda_build: str | None
+    bf16_fast: bool
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The usable card with most free memory."""
+        return max((gpu for gpu in self.gpus if gpu.usable), key=lambda gpu: gpu.memory_free, default=None)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, without importing them."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def inspect(folder: Path) -> Machine:
+    """Look at this machine. Takes a few seconds the first time, because torch is imported.
+
+    Args:
+        folder: where the run will be written; it need not exist yet.
+    """
+    memory = psutil.virtual_memory()
+    limit, available = cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")) or (memory.total, memory.total)
+    versions = {name: _version(name) for name in PACKAGES}
+    cuda_build, gpus, cpu_bf16 = _torch_facts(_nvidia_smi()) if versions["torch"] else (None, _nvidia_smi(), False)
+    machine = Machine(
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        cpu=_cpu_name(),
+        cores=usable_cores(),
+        ram_total=min(memory.total, limit),
+        ram_available=min(memory.available, available),
+        disk_free=disk_free(folder),
+        gpus=gpus,
+        versions=versions,
+        cuda_build=cuda_build,
+        bf16_fast=cpu_bf16,
+    )
+    if machine.gpu is None:
+        return machine
+    return replace(machine, bf16_fast=machine.gpu.capability >= (8, 0))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_facts(found: tuple[Gpu, ...]) -> tuple[str | None, tuple[Gpu, ...], bool]:
+    """torch's CUDA build, the cards (torch's view where it can use them) and whether the CPU has bf16 arithmetic."""
+    try:
+        import torch
+    except (ImportError, OSError):  # A damaged installation is the doctor's to report, not a reason to crash here.
+        return None, found, False
+    helpers = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    cpu_bf16 = any(bool(getattr(torch.cpu, name, bool)()) for name in helpers)
+    if not torch.cuda.is_available():
+        return torch.version.cuda, found, cpu_bf16
+    driver = found[0].driver if found else None
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append(Gpu(properties.name, total, free, (properties.major, properties.minor), driver, True))
+    return torch.version.cuda, tuple(gpus), cpu_bf16
+
+
+_SMI_FIELDS = "name,memory.total,memory.free,compute_cap,driver_version"
+
+
+def _nvidia_smi() -> tuple[Gpu, ...]:
+    """The cards the driver knows, so that a card is seen even when torch is a CPU build."""
+    command = ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse_nvidia_smi(done.stdout)
+
+
+def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
+    """Cards from `nvidia-smi --query-gpu` lines (memory in MiB); lines that are something else are passed over."""
+    gpus = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        try:
+            name, total, free, capability, driver = cells
+            major, minor = (int(part) for part in capability.split("."))
+            gpus.append(Gpu(name, int(total) << 20, int(free) << 20, (major, minor), driver, False))
+        except ValueError:
+            continue
+    return tuple(gpus)
+
+
+def _cpu_name() -> str:
+    for line in read_or_empty(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,33 @@
+"""What to do when a batch does not fit in memory: half of it, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def fitting(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
+    """`work(size)`, from the start with half the size each time memory runs out.
+
+    Args:
+        size: rows at a time to begin with.
+        work: must do the same whenever it is called again.
+
+    Returns:
+        Its result, and the size that fitted.
+
+    Raises:
+        torch.OutOfMemoryError: not even one row at a time fits.
+    """
+    while True:
+        try:
+            return work(size), size
+        except torch.OutOfMemoryError:
+            if size <= 1:
+                raise
+        # Only out here, where the exception no longer holds the failed attempt's tensors, is their memory free.
+        size = size // 2

@@ -1,0 +1,110 @@
+"""What every download needs: a place, room on the disk, quiet libraries, and progress."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safesteer_lite.errors import DiskSpaceError
+from safesteer_lite.events import Emit, Progress
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `SAFESTEER_LITE_CACHE`, else `safesteer-lite` in the platform's cache folder."""
+    if chosen := os.environ.get("SAFESTEER_LITE_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        platform_cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        platform_cache = Path.home() / "Library" / "Caches"
+    else:
+        platform_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return platform_cache / "safesteer-lite"
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """Check the file system of `folder` (which need not exist yet) for `needed` free bytes.
+
+    Raises:
+        DiskSpaceError: says how much is there, how much is needed and for what.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskSpaceError(
+            f"{purpose} needs {readable_size(needed)}, and {existing} has {readable_size(free)} free.",
+            "Free some space, or point SAFESTEER_LITE_CACHE (for models of the hub: HF_HOME) at another disk.",
+        )
+
+
+def readable_size(size: int) -> str:
+    """`size` bytes in decimal MB or GB, as download pages state it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers and huggingface_hub from drawing bars and printing advice; errors still raise."""
+    from huggingface_hub import utils as hub
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    transformers_bars, transformers_verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    hub_bars, hub_verbosity = not hub.are_progress_bars_disabled(), hub_logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub.disable_progress_bars()
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(transformers_verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if transformers_bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()
+
+
+@contextmanager
+def progress_by_growth(folder: Path, total: int, emit: Emit, stage: str, what: str) -> Iterator[None]:
+    """Report a download by how much `folder` holds: it works for every downloader, and counts what a resume finds.
+
+    Args:
+        folder: where the download lands, at any depth.
+        total: bytes expected in the end.
+        what: what the Progress events say is counted.
+    """
+    finished = threading.Event()
+
+    def report() -> None:
+        emit(Progress(stage, what, min(folder_bytes(folder), total), total))
+
+    def watch() -> None:
+        while not finished.wait(0.5):
+            report()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+    report()
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files under `folder` in bytes; links do not count, and neither do files that vanish meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+        except OSError:
+            continue
+    return total

@@ -1,0 +1,77 @@
+"""The choice of the backend, on planted machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from safesteer_lite.errors import UsageError
+from safesteer_lite.hardware.backend import choose_backend, fit, smallest_need
+from tests.hardware.examples import CARD, CPU_MACHINE, GB, LARGE, SMALL
+
+
+def test_cpu_with_fast_bf16_unpacks() -> None:
+    decision = choose_backend(CPU_MACHINE, SMALL, "auto")
+    assert (decision.device, decision.precision, decision.unpack) == ("cpu", "nf4", True)
+    assert (decision.compute_dtype, decision.fit) == ("bf16", "fits")
+    assert decision.reason == (
+        "4-bit weights unpacked once to bf16 on the CPU: the same numbers, faster, 988.1 MB of memory."
+    )
+
+
+def test_cpu_without_fast_bf16_computes_in_fp32_while_memory_allows() -> None:
+    machine = replace(CPU_MACHINE, bf16_fast=False)
+    roomy = choose_backend(machine, SMALL, "nf4")
+    assert (roomy.unpack, roomy.compute_dtype) == (True, "fp32")
+    assert "fp32 on the CPU" in roomy.reason and "2.0 GB" in roomy.reason
+    tighter = choose_backend(replace(machine, ram_available=3 * GB), SMALL, "nf4")
+    assert (tighter.unpack, tighter.compute_dtype) == (True, "bf16")
+    assert choose_backend(machine, SMALL, "bf16").compute_dtype == "fp32"
+    assert choose_backend(machine, SMALL, "fp32").compute_dtype == "fp32"
+
+
+def test_unpacking_stops_at_sixty_percent_of_memory() -> None:
+    need = smallest_need(SMALL, "nf4", True, "bf16").peak_bytes
+    enough, too_little = int(need / 0.6) + 1, int(need / 0.6) - 2
+    assert choose_backend(replace(CPU_MACHINE, ram_available=enough), SMALL, "auto").unpack
+    packed = choose_backend(replace(CPU_MACHINE, ram_available=too_little), SMALL, "auto")
+    assert not packed.unpack and packed.fit == "fits" and "left packed on the CPU" in packed.reason
+    nothing = choose_backend(replace(CPU_MACHINE, ram_available=GB // 2), SMALL, "auto")
+    assert nothing.fit == "does not fit" and "do not fit" in nothing.reason
+
+
+def test_a_card_is_used_packed_and_left_when_it_is_too_small() -> None:
+    machine = replace(CPU_MACHINE, gpus=(replace(CARD, name="spare", memory_free=GB), CARD))
+    chosen = choose_backend(machine, LARGE, "auto")
+    assert (chosen.device, chosen.precision, chosen.unpack, chosen.fit) == ("cuda", "nf4", False, "fits")
+    assert "4-bit weights on the a card" in chosen.reason and "11.0 GB" in chosen.reason
+    full = replace(machine, gpus=(replace(CARD, memory_free=2 * GB),))
+    on_cpu = choose_backend(full, LARGE, "auto")
+    assert on_cpu.device == "cpu" and "because 2.0 GB free on the a card are too little" in on_cpu.reason
+    neither = choose_backend(replace(full, ram_available=2 * GB), LARGE, "auto")
+    assert (neither.device, neither.fit) == ("cuda", "does not fit")
+    broken = replace(machine, gpus=(replace(CARD, usable=False),))
+    assert choose_backend(broken, SMALL, "auto").device == "cpu"
+    old = replace(machine, gpus=(replace(CARD, capability=(7, 5)),))
+    assert "slow" in choose_backend(old, SMALL, "auto").reason
+
+
+def test_every_reason_is_one_sentence() -> None:
+    for fast in (True, False):
+        for gpus in ((), (CARD,), (replace(CARD, memory_free=GB),)):
+            for available in (GB // 2, 3 * GB, 24 * GB):
+                for requested in ("auto", "nf4", "bf16", "fp32"):
+                    for shape in (SMALL, LARGE):
+                        machine = replace(CPU_MACHINE, bf16_fast=fast, gpus=gpus, ram_available=available)
+                        reason = choose_backend(machine, shape, requested).reason
+                        assert reason.endswith(".") and ". " not in reason and "  " not in reason
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(UsageError, match="int3"):
+        choose_backend(CPU_MACHINE, SMALL, "int3")
+
+
+def test_fit_has_three_answers() -> None:
+    assert [fit(needed, 100) for needed in (80, 81, 100, 101)] == ["fits", "tight", "tight", "does not fit"]

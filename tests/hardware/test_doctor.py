@@ -1,0 +1,89 @@
+"""The doctor's checks, on planted machines, packages and settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from safesteer_lite.hardware.doctor import Check, checks
+from safesteer_lite.hardware.machine import Machine
+from tests.hardware.examples import CARD, CPU_MACHINE, GB, write
+
+
+def found(machine: Machine) -> dict[str, Check]:
+    return {check.name: check for check in checks(machine)}
+
+
+def plant_package(folder: Path, monkeypatch: pytest.MonkeyPatch, *requirements: str) -> None:
+    """Install metadata of this package, with these requirements, in front of any other."""
+    lines = ["Metadata-Version: 2.4", "Name: safesteer-lite", "Version: 0"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+    write(folder / "safesteer_lite-0.dist-info", METADATA="\n".join(lines))
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_versions_are_held_against_the_packages_own_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_package(tmp_path, monkeypatch, "torch>=2.6,<2.15", "transformers<=5.17.0,>=5.0", "peft>=0.18,<0.22")
+    versions = {"torch": "2.13.0+cpu", "transformers": "5.18.0", "peft": None, "accelerate": "1.15.0"}
+    seen = found(replace(CPU_MACHINE, versions=versions))
+    assert seen["torch"].ok is True
+    assert (
+        seen["transformers"].ok is False and 'pip install "transformers<=5.17.0,>=5.0"' in seen["transformers"].remedy
+    )
+    assert seen["peft"].ok is False and seen["peft"].found == "not installed"
+    assert seen["accelerate"].ok is None and "bounds unknown" in seen["accelerate"].found
+    assert seen["unsloth"].ok is None
+    assert seen["bitsandbytes import"].ok is False
+
+
+def test_doctor_tells_the_ways_cuda_fails_apart() -> None:
+    card = replace(CARD, usable=False)
+    none = {**CPU_MACHINE.versions, "bitsandbytes": None}
+    machine = replace(CPU_MACHINE, versions=none)
+    assert found(machine)["CUDA"].ok is None
+    assert "CPU only" in found(replace(machine, gpus=(card,)))["CUDA"].found
+    assert "driver" in found(replace(machine, gpus=(card,), cuda_build="12.8"))["CUDA"].remedy
+    works = found(replace(machine, gpus=(CARD,), cuda_build="12.8"))
+    assert works["CUDA"].ok is True and works["GPU memory"].ok is True
+    assert found(replace(machine, gpus=(replace(CARD, memory_free=2 * GB),)))["GPU memory"].ok is False
+
+
+def test_whatever_is_not_well_has_a_remedy_and_the_token_stays_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    poor = replace(
+        CPU_MACHINE, python="3.9.1", ram_total=4 * GB, disk_free=GB, bf16_fast=False, versions={}, cuda_build=None
+    )
+    seen = found(poor)
+    bad = {"Python", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "bitsandbytes import"}
+    assert {name for name, check in seen.items() if check.ok is False} == bad | {"memory", "disk", "terminal width"}
+    assert all(check.remedy.endswith(".") for check in seen.values() if check.ok is not True)
+    assert seen["model hub login"].ok is None and seen["offline mode"].ok is None
+    write(tmp_path, token="secret-value")
+    assert found(poor)["model hub login"].found == "token file"
+    monkeypatch.setenv("HF_TOKEN", "secret-value")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert "secret-value" not in repr(checks(poor))
+    assert found(poor)["model hub login"].ok is True and found(poor)["offline mode"].ok is True
+
+
+def test_bitsandbytes_is_really_imported_and_kept_off_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = tmp_path / "bitsandbytes.py"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    planted.write_text("import os\nassert os.environ['HF_HUB_OFFLINE'] == '1'\n")
+    assert found(CPU_MACHINE)["bitsandbytes import"].ok is True
+    planted.write_text("raise OSError('libsomething is missing')\n")
+    check = found(CPU_MACHINE)["bitsandbytes import"]
+    assert check.ok is False and "libsomething is missing" in check.found and check.remedy
+    planted.write_text("import os\nos.abort()\n")
+    assert found(CPU_MACHINE)["bitsandbytes import"].ok is False
