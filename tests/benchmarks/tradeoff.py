@@ -171,10 +171,8 @@ def run_row(row: Row, seed: int, split: str, tokens: int, work: Path) -> dict[st
         training, history, best = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))
     seconds = time.monotonic() - began
     kept = {f"step {history.best_step}": best}
-    if settings.distill.averaging:
-        with training.optimizer.averaged():
-            kept[f"step {training.done}, averaged"] = distill.adapter_tensors(session.policy.model)
-    kept[f"step {training.done}"] = distill.adapter_tensors(session.policy.model)
+    with training.optimizer.averaged():
+        kept[f"step {training.done}"] = distill.adapter_tensors(session.policy.model)
     found = {}
     for label, tensors in kept.items():
         for strength in (1.0, *row.strengths):
