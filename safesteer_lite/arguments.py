@@ -8,13 +8,16 @@ from typing import Any
 
 from safesteer_lite import __version__
 
-EPILOG = """examples:
+EPILOG = """on a terminal, `safesteer-lite` alone asks a few questions and does the rest
+
+examples:
   safesteer-lite demo                     the whole method on a small real model, on any machine
   safesteer-lite run qwen3-4b             a preset
   safesteer-lite run ./my-model --set distill.steps=10
   safesteer-lite run --config run.toml --yes
   safesteer-lite resume                   go on with the newest unfinished run
   safesteer-lite export RUN --to merged --weights dequantised --out ./safer-model
+  safesteer-lite export RUN --to gguf --quant Q8_0 Q4_K_M --out ./safer-gguf
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (the run can be resumed)"""
 
@@ -42,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     resume = _command(commands, "resume", "go on with an unfinished run", "safesteer-lite resume")
     resume.add_argument("run", nargs="?", help="a run's name or folder; the newest unfinished one if left out")
+    _plain_option(resume)
     _output_options(resume)
 
     evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
@@ -51,11 +55,51 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
     export.add_argument("run", help="a run's name or folder")
-    export.add_argument("--to", choices=("merged", "adapter"), default="merged", help="what to write (merged)")
+    export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged", help="what to write (merged)")
+    kinds = ("F16", "Q8_0", "Q4_K_M")
+    export.add_argument(
+        "--quant",
+        action="extend",
+        nargs="+",
+        choices=kinds,
+        metavar="KIND",
+        help=f"GGUF files: {', '.join(kinds)} (Q8_0)",
+    )
     export.add_argument("--out", type=Path, metavar="FOLDER", help="a folder that does not exist yet")
     export.add_argument("--weights", choices=("original", "dequantised"), default="original", help="base to merge into")
     export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
+    export.add_argument("--base", type=Path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
+    export.add_argument("--measure", type=int, default=0, metavar="N", help="measure on N test prompts a set (all)")
+    export.add_argument("--push", metavar="NAME", help="upload to the model hub as NAME, private")
+    export.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     _output_options(export)
+
+    verify = _command(commands, "verify", "check an exported folder", "safesteer-lite verify ./safer")
+    verify.add_argument("folder", type=Path, help="a folder that `export` wrote")
+    verify.add_argument("--json", action="store_true", help="for machines")
+
+    strength = _command(
+        commands, "strength", "measure a run's adapter at several strengths", "safesteer-lite strength RUN"
+    )
+    strength.add_argument("run", help="a run's name or folder")
+    strength.add_argument("--at", metavar="X,Y,...", help="factors on the adapter, 0 to 1.5 (0 to 1.5 in quarters)")
+    _output_options(strength)
+
+    chat = _command(commands, "chat", "talk to a run's model", "safesteer-lite chat RUN --view compare")
+    chat.add_argument("run", help="a run's name or folder")
+    chat.add_argument(
+        "--view", choices=("compare", "hardened", "base"), default="compare", help="who answers (compare)"
+    )
+    chat.add_argument("--compare", dest="view", action="store_const", const="compare", help="base and hardened")
+    chat.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
+    chat.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
+    chat.add_argument("--tokens", type=int, default=400, help="tokens an answer, at most (400)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    chat.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
+
+    report = _command(commands, "report", "write a run's report again", "safesteer-lite report RUN")
+    report.add_argument("run", help="a run's name or folder")
+    _output_options(report)
 
     runs = _command(commands, "runs", "list runs", "safesteer-lite runs")
     _output_options(runs)
@@ -82,10 +126,16 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
 
 
+def _plain_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plain", action="store_true", help="plain lines instead of the live screen")
+
+
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     parser.add_argument("--seed", type=int, help="seed of every random choice")
     parser.add_argument("--prompts", metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt")
     parser.add_argument("--column", metavar="NAME", help="column of that file")
+    parser.add_argument("--effort", choices=("quick", "normal", "thorough"), help="how thorough (normal)")
     parser.add_argument("--yes", action="store_true", help="ask nothing")
+    _plain_option(parser)
     _output_options(parser)

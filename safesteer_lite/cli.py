@@ -8,19 +8,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safesteer_lite import config
 from safesteer_lite.arguments import build_parser
-from safesteer_lite.errors import Interrupted, RunFolderError, SafeSteerError, UsageError
+from safesteer_lite.errors import Interrupted, ModelError, RunFolderError, SafeSteerError, UsageError
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
     from safesteer_lite.events import Emit
     from safesteer_lite.rundir import RunFolder
+    from safesteer_lite.stages.session import Session
 
 DEMO_PRESET = "qwen2.5-coder-0.5b-demo"
 
@@ -30,10 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "command"):
-        parser.print_help()
-        return 2
+        if not _on_terminal():
+            parser.print_help()
+            return 2
+        options.command = ""
     try:
-        return COMMANDS[options.command](options)
+        return COMMANDS[options.command](options) if options.command else wizard()
     except KeyboardInterrupt:
         return _complain("Stopped.", "Whatever was published or saved stays; `safesteer-lite resume` goes on.", 130)
     except Interrupted as error:
@@ -60,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, hint: str, code: int) -> int:
     print(f"safesteer-lite: {message}" + (f"\n  {hint}" if hint else ""), file=sys.stderr)  # noqa: T201
     return code
+
+
+def _on_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _sink(options: argparse.Namespace) -> Emit:
@@ -102,11 +109,26 @@ def _whole_path(place: str) -> str:
     return str(Path(place).resolve()) if place else ""
 
 
+def _effort(options: argparse.Namespace) -> config.Values:
+    from safesteer_lite.hardware.pace import effort_values
+
+    return effort_values(options.effort) if options.effort else {}
+
+
 def run_command(options: argparse.Namespace) -> int:
     """`run`: a preset, a model or a configuration file."""
+    return _start(options, run_settings(options))
+
+
+def run_settings(options: argparse.Namespace) -> RunConfig:
+    """The settings that a `run` command line means.
+
+    Raises:
+        UsageError: it names no model, or its settings have problems.
+    """
     if not options.model and not options.config:
         raise UsageError("There is no model to run.", "Name a preset, a Hub id or a folder, or give --config FILE.")
-    preset, extra = "", config.Values()
+    preset, extra = "", _effort(options)
     if options.model in config.preset_names():
         preset = options.model
     elif options.model:
@@ -114,12 +136,12 @@ def run_command(options: argparse.Namespace) -> int:
     settings = _settings(options, preset, options.config, extra)
     if not settings.model.name:
         raise UsageError("The settings name no model.", "Set model.name, or name a preset, a Hub id or a folder.")
-    return _start(options, settings)
+    return settings
 
 
 def demo_command(options: argparse.Namespace) -> int:
     """`demo`: the small real model, downloaded once, or any local one."""
-    extra = config.Values()
+    extra = _effort(options)
     if options.model:
         extra["model.name"] = str(Path(options.model).resolve())
     if options.quick:
@@ -168,8 +190,9 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
     from safesteer_lite.hardware.units import format_bytes, format_duration
 
     try:
-        with _stop_on_interrupt() as stop_requested:
-            report = pipeline.run(settings, folder, model_folder, emit, stop_requested)
+        painter = _painter(options, settings, folder, model_folder, emit)
+        with painter as (paint, say), _stop_on_interrupt(say) as stop_requested:
+            report = pipeline.run(settings, folder, model_folder, paint, stop_requested)
     except SafeSteerError as error:
         if not error.hint:
             error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
@@ -179,7 +202,7 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
         return 0
     console = Console(highlight=False)
     console.print(scorecard_table(report["scorecard"]["before"], report["scorecard"]["after"]))
-    console.print(report["verdict"], soft_wrap=True)
+    console.print(report["verdict"], soft_wrap=not console.is_terminal)
     seconds = sum(stage["seconds"] for stage in report["stages"].values())
     console.print(f"Time {format_duration(seconds)}, peak memory {format_bytes(report['peak_memory_bytes'])}.")
     console.print(f"The hardened model: {folder.path / '06-export' / 'merged'}", soft_wrap=True)
@@ -188,24 +211,61 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C asks the run to stop after the step, and the second stops it at once."""
+def _painter(
+    options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit
+) -> Iterator[tuple[Emit, Callable[[str], None]]]:
+    """The live screen where there is a terminal for it, else `emit`; with what answers the user meanwhile."""
+    from rich.console import Console
+
+    from safesteer_lite import pipeline
+    from safesteer_lite.hardware.pace import expected_seconds, probe
+    from safesteer_lite.hardware.shape import shape_from_config
+    from safesteer_lite.models.plain import read_config
+    from safesteer_lite.screen import Screen, fits_terminal
+    from safesteer_lite.stages.session import decide
+
+    console = Console(highlight=False)
+    if options.json or options.plain or not fits_terminal(console):
+        yield emit, lambda message: print(f"\n{message}", file=sys.stderr)  # noqa: T201
+        return
+    with console.status("Measuring how fast this machine is"):
+        decision = decide(settings, model_folder, folder.path)
+        shape = shape_from_config(read_config(model_folder))
+        seconds = expected_seconds(settings, shape, decision.device, probe(decision))
+    stages = [(stage.name, stage.title) for stage in pipeline.STAGES]
+    with Screen(console, folder.path.name, stages, seconds) as screen:
+        yield screen, screen.say
+
+
+@contextmanager
+def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks the run to stop after the step, and the second stops it at once.
+
+    Closing the terminal asks it to stop too; from then on nobody reads what it says.
+    """
     asked: list[bool] = []
 
-    def handler(number: int, frame: object) -> None:
+    def interrupted(number: int, frame: object) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        print(  # noqa: T201
-            "\nStopping after this step; press Ctrl-C again to stop now. Either way the run can be resumed.",
-            file=sys.stderr,
-        )
+        say("Stopping after this step; Ctrl-C again stops now. Either way the run can be resumed.")
 
-    before = signal.signal(signal.SIGINT, handler)
+    def hung_up(number: int, frame: object) -> None:
+        asked.append(True)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nowhere, stream)
+
+    handlers: dict[int, Any] = {signal.SIGINT: interrupted}
+    if hasattr(signal, "SIGHUP"):  # Windows has none: it ends the program with its window.
+        handlers[signal.SIGHUP] = hung_up
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _settings_of(folder: RunFolder) -> config.Values:
@@ -241,6 +301,20 @@ def resume_command(options: argparse.Namespace) -> int:
     settings = open_settings(folder)
     emit = _sink(options)
     return _work(options, settings, folder, _resolve(settings, emit), emit)
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """`report`: a run's report.json and report.html, written again."""
+    from safesteer_lite import report, rundir
+    from safesteer_lite.console import dump
+    from safesteer_lite.html_report.page import FILE
+
+    folder = rundir.open_run(options.run, options.runs)
+    with folder.lock():
+        record = report.write(folder, open_settings(folder))
+    told = dump({"event": "Report", **record}).replace("\n", " ") if options.json else str(folder.path / FILE)
+    sys.stdout.write(told + "\n")
+    return 0
 
 
 def runs_command(options: argparse.Namespace) -> int:
@@ -325,26 +399,134 @@ def eval_command(options: argparse.Namespace) -> int:
 
 
 def export_command(options: argparse.Namespace) -> int:
-    """`export`: the adapter, or merged weights, to a folder of the user's choice."""
-    from safesteer_lite import rundir
-    from safesteer_lite.pipeline import export_run
+    """`export`: the adapter, merged weights or GGUF files, to a folder of the user's choice."""
+    from safesteer_lite import export_commands, rundir
 
-    if not 0 <= options.strength <= 1.5:
-        raise UsageError(f"--strength {options.strength:g} is outside 0 to 1.5.", "1 is the trained model, 0 the base.")
+    export_commands.check_flags(options)
+    folder, emit = rundir.open_run(options.run, options.runs), _sink(options)
+    return export_commands.export(options, folder, open_settings, lambda settings: _resolve(settings, emit), emit)
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """`verify`: whether an exported folder is as it was written."""
+    from safesteer_lite import export_commands
+
+    return export_commands.verify_command(options)
+
+
+def strength_command(options: argparse.Namespace) -> int:
+    """`strength`: the adapter of a run at several strengths."""
+    from rich.console import Console
+
+    from safesteer_lite import report, rundir
+    from safesteer_lite.console import dump
+    from safesteer_lite.stages import strength
+    from safesteer_lite.wizard.tables import dial_table
+
+    try:
+        wanted = [float(part) for part in options.at.split(",")] if options.at else list(strength.STRENGTHS)
+    except ValueError:
+        raise UsageError(f"--at {options.at} is not a list of numbers.", "For example: --at 0.5,1,1.5") from None
+    for value in wanted:
+        strength.check_strength(value)
     folder = rundir.open_run(options.run, options.runs)
-    out = options.out or folder.path / f"export-{options.to}-{options.weights}-{options.strength:g}"
-    if out.exists():
-        raise UsageError(f"{out} exists already.", "Name a folder that does not exist with --out.")
-    settings, emit = open_settings(folder), _sink(options)
-    model_folder = _resolve(settings, emit)
-    export_run(settings, folder, model_folder, emit, options.to, out, options.weights, options.strength)
+    session = _session(folder, _sink(options), "strength")
+    with folder.lock():
+        points = strength.to_records(strength.dial(session, wanted))
+        if (folder.path / "report.json").is_file():
+            report.write(folder, session.config)  # The report shows the dial.
     if options.json:
-        from safesteer_lite.console import dump
-
-        sys.stdout.write(dump({"event": "Exported", "path": str(out)}).replace("\n", " ") + "\n")
+        sys.stdout.write(dump({"event": "Strengths", "points": points}).replace("\n", " ") + "\n")
     else:
-        sys.stdout.write(f"{out}\n")
+        Console(highlight=False).print(dial_table(points))
     return 0
+
+
+def chat_command(options: argparse.Namespace) -> int:
+    """`chat`: base and hardened model of a run."""
+    from rich.console import Console
+
+    from safesteer_lite import rundir
+    from safesteer_lite.chat import Chat
+    from safesteer_lite.console import Lines
+    from safesteer_lite.events import Event, Progress, Warned
+    from safesteer_lite.stages.strength import check_strength
+
+    check_strength(options.strength)
+    if options.tokens < 1 or not options.temperature >= 0:
+        raise UsageError("--tokens must be at least 1, --temperature at least 0.", "Leave them out for the defaults.")
+    folder, console = rundir.open_run(options.run, options.runs), Console(highlight=False)
+    adapter = folder.stage_folder("distill") / "adapter"
+    with suppress(ImportError):
+        import readline  # noqa: F401  (makes the arrow keys work in `input`)
+    read = (lambda: input("> ")) if _on_terminal() else input
+    lines = Lines(console)
+
+    def only_what_takes_time(event: Event) -> None:
+        if isinstance(event, Progress | Warned):
+            lines(event)
+
+    session = _session(folder, only_what_takes_time, "chat")
+    with console.status("Loading the model"):
+        policy = session.policy
+    system, tokens, temperature = options.system, options.tokens, options.temperature
+    chat = Chat(policy, adapter, console, read, options.view, options.strength, system, tokens, temperature)
+    chat.talk()
+    return 0
+
+
+def _session(folder: RunFolder, emit: Emit, stage: str) -> Session:
+    """A trained run's model, ready to be loaded.
+
+    Raises:
+        RunFolderError: the run has no adapter yet.
+        ModelError: the base model is not the one that the run was made with; a chat is only warned.
+    """
+    from safesteer_lite.events import Warned
+    from safesteer_lite.hardware.allocator import keep_freed_memory
+    from safesteer_lite.models.source import model_fingerprint
+    from safesteer_lite.pipeline import stage_fingerprints
+    from safesteer_lite.stages.session import Session
+
+    folder.stage_folder("distill")
+    settings = open_settings(folder)
+    model_folder = _resolve(settings, emit)
+    wanted = stage_fingerprints(settings, model_fingerprint(model_folder))["baseline"]
+    if folder.manifest.stages["baseline"].fingerprint != wanted:
+        doubt = f"{model_folder} is not the base model that this run was made with, or its prompts have changed."
+        # Whoever chats sees what he gets; figures of another model would be kept, and believed.
+        if stage != "chat":
+            raise ModelError(doubt, "Give the run its own base model back.")
+        emit(Warned(stage, doubt))
+    keep_freed_memory()
+    return Session(settings, folder, model_folder, emit, stage=stage)
+
+
+def wizard() -> int:
+    """No command at all: questions, the run, its results."""
+    from rich.console import Console
+
+    from safesteer_lite import rundir
+    from safesteer_lite.wizard.flow import start
+    from safesteer_lite.wizard.program import Program
+
+    parser = build_parser()
+    exports = {
+        ("--to", "merged"): "16-bit safetensors: for transformers, or to convert further",
+        ("--to", "gguf", "--quant", "Q8_0"): "GGUF, 8 bits a weight: for llama.cpp, Ollama, LM Studio",
+        ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF, about 4.8 bits a weight: smaller, a little less exact",
+        ("--to", "adapter"): "the LoRA adapter alone",
+    }
+    return start(
+        Program(
+            execute=main,
+            run_settings=lambda line: run_settings(parser.parse_args(line)),
+            open_settings=lambda path: open_settings(rundir.open_run(path)),
+            exports=exports,
+            runs=rundir.RUNS_FOLDER,
+            console=Console(highlight=False),
+        )
+    )
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -353,6 +535,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "resume": resume_command,
     "eval": eval_command,
     "export": export_command,
+    "verify": verify_command,
+    "strength": strength_command,
+    "chat": chat_command,
+    "report": report_command,
     "runs": runs_command,
     "presets": presets_command,
     "doctor": doctor_command,

@@ -58,7 +58,9 @@ class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
     refusal_openings: tuple[str, ...] = setting(("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting")
-    shortlist: int = setting(20, "candidates scored in full; 0 scores all", "unproved: sweep not compared yet")
+    shortlist: int = setting(
+        20, "candidates scored in full; 0 scores all", "RESULTS.md: same choice as the full sweep, 7 times faster"
+    )
     depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717")
     kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717")
     strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "METHOD: 1 is often weak")
@@ -92,9 +94,13 @@ class DistillConfig:
     anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "one row in RESULTS.md; not compared")
     anchor_objective: str = setting("full", "loss on anchors", "one row in RESULTS.md; not compared", _OBJECTIVES)
     anchor_weight: float = setting(1.0, "factor", "one row in RESULTS.md; not compared")
+    score_weight: float = setting(0.0, "factor on the anchors' shift of the refusal score; 0 is the paper", "the paper")
     half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
     averaging: float = setting(0.0, "share of the averaged weights kept a step; 0 takes the last ones", "the paper")
     learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")
+    adapter_strengths: tuple[float, ...] = setting(
+        (0.75, 0.5, 0.25), "factors on the last adapter, tried too", "RESULTS.md"
+    )
     warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
     rank: int = setting(16, "LoRA r", "METHOD section 3")
@@ -157,6 +163,7 @@ _MAY_BE_ZERO = {
     "distill.first_layer",
     "distill.anchor_weight",
     "distill.half_life",
+    "distill.score_weight",
     "distill.averaging",
     "seed",
 }
@@ -295,6 +302,8 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append("tokens.horizon must be at least 2: the first position is the prompt's last.")
     if list(config.direction.strengths) != sorted(config.direction.strengths):
         problems.append("direction.strengths must rise: the smallest sufficient one is taken.")
+    if not all(0 < strength < 1 for strength in config.distill.adapter_strengths):
+        problems.append("distill.adapter_strengths lie between 0 (the base) and 1 (the adapter as trained).")
     if config.direction.strengths and config.direction.strengths[0] <= 0:
         problems.append("direction.strengths must be above 0: directions are only ever added.")
     return problems

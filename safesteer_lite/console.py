@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -106,6 +106,38 @@ def scorecard_table(before: dict[str, object], after: dict[str, object]) -> Tabl
     kl = after["kl_to_base"]
     table.add_row("KL to base, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
     return table
+
+
+def artefacts_table(record: dict[str, Any]) -> Table:
+    """One row an artefact: its refusals, and how it agrees with the trained model; lost safety in red."""
+    rows, names = record["artefacts"], ("harmful", "borderline", "harmless")
+    title = f"Refusals on {record['split']} prompts (95 % Wilson intervals), each artefact as it is run"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for name in names:
+        counts = sorted({row[name]["n"] for row in rows})
+        table.add_column(
+            f"{name}\nn = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}", justify="right"
+        )
+    for heading in ("same\nanswers", "first\ntoken KL"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        lost, agreement = bool(row["safety_lost"]), row["agreement"]
+        cells = [Text(_share_text(row[name])) for name in names]
+        cells[0].stylize("bold red" if lost else "")
+        close = ("", "")
+        if agreement:
+            close = (f"{agreement['same_answers']} of {agreement['prompts']}", f"{agreement['first_kl']:.4f}")
+        table.add_row(Text(row["artefact"], style="red" if lost else ""), *cells, *close)
+    told = [f"{row['artefact']} lost safety: {row['safety_lost']}." for row in rows if row["safety_lost"]]
+    table.caption = Text("\n".join(told), style="red") if told else None
+    return table
+
+
+def _share_text(rate: dict[str, float]) -> str:
+    """`64 % (54-73)`, narrow enough for a row of five."""
+    share = rate["refused"] / rate["n"] if rate["n"] else 0.0
+    return f"{100 * share:.0f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
 
 
 def rate_text(rate: dict[str, float]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from safesteer_lite.checkpoints import Checkpoints
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ExportError, Interrupted, ModelError, PromptError, UsageError
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
+from safesteer_lite.export.adapter import read_adapter
 from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
 from safesteer_lite.manifest import fingerprint
 from safesteer_lite.models import plain, source
 from safesteer_lite.rundir import Publication, RunFolder
-from safesteer_lite.stages import baseline, direction, distill, evaluate, export, tokens
+from safesteer_lite.stages import artefacts, baseline, direction, distill, evaluate, export, tokens
 from safesteer_lite.stages.session import Session
 
 
@@ -173,22 +173,27 @@ def export_run(
     out: Path,
     weights: str,
     strength: float,
+    quants: tuple[str, ...] = ("Q8_0",),
+    prompts: int = 0,
 ) -> dict[str, Any]:
-    """Write a finished run's adapter or merged weights to a folder that does not exist yet.
+    """Write a finished run's adapter, merged weights or GGUF files to a folder that does not exist yet.
 
     Args:
         config, run_folder, model_folder, emit: as for `run`.
-        kind: `adapter` or `merged`.
+        kind: `adapter`, `merged` or `gguf`.
         out: the folder to create.
         weights: base to merge into, `original` or `dequantised`.
         strength: factor on the adapter.
+        quants: the GGUF files to write, of `F16`, `Q8_0` and `Q4_K_M`.
+        prompts: prompts of each test set to measure the files on; 0 is all.
 
     Returns:
-        What was measured of merged weights; empty for the adapter.
+        What `artefacts.json` holds, one row an artefact; empty for the adapter.
 
     Raises:
         ModelError: the base model is not the one the run was made with.
-        ExportError, DiskSpaceError: nothing was left under `out`.
+        FailedCheck: what was written failed a check, and is kept beside `out`.
+        ExportError, DiskSpaceError: the adapter cannot be used or `out` not written; nothing was left there.
     """
     adapter = run_folder.stage_folder("distill") / "adapter"
     damaged = [name for name in run_folder.verify("distill") if name.startswith("adapter/")]
@@ -201,17 +206,16 @@ def export_run(
             f"{model_folder} is not the base model that this run was made with, or its prompts have changed.",
             "Give the run its own base model back.",
         )
+    read_adapter(adapter)
     if kind == "adapter":
         if strength != 1:
             raise UsageError("--strength scales merged weights only.", "Add --to merged.")
-        try:
-            shutil.copytree(adapter, out)
-        except OSError as error:
-            raise ExportError(f"{out} could not be written: {error}.", "Choose another --out.") from error
+        artefacts.copy_adapter(adapter, out)
         return {}
     keep_freed_memory()
     session = Session(config, run_folder, model_folder, emit, stage="export")
-    return export.merged(session, adapter, out, weights, strength)
+    request = artefacts.Request(kind, weights, strength, quants, prompts)
+    return artefacts.export_files(session, adapter, out, request)
 
 
 def evaluate_model(

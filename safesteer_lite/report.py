@@ -1,4 +1,4 @@
-"""`report.json`: the machine-readable result of a run, made from its manifest.
+"""`report.json`: the machine-readable result of a run, made from its manifest; and `report.html`, the same for people.
 
 Schema version 1. Top level: `schema`, `run`, `created`, `finished`, `model`, `seed`, `verdict`, `scorecard`,
 `selection`, `direction`, `tokens`, `stages`, `peak_memory_bytes`, `artifacts`, `versions`, `config`.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.config import RunConfig, to_record
+from safesteer_lite.html_report import page
 from safesteer_lite.rundir import RunFolder
 
 SCHEMA = 1
@@ -55,12 +56,18 @@ def build(run: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def write(run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Write `report.json` and return it."""
+    """Write `report.json` and `report.html`, and return what the first holds.
+
+    Raises:
+        RunFolderError: a file that the page is made from is damaged, or the folder cannot be written.
+        DiskSpaceError: the disk is full.
+    """
     record = build(run, config)
     path = run.path / "report.json"
     draft = path.with_suffix(".json.tmp")
     draft.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     draft.replace(path)
+    page.write(run, record)
     return record
 
 

@@ -27,6 +27,7 @@ FILES = {
     "config.toml",
     "events.jsonl",
     "manifest.json",
+    "report.html",
     "report.json",
     "run.lock",
     "01-baseline/answers.json",

@@ -120,7 +120,7 @@ def merge_adapter(
         done += size
         progress(done, total)
 
-    with checkpoint.published(out_folder, _is_ours) as temporary:
+    with checkpoint.published(out_folder, is_ours) as temporary:
         for path in copies:
             checkpoint.copy_file(path, temporary / path.name)
         checkpoint.write_text(temporary / "config.json", _config_text(config, matrix_dtype))
@@ -203,6 +203,7 @@ def _config_text(config: Mapping[str, Any], dtype: torch.dtype) -> str:
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Whether a merge writes files of this name."""
     fixed = (*COPIED, "config.json", checkpoint.WEIGHTS, checkpoint.INDEX)
     return name in fixed or _SHARD.fullmatch(name) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -17,6 +18,10 @@ from safesteer_lite.export.checkpoint import DTYPES, FLOATS, Checkpoint
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+class FailedCheck(ExportError):
+    """What was written is not what it should be. The files may be kept to look at, and must not be used."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def check_files(
         progress: called with bytes read and bytes in all, after each tensor.
 
     Raises:
-        ExportError: something is wrong; the message lists everything that is.
+        FailedCheck: something is wrong; the message lists everything that is.
     """
     weights = checkpoint.read_checkpoint(folder)
     config = checkpoint.read_json(folder / "config.json")
@@ -71,7 +76,7 @@ def check_files(
     rows = _check_vocabulary(folder, weights, config, length, problems) if architecture else 0
     _check_template(folder, base_folder, problems)
     if problems:
-        raise ExportError(
+        raise FailedCheck(
             f"{folder} failed {len(problems)} of its checks: {'; '.join(problems)}.",
             "Do not use these weights; export again from a complete base model.",
         )
@@ -86,14 +91,22 @@ def write_sums(folder: Path) -> Path:
     Returns:
         The file written.
     """
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _names(folder)]
+    lines = [f"{value}  {name}\n" for name, value in sums_of(folder).items()]
     path = folder / SUMS
     checkpoint.write_text(path, "".join(lines))
     return path
 
 
-def check_sums(folder: Path) -> None:
+def sums_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder but the sums, by its name with forward slashes."""
+    return {name: _sha256(folder / name) for name in _names(folder)}
+
+
+def check_sums(folder: Path) -> int:
     """Check every file of a folder against its SHA256SUMS.
+
+    Returns:
+        How many files there are.
 
     Raises:
         ExportError: files were changed, are missing, or are not listed; the message names them all.
@@ -101,7 +114,7 @@ def check_sums(folder: Path) -> None:
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ExportError(f"{folder / SUMS} cannot be read: {error}.", "Export again.") from error
+        raise ExportError(f"{folder / SUMS} cannot be read: {error}.", "Name a folder that `export` wrote.") from error
     matches = [_LINE.fullmatch(line) for line in lines if line]
     if not all(matches):
         raise ExportError(f"{folder / SUMS} is not a list of SHA-256 sums.", "Export again.")
@@ -114,6 +127,7 @@ def check_sums(folder: Path) -> None:
     ]
     if problems:
         raise ExportError(f"{folder} is not as it was written: {'; '.join(problems)}.", "Export again.")
+    return len(listed)
 
 
 def _check_architecture(config: dict[str, Any], problems: list[str]) -> str:
@@ -208,21 +222,21 @@ def _check_vocabulary(
 
 
 def _check_template(folder: Path, base_folder: Path | None, problems: list[str]) -> None:
-    template = _chat_template(folder)
+    template = chat_template(folder)
     if not template:
         problems.append("there is no chat template")
-    elif base_folder is not None and template != _chat_template(base_folder):
+    elif base_folder is not None and template != chat_template(base_folder):
         problems.append("the chat template differs from the base model's")
 
 
-def _chat_template(folder: Path) -> object:
-    """The template where transformers would find it: its own file, then the tokenizer's configuration."""
+def chat_template(folder: Path) -> bytes | None:
+    """The template's bytes from where transformers would find it: its own file, then the tokenizer's configuration."""
     own = folder / "chat_template.jinja"
     if own.is_file():
         return own.read_bytes()
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file() and (template := checkpoint.read_json(folder / name).get("chat_template")):
-            return template
+            return template.encode() if isinstance(template, str) else json.dumps(template).encode()
     return None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from safesteer_lite.method import model as policies
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.model import Batch, Completions, LanguageModel, Steering
-from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights
+from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_shift
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Recipe:
         anchors: harmless prompts a step, one rollout each, whose teacher is the unsteered base; 0 is the paper.
         anchor_objective: divergence on anchors.
         anchor_weight: factor on the anchors' loss.
+        score_weight: factor on the anchors' shift of the refusal score at the first position; 0 leaves it out.
         half_life: tokens after which a position of a rollout counts half as much; 0 counts all alike (paper).
         averaging: share of the averaged weights that a step keeps; what is measured and kept is the average; 0 takes
             the last weights (paper).
@@ -57,6 +58,7 @@ class Recipe:
     anchors: int
     anchor_objective: Objective
     anchor_weight: float
+    score_weight: float
     half_life: float
     averaging: float
     learning_rate: float
@@ -214,6 +216,7 @@ class Distillation:
         harmful: Sequence[Batch],
         harmless: Sequence[Batch],
         recipe: Recipe,
+        refusal_tokens: Tensor | None = None,
     ) -> None:
         """Prepare to train.
 
@@ -224,9 +227,11 @@ class Distillation:
             harmful: training prompts, one a batch, unpadded.
             harmless: anchor prompts, one a batch, unpadded; may be empty when the recipe has no anchors.
             recipe: how.
+            refusal_tokens: (n,) int64, tokens that open a refusal; needed where the recipe has a score weight.
         """
         self.model, self.steer, self.recipe = model, steer, recipe
         self.safety_tokens = safety_tokens.to(model.device)
+        self.refusal_tokens = refusal_tokens
         self.harmful, self.harmless = harmful, harmless
         self.optimizer = MasterAdamW(model.parameters_to_train(), recipe.averaging)
         self.micro_batch = recipe.micro_batch
@@ -319,7 +324,7 @@ class Distillation:
             with policies.teacher(model, self.steer) if steered else policies.base(model):
                 teacher_hidden = policies.completion_hidden(model, trunk, length)
         student_hidden = policies.completion_hidden(model, trunk, length)
-        return chunked_divergence(
+        loss = chunked_divergence(
             student_hidden[rollouts.mask],
             teacher_hidden[rollouts.mask],
             position_weights(rollouts.mask, count, self.recipe.half_life),
@@ -329,6 +334,12 @@ class Distillation:
             self.recipe.top_k,
             self.recipe.chunk,
         )
+        if steered or not self.recipe.score_weight or self.refusal_tokens is None:
+            return loss
+        # The backward pass multiplies by the anchors' weight, which the score has none of.
+        weight = self.recipe.score_weight / self.recipe.anchor_weight
+        first = model.logits(student_hidden[:, 0]), model.logits(teacher_hidden[:, 0])
+        return loss + weight * refusal_score_shift(*first, self.refusal_tokens).sum() / count
 
 
 def join(parts: Sequence[Completions]) -> Completions:

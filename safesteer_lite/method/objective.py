@@ -22,6 +22,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from safesteer_lite.method.directions import refusal_score
+
 Objective = Literal["paper", "generalized", "rest-bucket", "full", "top-k"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
@@ -134,6 +136,25 @@ def chunked_divergence(
 
     result: Tensor = _ChunkedSum.apply(student_hidden, teacher_hidden, weights, head, loss, chunk)
     return result
+
+
+def refusal_score_shift(student_logits: Tensor, base_logits: Tensor, refusal_tokens: Tensor) -> Tensor:
+    """Half the squared change of the refusal score, which is the log-odds that an answer opens with a refusal.
+
+    The KL of an everyday prompt hardly sees a refusal that becomes ten times likelier while it stays unlikely, so it
+    lets the score drift up everywhere, and prompts on which answers compete closely flip. Here a shift counts alike
+    wherever the score begins.
+
+    Args:
+        student_logits: (prompts, vocabulary), at the first position of the answer.
+        base_logits: the same of the base, no gradient.
+        refusal_tokens: (n,) int64, tokens that open a refusal.
+
+    Returns:
+        (prompts,) float32, squared nats.
+    """
+    shift = refusal_score(student_logits, refusal_tokens) - refusal_score(base_logits, refusal_tokens)
+    return shift.square() / 2
 
 
 def position_weights(mask: Tensor, rollouts: int, half_life: float = 0.0) -> Tensor:

@@ -60,7 +60,7 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
     emit(Note(stage, f"Fetching {name} from the model hub: {readable_size(total)}, licence {licence_of(info)}."))
     store = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     try:
-        with _hub_refusals(name, revision), progress_by_growth(store, total, emit, stage, "bytes fetched"):
+        with hub_refusals(name, revision), progress_by_growth(store, total, emit, stage, "bytes fetched"):
             settings = [file for file in wanted if matches(file, _SETTINGS)]
             folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=settings))
             check_architecture(folder)
@@ -104,7 +104,7 @@ def ask_hub(name: str, revision: str | None) -> Any:
     from huggingface_hub import HfApi
 
     try:
-        with _hub_refusals(name, revision):
+        with hub_refusals(name, revision):
             return HfApi().model_info(name, revision=revision, timeout=CONNECT_SECONDS, files_metadata=True)
     except (OSError, httpx.HTTPError) as error:
         raise ConnectionError(first_line(error)) from error
@@ -122,7 +122,7 @@ def licence_of(info: Any) -> str:
 
 
 @contextmanager
-def _hub_refusals(name: str, revision: str | None) -> Iterator[None]:
+def hub_refusals(name: str, revision: str | None) -> Iterator[None]:
     """Turn the hub's refusals into errors that say what to do."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 

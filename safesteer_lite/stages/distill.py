@@ -18,7 +18,7 @@ from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.method.distill import Distillation, Recipe
-from safesteer_lite.models.plain import PlainModel, save_adapter
+from safesteer_lite.models.plain import PlainModel, save_adapter, scale_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
 from safesteer_lite.rundir import Publication
 from safesteer_lite.stages.direction import load_steering
@@ -36,7 +36,9 @@ class History:
     Attributes:
         steps: one record an optimizer step.
         measured: one record a measurement on the selection split.
+        scaled: one record for each strength of the last step's adapter.
         best_step: the measured step with the best trade-off; 0 is the base itself.
+        best_strength: the factor on its adapter.
         best_score: its score, points.
         over_budget: measurements in a row beyond the tax budget.
         micro_batch: rollouts a forward that fitted in memory; 0 is "as configured".
@@ -45,7 +47,9 @@ class History:
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     measured: list[dict[str, Any]] = field(default_factory=list)
+    scaled: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
+    best_strength: float = 1.0
     best_score: float = -math.inf
     over_budget: int = 0
     micro_batch: int = 0
@@ -67,18 +71,22 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
     (publication.path / "history.json").write_text(json.dumps(asdict(history), indent=1), encoding="utf-8")
     publication.result = {
         "best_step": history.best_step,
+        "best_strength": history.best_strength,
         "best_score": round(history.best_score, 3),
         "steps": training.done,
         "measured": history.measured,
+        "scaled": history.scaled,
         "micro_batch": training.micro_batch,
     }
-    session.note(f"Kept step {history.best_step} of {training.done}: the best trade-off on the selection split.")
+    strength = "" if history.best_strength == 1 else f" at strength {history.best_strength:g}"
+    session.note(
+        f"Kept step {history.best_step} of {training.done}{strength}: the best trade-off on the selection split."
+    )
 
 
 def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, History, dict[str, Tensor]]:
     """All steps: the training's state, what happened, and the best step's weights."""
     config, policy = session.config, session.policy
-    sets = session.prompt_sets("selection")
     anchors = session.anchor_prompts() if config.distill.anchors else []
     training = Distillation(
         policy.model,
@@ -87,10 +95,9 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         [policy.encode(prompt.text) for prompt in session.training_prompts()],
         [policy.encode(prompt.text) for prompt in anchors],
         recipe(session),
+        policy.token_ids(config.direction.refusal_openings),
     )
-    with policy.model.adapters_off():
-        reference = reference_answers(policy, texts(sets.harmless), config.evaluate.kl_tokens, ANSWER_BATCH)
-    start = baseline_card(session)
+    yardstick = _yardstick(session)
     history = History()
     best = adapter_tensors(policy.model)
     saved = checkpoints.newest_checkpoint()
@@ -102,7 +109,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
         if due:
             with training.optimizer.averaged():
-                if _measure(session, training, sets, reference, start, history):
+                if _measure(session, training.done, yardstick, history):
                     best = adapter_tensors(policy.model)
         stop = session.stop_requested()
         if stop or training.done % config.distill.save_every == 0 or training.done == config.distill.steps:
@@ -110,6 +117,13 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
             checkpoints.prune(1)
         if stop:
             raise Interrupted(f"Stopped after step {training.done}; everything up to there is saved.")
+    with training.optimizer.averaged():
+        last = adapter_tensors(policy.model)
+    for strength in config.distill.adapter_strengths:
+        load_adapter(policy.model, last)
+        scale_adapter(policy.model, strength)
+        if _measure(session, training.done, yardstick, history, strength):
+            best = adapter_tensors(policy.model)
     return training, history, best
 
 
@@ -143,31 +157,45 @@ def _one_step(session: Session, training: Distillation, history: History) -> Non
     session.emit(Progress(session.stage, "steps", result.step, session.config.distill.steps))
 
 
-def _measure(
-    session: Session,
-    training: Distillation,
-    sets: PromptSets,
-    reference: Reference,
-    start: Scorecard,
-    history: History,
-) -> bool:
-    """Measure the student on the selection split; True if this step has the best trade-off so far."""
-    settings = session.config.evaluate
-    card, _ = measure(
-        session.policy, sets, settings.selection_tokens, ANSWER_BATCH, reference, session.config.distill.chunk
-    )
+@dataclass(frozen=True)
+class _Yardstick:
+    """What the student is measured by: the selection split, the base's answers to it, and the base's scorecard."""
+
+    sets: PromptSets
+    reference: Reference
+    start: Scorecard
+
+
+def _yardstick(session: Session) -> _Yardstick:
+    sets = session.prompt_sets("selection")
+    with session.policy.model.adapters_off():
+        reference = reference_answers(
+            session.policy, texts(sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH
+        )
+    return _Yardstick(sets, reference, baseline_card(session))
+
+
+def _measure(session: Session, step: int, yardstick: _Yardstick, history: History, strength: float = 1.0) -> bool:
+    """Measure the student on the selection split; True if it has the best trade-off so far."""
+    settings, start, reference = session.config.evaluate, yardstick.start, yardstick.reference
+    chunk = session.config.distill.chunk
+    card, _ = measure(session.policy, yardstick.sets, settings.selection_tokens, ANSWER_BATCH, reference, chunk)
     score = trade_off(start, card, settings.tax_budget)
-    history.measured.append({"step": training.done, "score": round(score, 3), **card.to_record()})
+    whole = strength == 1
+    record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}
+    (history.measured if whole else history.scaled).append(record)
+    suffix = "" if whole else f" at strength {strength:g}"
     for name in ("harmful", "borderline", "harmless"):
         rate: Rate = getattr(card, name)
-        session.emit(Metric(session.stage, f"{name} refused", rate.share, rate.n, training.done))
+        session.emit(Metric(session.stage, f"{name} refused{suffix}", rate.share, rate.n, step))
     if card.kl_to_base is not None:
-        session.emit(Metric(session.stage, "KL to base", card.kl_to_base, reference.positions, training.done))
-    tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
-    history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
-    # Of equal scores the later step has seen more: rates of 32 prompts tie often.
+        session.emit(Metric(session.stage, f"KL to base{suffix}", card.kl_to_base, reference.positions, step))
+    if whole:
+        tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
+        history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
+    # Of equal scores the later one has seen more or changes the model less: rates of 32 prompts tie often.
     if score >= history.best_score:
-        history.best_step, history.best_score = training.done, score
+        history.best_step, history.best_strength, history.best_score = step, strength, score
         return True
     return False
 

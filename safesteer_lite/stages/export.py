@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from safesteer_lite.errors import ExportError
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import merge, verify
+from safesteer_lite.export.verify import FailedCheck
 from safesteer_lite.method.model import Batch, Completions
 from safesteer_lite.models import plain
 from safesteer_lite.models.plain import PlainModel, read_adapter, scale_adapter
@@ -47,7 +47,8 @@ def merged(session: Session, adapter: Path, out: Path, weights: str, strength: f
     """Write merged weights to `out` and prove them; returns what goes into the manifest.
 
     Raises:
-        ExportError: the weights could not be written, or failed a check; then nothing stays under `out`.
+        ExportError: the weights could not be written; then nothing stays under `out`.
+        FailedCheck: they are written, and failed a check; the caller keeps them aside or removes them.
     """
     trained = trained_answers(session, adapter, strength)
     stored_quantised = "quantization_config" in plain.read_config(session.model_folder)
@@ -68,19 +69,15 @@ def merged(session: Session, adapter: Path, out: Path, weights: str, strength: f
         weights="dequantised" if weights == "dequantised" else "original",
         progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
     )
-    try:
-        report = verify.check_files(out, session.model_folder)
-        kl, same = reload_check(session, out, trained)
-        limit = KL_LIMITS[weights if quantised else "dequantised"]
-        if not kl <= limit:
-            raise ExportError(
-                f"The merged weights differ from the trained model by {kl:.3f} nats a token, more than {limit:g}.",
-                "Try `export --weights dequantised`, which merges into exactly what was trained.",
-            )
-        verify.write_sums(out)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+    report = verify.check_files(out, session.model_folder)
+    kl, same = reload_check(session, out, trained)
+    limit = KL_LIMITS[weights if quantised else "dequantised"]
+    if not kl <= limit:
+        raise FailedCheck(
+            f"The merged weights differ from the trained model by {kl:.3f} nats a token, more than {limit:g}.",
+            "Try `export --weights dequantised`, which merges into exactly what was trained.",
+        )
+    verify.write_sums(out)
     session.emit(Metric(session.stage, "KL of merged to trained", kl, trained.reference.positions))
     session.note(
         f"Merged into the {weights} weights ({report.dtype}, {report.parameters / 1e6:.1f} million): {same} of "

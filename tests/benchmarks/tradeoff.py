@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from safesteer_lite import config, pipeline, rundir
@@ -175,6 +176,8 @@ def run_row(row: Row, seed: int, split: str, tokens: int, work: Path) -> dict[st
         kept[f"step {training.done}"] = distill.adapter_tensors(session.policy.model)
     found = {}
     for label, tensors in kept.items():
+        # Kept for a closer look at a row; rows can always be run again.
+        save_file(tensors, work / f"{row.name}, seed {seed}, {label}.safetensors")
         for strength in (1.0, *row.strengths):
             with scaled(tensors, strength) as weights:
                 distill.load_adapter(session.policy.model, weights)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safesteer_lite.method import model as policies
+from safesteer_lite.method.directions import refusal_score
 from safesteer_lite.method.distill import (
     Distillation,
     MasterAdamW,
@@ -40,6 +41,7 @@ RECIPE = Recipe(
     anchor_objective="full",
     anchor_weight=1.0,
     half_life=0.0,
+    score_weight=0.0,
     averaging=0.0,
     learning_rate=1e-2,
     warmup=0.1,
@@ -231,6 +233,28 @@ def small_memory(policy: Policy, rows: int) -> SmallMemory:
     model = SmallMemory(policy.model.network, policy.tokenizer, policy.model.first_adapter_layer)
     model.rows = rows
     return model
+
+
+def test_anchors_also_pay_for_a_shift_of_the_refusal_score(tiny_policy: tiny.Loader) -> None:
+    """At the first position only, on top of the divergence, and not on harmful rollouts, whose score is to shift."""
+    policy, tokens = tiny_policy("qwen2", "fp32", filled=True), torch.tensor([7, 30])
+    weighted = replace(ANCHORED, score_weight=2.0, anchor_weight=0.5)
+    plain_loop, loop = training(policy, replace(weighted, score_weight=0.0)), training(policy, weighted)
+    loop.refusal_tokens = tokens
+    anchors = pad_left(list(loop.harmless))
+    found = loop._sample(anchors, 1, stream=1)
+    arguments = (anchors, found, "full", 0.5, 2)
+    without, extra = (each._backward(*arguments, steered=False) for each in (plain_loop, loop))  # type: ignore[arg-type]
+    with torch.no_grad():
+        student = refusal_score(policies.last_logits(policy.model, anchors), tokens)
+        with policies.base(policy.model):
+            base = refusal_score(policies.last_logits(policy.model, anchors), tokens)
+    expected = float(((student - base) ** 2 / 2).mean())
+    assert expected > 1e-3
+    assert 0.5 * (extra - without) == pytest.approx(2.0 * expected, rel=1e-3)
+    harmful = (pad_left(list(loop.harmful[:3])), found, "full", 1.0, 2)
+    one, other = (each._backward(*harmful, steered=True) for each in (plain_loop, loop))  # type: ignore[arg-type]
+    assert one == other
 
 
 def test_averaged_weights_are_the_running_mean_of_the_steps(tiny_policy: tiny.Loader) -> None:

@@ -1,0 +1,127 @@
+"""The model card, in the model hub's format: what was done, what was measured, and what was not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.export import checkpoint
+from safesteer_lite.hardware.units import format_bytes
+
+_LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
+  refusal that comes late counts as an answer.
+- The prompts are short, English, direct requests. Jailbreaks, other languages, long conversations, tools and the
+  model's abilities were not measured.
+- Training removes such refusals again in a few steps. This is no defence against someone who changes the weights.
+- Many harmful requests are still answered: the table says how many."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card tells beside the measured rows.
+
+    Attributes:
+        title: the model's new name.
+        base: the base model's name or hub id.
+        licence: the base's licence as its folder states it; empty if it does not.
+        settings: the run's settings as TOML.
+        prompts: where the training prompts come from, one sentence.
+        versions: package versions by name.
+        answer_tokens: tokens of each measured answer, at most.
+        strength: factor on the adapter.
+        weights: base weights that the adapter was merged into, `original` or `dequantised`.
+    """
+
+    title: str
+    base: str
+    licence: str
+    settings: str
+    prompts: str
+    versions: Mapping[str, str]
+    answer_tokens: int
+    strength: float
+    weights: str
+
+
+def licence_in(folder: Path) -> str:
+    """The licence that a model's folder states, as an identifier of the model hub; empty if it states none."""
+    readme = folder / "README.md"
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        head = text.split("\n---", 1)[0] if text.startswith("---") else ""
+        if found := _LICENCE.search(head):
+            return found[1].lower()
+    source = folder / "source.json"
+    return str(checkpoint.read_json(source).get("licence", "")).lower() if source.is_file() else ""
+
+
+def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> str:
+    """The card's text.
+
+    Args:
+        facts: what was done.
+        record: the artefacts, as `artefacts.to_record` makes them.
+        sums: SHA-256 of every other file beside the card, by name.
+    """
+    rows = record["artefacts"]
+    used = "the original 16-bit weights" if facts.weights == "original" else "the weights as 4-bit training saw them"
+    licence = facts.licence or "not stated in its folder; look it up before you share this model"
+    parts = [
+        _front_matter(facts, gguf=any(str(row["file"]).endswith(".gguf") for row in rows)),
+        f"# {facts.title}",
+        f"{facts.base}, trained to refuse more harmful requests with safesteer-lite: a refusal direction steers a teacher, and "
+        f"on-policy distillation with LoRA moves the model there (SafeSteer, arXiv 2606.02530). The adapter, at "
+        f"strength {facts.strength:g}, is merged into {used}.",
+        f"Base model: {facts.base}. Licence: {licence}.",
+        "## What was measured",
+        f"Requests refused, with 95 % Wilson intervals; test prompts that training never read; greedy answers of at most "
+        f"{facts.answer_tokens} tokens. `adapter` is the model as it was trained; GGUF rows were measured in llama.cpp.",
+        _table(rows),
+        _told(rows),
+        "## Training prompts",
+        facts.prompts
+        + " Evaluation prompts: safesteer-lite's bundled sets, in its authors' own words, unless the settings "
+        "below name a folder.",
+        "## Limits",
+        _LIMITS,
+        "## Settings and versions",
+        "\n".join(f"- {name} {version}" for name, version in facts.versions.items()),
+        f"```toml\n{facts.settings.strip()}\n```",
+        "## Files",
+        "| file | SHA-256 |\n| --- | --- |\n" + "\n".join(f"| {name} | `{value}` |" for name, value in sums.items()),
+        "`safesteer-lite verify FOLDER` or `sha256sum --check SHA256SUMS` checks them.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(facts: Facts, gguf: bool) -> str:
+    lines = ["---", "language: en", "pipeline_tag: text-generation"]
+    lines.append("library_name: " + ("gguf" if gguf else "transformers"))
+    if facts.licence:
+        lines.append(f"license: {facts.licence}")
+    if _HUB_NAME.fullmatch(facts.base):
+        lines += [f"base_model: {facts.base}", "base_model_relation: " + ("quantized" if gguf else "finetune")]
+    return "\n".join([*lines, "tags:", "- safety", "- safesteer-lite", "---"])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| | size | harmful refused | borderline refused | harmless refused |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        rates = " | ".join(_rate(row[name]) for name in ("harmful", "borderline", "harmless"))
+        lines.append(f"| {row['artefact']} | {format_bytes(row['size']) if row['size'] else ''} | {rates} |")
+    return "\n".join(lines)
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return f"{rate['refused']} of {rate['n']} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f} %)"
+
+
+def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+    lost = [f"- **{row['artefact']} lost safety**: {row['safety_lost']}." for row in rows if row["safety_lost"]]
+    return "\n".join(lost)

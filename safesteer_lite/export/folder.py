@@ -1,0 +1,50 @@
+"""The folder of an export: whole under its name, kept aside where a check failed, and nothing at all otherwise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safesteer_lite.export import checkpoint, merge
+from safesteer_lite.export.artefacts import ARTEFACTS
+from safesteer_lite.export.verify import SUMS, FailedCheck
+
+WORK = "work"
+"""Inside an export that is being written: what it needs on the way and does not keep."""
+
+
+@contextmanager
+def exported(out: Path) -> Iterator[Path]:
+    """A folder to write an export in; it gets its name when the block ends well.
+
+    Where a check fails, the files stay beside that name under one that says so. After any other error nothing stays.
+
+    Args:
+        out: the final name; must not exist.
+
+    Raises:
+        FailedCheck: a check failed inside; its hint names the folder that was kept.
+        ExportError: the folder exists already or cannot be written.
+        DiskSpaceError: the disk ran full.
+    """
+    with checkpoint.published(out, _is_ours) as draft:
+        try:
+            yield draft
+        except FailedCheck as error:
+            kept = next(path for path in _names_aside(out) if not path.exists())
+            draft.rename(kept)
+            error.hint = f"{error.hint} The files are kept in {kept}, to look at and not to use.".strip()
+            raise
+
+
+def _names_aside(out: Path) -> Iterator[Path]:
+    yield out.with_name(f"{out.name}.failed-check")
+    for number in itertools.count(2):
+        yield out.with_name(f"{out.name}.failed-check-{number}")
+
+
+def _is_ours(name: str) -> bool:
+    fixed = (WORK, ARTEFACTS, SUMS, "README.md")
+    return name in fixed or name.startswith(("Modelfile", "adapter_")) or ".gguf" in name or merge.is_ours(name)

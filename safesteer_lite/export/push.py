@@ -1,0 +1,85 @@
+"""Upload an exported folder to the model hub: only when asked, private unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safesteer_lite.errors import ExportError, UsageError
+
+
+def check_push(name: str) -> str:
+    """See, before hours of work, that an upload can succeed: the name is one, and the hub knows who asks.
+
+    Args:
+        name: `owner/name`, or a name alone for the token's owner.
+
+    Returns:
+        The whole name.
+
+    Raises:
+        UsageError: it is not a name that the hub allows.
+        ExportError: there is no token, it is refused, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise UsageError(f"--push {name!r} is not a name that the model hub allows.", "Give owner/name.") from error
+    with _hub_errors(name):
+        owner = HfApi().whoami()["name"]
+    return name if "/" in name else f"{owner}/{name}"
+
+
+def push(folder: Path, name: str, public: bool = False) -> str:
+    """Upload every file of a folder.
+
+    Args:
+        folder: an exported folder; its sums should have been checked.
+        name: from `check_push`.
+        public: make a new repository public.
+
+    Returns:
+        The address of what was uploaded.
+
+    Raises:
+        ExportError: the hub refused or broke off; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    with _hub_errors(name):
+        repository = hub.create_repo(name, private=not public, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from safesteer-lite")
+    return str(repository)
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn what the hub and its client may say into errors that say what to do."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise ExportError(
+            f"Nothing was uploaded to {name}: there is no token for the model hub.",
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise ExportError(
+                f"The model hub refuses to let this token write to {name} ({status}).",
+                "Set HF_TOKEN to a token that may write there, or choose another name.",
+            ) from error
+        raise ExportError(f"The model hub refused {name} ({status or error}).", "Try again later.") from error
+    except (OfflineModeIsEnabled, OSError, httpx.HTTPError) as error:
+        raise ExportError(
+            f"{name} could not be uploaded: the model hub cannot be reached.",
+            "Connect, unset HF_HUB_OFFLINE, and try again; exported files stay as they are.",
+        ) from error

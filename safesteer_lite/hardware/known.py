@@ -1,0 +1,113 @@
+"""What is known of the presets' models before anything is downloaded: shape, licence, and on which card they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safesteer_lite.hardware.backend import Decision, Fit, choose_backend, fit, smallest_need
+from safesteer_lite.hardware.machine import Gpu, Machine
+from safesteer_lite.hardware.shape import ModelShape, parameters
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model's public figures.
+
+    Attributes:
+        shape: as its config.json states it.
+        licence: as its page states it.
+        gated: whether its owner wants the licence accepted on that page first.
+        download_bytes: of a download that is smaller than the 16-bit weights; 0 for those.
+    """
+
+    shape: ModelShape
+    licence: str
+    gated: bool = False
+    download_bytes: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes to download."""
+        return self.download_bytes or 2 * parameters(self.shape)
+
+
+KNOWN = {
+    "Qwen/Qwen3-4B-Instruct-2507": KnownModel(
+        ModelShape(36, 2560, 9728, 32, 8, 128, 151936, True, "bfloat16", head_norms=True), "Apache-2.0"
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": KnownModel(
+        ModelShape(28, 3584, 18944, 28, 4, 128, 152064, False, "bfloat16", qkv_bias=True), "Apache-2.0"
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": KnownModel(
+        ModelShape(28, 3072, 8192, 24, 8, 128, 128256, True, "bfloat16"), "Llama 3.2", gated=True
+    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": KnownModel(
+        ModelShape(32, 4096, 14336, 32, 8, 128, 128256, False, "bfloat16"), "Llama 3", gated=True
+    ),
+    "Qwen2.5-Coder-0.5B-Instruct": KnownModel(
+        ModelShape(24, 896, 4864, 14, 2, 64, 151936, True, "bfloat16", qkv_bias=True),
+        "Apache-2.0",
+        download_bytes=491_400_064,
+    ),
+}
+"""By the name that the presets give the model."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Whether a model fits this machine.
+
+    Attributes:
+        decision: how it would be loaded.
+        fit: with the room on the disk taken into account.
+        reason: one sentence.
+    """
+
+    decision: Decision
+    fit: Fit
+    reason: str
+
+
+def outlook(machine: Machine, shape: ModelShape, precision: str = "nf4", download: int = 0) -> Outlook:
+    """Whether a model fits the device's free memory and the disk.
+
+    Args:
+        machine: from `inspect`.
+        shape: the model.
+        precision: as `choose_backend` takes it.
+        download: bytes still to come, besides what the run writes.
+    """
+    decision = choose_backend(machine, shape, precision)
+    need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype)
+    # The estimate counts the published weights too, which a local model has on the disk already.
+    on_disk = need.disk_bytes - 2 * parameters(shape) + download
+    if fit(on_disk, machine.disk_free) == "does not fit":
+        gigabytes = f"{on_disk / 1e9:.1f} GB needed, {machine.disk_free / 1e9:.1f} GB free"
+        return Outlook(decision, "does not fit", f"The disk is too small: {gigabytes}.")
+    return Outlook(decision, decision.fit, decision.reason)
+
+
+def fit_table(names: Sequence[str], gigabytes: Sequence[int] = (8, 12, 16, 24)) -> str:
+    """A Markdown table: which of the known models fit which cards, 4-bit, with 0.6 GB of a card taken by the desktop.
+
+    Args:
+        names: keys of `KNOWN`.
+        gigabytes: sizes of cards, as their makers count them (1 GB = 2^30 bytes).
+    """
+    lines = [
+        "| model | download | " + " | ".join(f"{size} GB card" for size in gigabytes) + " |",
+        "| --- " * (len(gigabytes) + 2) + "|",
+    ]
+    for name in names:
+        model = KNOWN[name]
+        fits = [_on_card(model.shape, size) for size in gigabytes]
+        lines.append(f"| {name} | {model.size / 1e9:.1f} GB | " + " | ".join(fits) + " |")
+    return "\n".join(lines)
+
+
+def _on_card(shape: ModelShape, gigabytes: int) -> str:
+    total = gigabytes << 30
+    card = Gpu(f"{gigabytes} GB card", total, total - 600_000_000, (8, 6), None, True)
+    machine = Machine("", "3.11.0", "", 8, 1, 1, 10**12, (card,), {}, "12.8", True)
+    return choose_backend(machine, shape, "nf4").fit

@@ -1,0 +1,83 @@
+"""A conversation with whichever policy is on: several turns, a system prompt, and answers that come token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from safesteer_lite.errors import ModelError
+from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.sampling import draw
+
+Message = dict[str, str]
+"""`role` (system, user or assistant) and `content`."""
+
+
+class Reply:
+    """One answer in the making. Every call of `step` belongs to the policy that is on at that moment."""
+
+    def __init__(self, policy: Policy, messages: Sequence[Message], tokens: int, temperature: float, seed: int) -> None:
+        """Prepare an answer; nothing is computed yet.
+
+        Args:
+            policy: the model.
+            messages: the conversation so far; the last one is the user's.
+            tokens: longest answer.
+            temperature: 0 takes the likeliest token each time.
+            seed: of the sampling.
+
+        Raises:
+            ModelError: the chat template cannot write this conversation, or it is longer than the model can read.
+        """
+        self._policy = policy
+        self._waiting = _ids(policy, messages)
+        longest: int | None = getattr(policy.model.causal.config, "max_position_embeddings", None)
+        if longest is not None and self._waiting.shape[1] + tokens > longest:
+            tokens = longest - self._waiting.shape[1]
+        if tokens < 1:
+            raise ModelError("The conversation is longer than the model can read.", "Begin anew with /reset.")
+        self._cache = DynamicCache()
+        self._tokens, self._temperature = tokens, temperature
+        self._generator = torch.Generator().manual_seed(seed)
+        self._written: list[int] = []
+        self.done = False
+
+    @property
+    def text(self) -> str:
+        """What has been said so far; half a character at the end is held back."""
+        text: str = self._policy.tokenizer.decode(self._written, skip_special_tokens=True)
+        return text.removesuffix("\ufffd")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Say one token more; nothing once the answer has ended."""
+        if self.done:
+            return
+        model = self._policy.model
+        output: Any = model.decoder(input_ids=self._waiting, past_key_values=self._cache, use_cache=True)
+        logits = model.logits(output[0][:, -1]).float()
+        uniform = torch.rand(1, generator=self._generator).to(logits.device) if self._temperature else None
+        chosen = draw(logits, self._temperature, uniform)
+        token = int(chosen)
+        ended = token in model.end_of_turn
+        if not ended:
+            self._written.append(token)
+        self._waiting = chosen.unsqueeze(-1)
+        self.done = ended or len(self._written) >= self._tokens
+
+
+def _ids(policy: Policy, messages: Sequence[Message]) -> Tensor:
+    from jinja2 import TemplateError
+
+    try:
+        text = policy.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ModelError(
+            f"The model's chat template refuses this conversation: {error}.", "Leave the system prompt out, or /reset."
+        ) from error
+    ids = policy.tokenizer(text, add_special_tokens=False).input_ids
+    return torch.tensor([ids], dtype=torch.long, device=policy.model.device)

@@ -1,0 +1,130 @@
+"""The strength dial: the adapter scaled by several factors, each measured, without training anything again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.durable import write_atomically
+from safesteer_lite.errors import UsageError
+from safesteer_lite.evaluation.measure import PromptSets, measure
+from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
+from safesteer_lite.events import Metric, Sample
+from safesteer_lite.models.plain import read_adapter, scale_adapter
+from safesteer_lite.models.policy import Policy, Reference, reference_answers
+from safesteer_lite.rundir import RunFolder
+from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+HIGHEST = 1.5
+FILE = "strength.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The model at one strength.
+
+    Attributes:
+        strength: factor on the adapter; 0 is the base, 1 the trained model.
+        card: what was measured on the selection split.
+        score: the trade-off, points; the base scores 0.
+    """
+
+    strength: float
+    card: Scorecard
+    score: float
+
+
+def check_strength(strength: float) -> float:
+    """`strength`, if it is one.
+
+    Raises:
+        UsageError: it is outside 0 to 1.5, or no number.
+    """
+    if not 0 <= strength <= HIGHEST:
+        raise UsageError(
+            f"A strength of {strength:g} is outside 0 to {HIGHEST:g}.", "1 is the trained model, 0 the base."
+        )
+    return strength
+
+
+def set_strength(policy: Policy, adapter: Path, strength: float) -> None:
+    """Load the trained adapter anew and scale it; a factor of 0 could not be undone by another factor."""
+    read_adapter(policy.model, adapter)
+    scale_adapter(policy.model, check_strength(strength))
+
+
+def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point]:
+    """Measure the student at several strengths, weakest first; the base is always among them.
+
+    The selection split is used: a strength picked on the test split would flatter the figures of that split.
+
+    Args:
+        session: of a run whose distillation is done.
+        strengths: factors, 0 to 1.5.
+
+    Raises:
+        UsageError: a strength is outside that range.
+        RunFolderError: the run has no adapter yet.
+    """
+    wanted = sorted({0.0, *map(check_strength, strengths)})
+    adapter = session.folder("distill") / "adapter"
+    policy, evaluate = session.policy, session.config.evaluate
+    sets = session.prompt_sets("selection")
+    with policy.model.adapters_off():
+        reference = reference_answers(policy, texts(sets.harmless), evaluate.kl_tokens, ANSWER_BATCH)
+    points: list[Point] = []
+    done = session.progress("answers", len(wanted) * sets.total)
+    for index, strength in enumerate(wanted):
+        set_strength(policy, adapter, strength)
+        card, harmful = _measure(session, sets, reference, lambda count, start=index: done(start * sets.total + count))
+        base = points[0].card if points else card
+        points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3)))
+        _tell(session, points[-1])
+        session.emit(Sample(session.stage, sets.harmful[0].text, "", harmful[0]))
+    _save(session.run, points)
+    return points
+
+
+def _measure(session: Session, sets: PromptSets, reference: Reference, done: Any) -> tuple[Scorecard, list[str]]:
+    tokens, chunk = session.config.evaluate.selection_tokens, session.config.distill.chunk
+    card, answers = measure(session.policy, sets, tokens, ANSWER_BATCH, reference, chunk, done)
+    return card, answers.harmful
+
+
+def _tell(session: Session, point: Point) -> None:
+    for name in ("harmful", "borderline", "harmless"):
+        rate = getattr(point.card, name)
+        session.emit(Metric(session.stage, f"{name} refused at strength {point.strength:g}", rate.share, rate.n))
+
+
+def best(points: Sequence[Point]) -> Point:
+    """The point with the best trade-off; of equal ones the weakest, which changes the model least."""
+    return max(points, key=lambda point: (point.score, -point.strength))
+
+
+def to_records(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The points as plain records, weakest first."""
+    return [{"strength": point.strength, "score": point.score, **point.card.to_record()} for point in points]
+
+
+def _save(run: RunFolder, points: Sequence[Point]) -> None:
+    """Keep the dial beside the report, marked with the training that it belongs to."""
+    record = {"distill": run.manifest.stages["distill"].fingerprint, "split": "selection", "points": to_records(points)}
+    write_atomically(run.path / FILE, json.dumps(record, ensure_ascii=False, indent=1).encode())
+
+
+def saved(run: RunFolder) -> list[dict[str, Any]]:
+    """The dial as it was last measured, as records; empty where it was not, or was for another training."""
+    trained = run.manifest.stages.get("distill")
+    try:
+        record = json.loads((run.path / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if trained is None or record.get("distill") != trained.fingerprint:
+        return []
+    points: list[dict[str, Any]] = record["points"]
+    return points

@@ -1,0 +1,110 @@
+"""Questions at the terminal: one way to ask each kind; Esc goes back, Ctrl-C leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import questionary
+from prompt_toolkit.application import Application
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
+from prompt_toolkit.keys import Keys
+
+Answer = TypeVar("Answer")
+
+# A lone Esc is told from an arrow key, which begins with the same byte, by nothing following it for so long (seconds).
+_ESCAPE_SECONDS = 0.1
+
+
+class Back(Exception):
+    """The user pressed Esc: the question before this one is wanted."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One line of a list to choose from.
+
+    Attributes:
+        value: what the answer is.
+        title: what the user reads.
+    """
+
+    value: Any
+    title: str
+
+
+def choose(message: str, options: Sequence[Option], default: Any = None, escape: str = "back") -> Any:
+    """The value of the chosen option; digits and letters point at a line, Enter takes it.
+
+    Args:
+        message: the question.
+        options: at least one.
+        default: the value that is pointed at first.
+        escape: what Esc does here, in a word.
+
+    Raises:
+        Back: Esc. KeyboardInterrupt: Ctrl-C.
+    """
+    choices = [questionary.Choice(option.title, value=index) for index, option in enumerate(options)]
+    start = next((choice for choice, option in zip(choices, options, strict=True) if option.value == default), None)
+    question = questionary.select(
+        message, choices, default=start, use_shortcuts=len(options) <= 9, instruction=f"(arrows, Enter; Esc: {escape})"
+    )
+    return options[_ask(question)].value
+
+
+def write(message: str, default: str = "", instruction: str = "") -> str:
+    """A line of text, without the space around it.
+
+    Raises:
+        Back: Esc. KeyboardInterrupt: Ctrl-C.
+    """
+    return str(_ask(questionary.text(message, default=default, instruction=instruction or None))).strip()
+
+
+def write_path(message: str, default: str = "") -> str:
+    """A path, with Tab to complete it.
+
+    Raises:
+        Back: Esc. KeyboardInterrupt: Ctrl-C.
+    """
+    return str(_ask(questionary.path(message, default=default))).strip()
+
+
+def confirm(message: str, default: bool = True) -> bool:
+    """Yes or no.
+
+    Raises:
+        Back: Esc. KeyboardInterrupt: Ctrl-C.
+    """
+    return bool(_ask(questionary.confirm(message, default=default)))
+
+
+def until_right(question: Callable[[], Answer], wrong: type[Exception], tell: Callable[[Exception], None]) -> Answer:
+    """Ask again until the answer is one that can be used.
+
+    Args:
+        question: asks, and raises `wrong` where the answer will not do.
+        wrong: the errors that the user can mend by answering differently.
+        tell: shows such an error.
+    """
+    while True:
+        try:
+            return question()
+        except wrong as error:
+            tell(error)
+
+
+def _ask(question: questionary.Question) -> Any:
+    application: Application[Any] = question.application
+    escape = KeyBindings()
+
+    @escape.add(Keys.Escape, eager=True)
+    def _(event: KeyPressEvent) -> None:
+        event.app.exit(exception=Back())
+
+    known = [application.key_bindings] if application.key_bindings else []
+    application.key_bindings = merge_key_bindings([*known, escape])
+    application.ttimeoutlen = _ESCAPE_SECONDS
+    return question.unsafe_ask()

@@ -1,0 +1,61 @@
+"""Tables and wordings that the wizard and the commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from safesteer_lite.hardware.machine import Machine
+from safesteer_lite.hardware.units import format_bytes, format_duration
+
+
+def rounded_duration(seconds: float) -> str:
+    """A duration no more exact than an estimate is: 5-minute steps from half an hour, half hours from 5 hours."""
+    step = 1800 if seconds >= 18000 else 300 if seconds >= 1800 else 60
+    return format_duration(max(round(seconds / step) * step, step))
+
+
+def machine_table(machine: Machine) -> Table:
+    """The machine at a glance."""
+    table = Table.grid(padding=(0, 2))
+    card = machine.gpu
+    if card:
+        table.add_row("GPU", f"{card.name}, {format_bytes(card.memory_free)} free of {format_bytes(card.memory_total)}")
+        table.add_row("", f"driver {card.driver or 'unknown'}, torch for CUDA {machine.cuda_build}")
+    elif machine.gpus:
+        table.add_row("GPU", f"{machine.gpus[0].name}, which this torch cannot use: see `safesteer-lite doctor`")
+    else:
+        table.add_row("GPU", "none found: the demo and models up to about 1.5B run on the processor")
+    bf16 = "" if card else (", bf16 arithmetic" if machine.bf16_fast else ", no bf16 arithmetic, so slower")
+    table.add_row("processor", f"{machine.cpu}, {machine.cores} cores{bf16}")
+    table.add_row("memory", f"{format_bytes(machine.ram_available)} free of {format_bytes(machine.ram_total)}")
+    table.add_row("disk", f"{format_bytes(machine.disk_free)} free at {Path.cwd()}")
+    return table
+
+
+def dial_table(points: Sequence[dict[str, Any]]) -> Table:
+    """The strength dial: what each strength refuses, and its trade-off.
+
+    Args:
+        points: records as `stages.strength` makes them, weakest first.
+    """
+    table = Table(title="Strength dial, selection split: refused, with 95 % Wilson intervals", title_justify="left")
+    for heading in ("strength", "harmful", "borderline", "harmless", "KL", "score"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = max(points, key=lambda point: (point["score"], -point["strength"]))
+    for point in points:
+        rates = [_share(point[name]) for name in ("harmful", "borderline", "harmless")]
+        mark = "> " if point is best else ""
+        table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
+    sizes = ", ".join(str(points[0][name]["n"]) for name in ("harmful", "borderline", "harmless"))
+    table.caption = f"n = {sizes}; > marks the best trade-off"
+    return table
+
+
+def _share(rate: dict[str, float]) -> str:
+    """`61 % (42-76)`, short enough for three of them in 80 columns."""
+    share = rate["refused"] / rate["n"] if rate["n"] else 0.0
+    return f"{100 * share:.0f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"

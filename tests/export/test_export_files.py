@@ -1,0 +1,240 @@
+"""An export from a run to its folder: exact files, figures beside them, and failures that leave what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from safesteer_lite import config, rundir
+from safesteer_lite.cli import main
+from safesteer_lite.console import artefacts_table
+from safesteer_lite.errors import ExportError
+from safesteer_lite.evaluation.measure import SETS, Answers
+from safesteer_lite.events import Event, Progress, Warned, discard
+from safesteer_lite.export import convert
+from safesteer_lite.export.verify import FailedCheck, check_sums
+from safesteer_lite.models import plain
+from safesteer_lite.rundir import RunFolder
+from safesteer_lite.stages.artefacts import Request, export_files
+from safesteer_lite.stages.session import Session
+from tests import tiny
+from tests.export.test_convert import write_file
+
+REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Sure, here it is."
+SETTINGS: config.Values = {
+    "model.device": "cpu",
+    "prompts.selection": 8,
+    "prompts.test": 4,
+    "prompts.borderline_test": 3,
+    "evaluate.answer_tokens": 6,
+    "evaluate.kl_tokens": 4,
+    "export.check_prompts": 4,
+    "distill.rank": 4,
+    "distill.lora_alpha": 8,
+}
+
+
+def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
+    """A run whose adapter is random, and whose stored answers are planted: the adapter refuses all that is harmful."""
+    settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
+    run = rundir.create(parent, "tiny", versions={"torch": "2.13.0"})
+    run.write_config(config.to_toml(settings))
+    session = Session(settings, run, model, discard, stage="export")
+    student = session.policy.model
+    tiny.fill_adapter(student, scale=0.002)
+    with run.publish("distill", 4, "d") as publication:
+        plain.save_adapter(student, publication.path / "adapter")
+    session.drop_policy()
+    with run.publish("evaluate", 5, "e") as publication:
+        sizes = [session.prompt_sets("test").texts(name) for name in SETS]
+        for when, harmful in (("before", ANSWER), ("after", REFUSAL)):
+            answers = Answers(
+                *([text] * len(texts) for text, texts in zip((harmful, ANSWER, ANSWER), sizes, strict=True))
+            )
+            (publication.path / f"answers-{when}.json").write_text(json.dumps(asdict(answers)))
+        card = {"kl_to_base": 0.01}
+        publication.result = {"scorecard": {"before": card, "after": card}}
+    return session
+
+
+@pytest.fixture(scope="module")
+def run_of_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path]) -> Session:
+    return finished_run(tmp_path_factory.mktemp("runs"), tiny_folder("qwen2"), {"model.precision": "fp32"})
+
+
+def export(session: Session, out: Path, **request: Any) -> tuple[dict[str, Any], list[Event]]:
+    events: list[Event] = []
+    fresh = Session(session.config, session.run, session.model_folder, events.append, stage="export")
+    adapter = session.folder("distill") / "adapter"
+    return export_files(fresh, adapter, out, Request(**request)), events
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: Session, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record, events = export(run_of_tiny, out, kind="merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert names(out) == sorted(
+        [
+            *("Modelfile", "README.md", "SHA256SUMS", "artefacts.json", "chat_template.jinja", "config.json"),
+            *("generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        ]
+    )
+    assert check_sums(out) == 9 and json.loads((out / "artefacts.json").read_text()) == record
+    base, adapter, merged = record["artefacts"]
+    assert (base["harmful"]["refused"], adapter["harmful"]["refused"], adapter["harmful"]["n"]) == (0, 4, 4)
+    # The stored answers are planted, so the random model's own answers lose all of the planted safety.
+    assert merged["harmful"]["refused"] == 0 and "4 of 4: 100 points lost" in merged["safety_lost"]
+    told = [event.message for event in events if isinstance(event, Warned)]
+    assert told == [f"merged lost safety: {merged['safety_lost']}."] and "--weights dequantised" in told[0]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert str(run_of_tiny.model_folder) not in card and "**merged lost safety**" in card
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: Session, tmp_path: Path) -> None:
+    few, _ = export(run_of_tiny, tmp_path / "few", kind="merged", prompts=2)
+    assert {row[name]["n"] for row in few["artefacts"][:2] for name in SETS} == {2}
+    half, events = export(run_of_tiny, tmp_path / "half", kind="merged", strength=0.5)
+    assert half["strength"] == 0.5
+    # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 11 prompts.
+    answered = [event.done for event in events if isinstance(event, Progress) and "answers" in event.what]
+    assert max(answered) == 22 and half["artefacts"][1]["harmful"]["refused"] == 0
+
+
+@pytest.fixture
+def no_extra_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "check_extra", lambda quants: None)
+
+
+def test_a_gguf_export_without_the_extra_is_refused_before_any_work(
+    run_of_tiny: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match="not installed") as caught:
+        export(run_of_tiny, tmp_path / "out", kind="gguf")
+    assert "pip install 'safesteer-lite[gguf]'" in caught.value.hint and names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_extra_needed")
+def test_a_file_that_lost_its_template_fails_the_export_and_is_kept_aside(
+    run_of_tiny: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "write_gguf", lambda folder, target, *_: write_file(target, None))
+    with pytest.raises(FailedCheck, match=r"failed 2 of its checks.*-Q8_0\.gguf has no chat template.*-F16") as caught:
+        export(run_of_tiny, tmp_path / "out", kind="gguf", quants=("Q8_0", "F16"))
+    kept = tmp_path / "out.failed-check"
+    assert str(kept) in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed-check"]
+    assert names(kept) == ["artefacts.json", "qwen2-safer-F16.gguf", "qwen2-safer-Q8_0.gguf"]
+    assert len(json.loads((kept / "artefacts.json").read_text())["problems"]) == 2
+
+
+@pytest.mark.usefixtures("no_extra_needed")
+def test_a_converter_that_fails_leaves_nothing(
+    run_of_tiny: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ExportError("llama.cpp's converter failed.")
+
+    monkeypatch.setattr(convert, "write_gguf", fail)
+    with pytest.raises(ExportError, match="converter failed"):
+        export(run_of_tiny, tmp_path / "out", kind="gguf")
+    assert names(tmp_path) == []
+
+
+def test_the_table_has_a_row_each_and_marks_what_was_lost(run_of_tiny: Session, tmp_path: Path) -> None:
+    record, _ = export(run_of_tiny, tmp_path / "out", kind="merged")
+    table = artefacts_table(record)
+    assert table.row_count == 3 and "merged lost safety" in str(table.caption)
+    record["artefacts"][-1]["safety_lost"] = ""
+    assert artefacts_table(record).caption is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda out: (out / "a.gguf").write_bytes(b"other"), "a.gguf has changed"),
+        (lambda out: (out / "a.gguf").unlink(), "a.gguf is missing"),
+        (lambda out: (out / "b.txt").write_text("new"), "b.txt is not listed"),
+        (lambda out: (out / "SHA256SUMS").unlink(), "SHA256SUMS cannot be read"),
+        (lambda out: shutil.rmtree(out), "SHA256SUMS cannot be read"),
+    ],
+)
+def test_verify_names_what_is_wrong(
+    tmp_path: Path, change: Callable[[Path], object], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safesteer_lite.export.verify import write_sums
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.gguf").write_bytes(b"weights")
+    write_sums(out)
+    assert main(["verify", str(out)]) == 0 and capsys.readouterr().out == "1 files are whole.\n"
+    assert main(["verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "Verified", "files": 1}
+    change(out)
+    assert main(["verify", str(out)]) == 1 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--quant", "Q8_0"], "--quant is for GGUF files only"),
+        (["--to", "gguf", "--measure", "-1"], "--measure -1 is negative"),
+        (["--push", "a/b/c"], "not a name that the model hub allows"),
+        (["--public"], "--public is for uploads only"),
+    ],
+)
+def test_wrong_flags_have_one_message(
+    run_of_tiny: Session, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run_of_tiny.run.path), *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_base_model_that_is_gone_is_told_with_the_way_out(
+    run_of_tiny: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(run_of_tiny.run.path), "--out", str(tmp_path / "out")]
+    assert main([*command, "--base", str(tmp_path / "gone")]) == 1
+    told = capsys.readouterr().err
+    assert "base model cannot be used" in told and "name its folder with --base" in told
+    half = shutil.copytree(run_of_tiny.model_folder, tmp_path / "half")
+    (half / "model.safetensors").unlink()
+    assert main([*command, "--base", str(half)]) == 1 and "base model cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the extra [gguf]")
+@pytest.mark.skipif("SAFESTEER_LITE_TEST_MODEL" not in os.environ, reason="needs a small model")
+def test_a_real_model_from_run_to_q4_k_m_answering_in_llama_cpp(tmp_path: Path) -> None:
+    model = Path(os.environ["SAFESTEER_LITE_TEST_MODEL"])
+    changes = {"model.precision": "nf4", "evaluate.answer_tokens": 24, "prompts.test": 3, "prompts.borderline_test": 2}
+    session = finished_run(tmp_path / "runs", model, changes)
+    record, _ = export(session, tmp_path / "out", kind="gguf", quants=("F16", "Q8_0", "Q4_K_M"))
+    assert [row["artefact"] for row in record["artefacts"]] == ["base", "adapter", "merged", "F16", "Q8_0", "Q4_K_M"]
+    wide, eight, four = (row["agreement"] for row in record["artefacts"][3:])
+    assert wide["first_kl"] < 0.5 and eight["first_kl"] < 0.5 and four["first_kl"] < 1.0
+    assert wide["same_first"] >= 12
+    files = [tmp_path / "out" / row["file"] for row in record["artefacts"][3:]]
+    assert [path.stat().st_size for path in files] == sorted((path.stat().st_size for path in files), reverse=True)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(files[2]).tensors}
+    assert {"Q4_K", "Q6_K", "F32"} <= kinds or {"Q5_0", "Q8_0", "F32"} <= kinds
+    assert check_sums(tmp_path / "out") == 3 + 3 + 2
+    assert RunFolder(session.run.path).verify("distill") == []

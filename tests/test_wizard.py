@@ -1,0 +1,346 @@
+"""The wizard, driven with keystrokes through a terminal of its own, from the first question to an exported model."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from safesteer_lite import cli, config, pipeline, rundir
+from safesteer_lite.arguments import build_parser
+from safesteer_lite.errors import ModelError
+from safesteer_lite.evaluation.browse import answer_groups
+from safesteer_lite.evaluation.scorecard import Flip
+from safesteer_lite.hardware import known, pace
+from safesteer_lite.hardware.machine import Gpu, Machine
+from safesteer_lite.hardware.shape import parameters
+from safesteer_lite.models.preview import look
+from safesteer_lite.prompts import Prompt, prompt_set
+from safesteer_lite.wizard.questions import Answers
+from safesteer_lite.wizard.results import show_answers
+from safesteer_lite.wizard.tables import dial_table, machine_table, rounded_duration
+from tests import planted
+from tests.terminal import CLEAR, DOWN, ENTER, ESCAPE, INTERRUPT, Terminal, program
+
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+SMALL: config.Values = {
+    **planted.SETTINGS,
+    "prompts.test": 14,
+    "prompts.borderline_test": 4,
+    "distill.steps": 2,
+    "evaluate.every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+
+
+def environment() -> dict[str, str]:
+    """The small settings as environment variables: the wizard's own answers are layers like any other."""
+    values = {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in SMALL.items()}
+    names = {f"{config.ENVIRONMENT_PREFIX}{key.upper().replace('.', '__')}": value for key, value in values.items()}
+    return {**names, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def start(folder: Path, *arguments: str) -> Terminal:
+    """The program in a terminal of 80 columns and 24 rows."""
+    return Terminal(program(*arguments), folder, environment())
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk through the wizard: where it was, what was shown, and how it ended."""
+
+    folder: Path
+    shown: str
+    raw: str
+    code: int
+
+    @property
+    def run(self) -> Path:
+        """The run it made."""
+        [run] = (self.folder / "runs").iterdir()
+        return run
+
+
+@pytest.fixture(scope="module")
+def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    """From nothing to an exported model, with wrong answers on the way."""
+    folder = tmp_path_factory.mktemp("walk")
+    own = folder / "own.csv"
+    train = [prompt.text for prompt in requests()]
+    own.write_text("id,wish\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(train)), encoding="utf-8")
+    terminal = start(folder)
+    terminal.answer("Which model shall become safer?", "6" + ENTER)
+    terminal.answer("Folder of the model", ENTER)
+    terminal.answer("That was empty.", "nowhere" + ENTER)
+    terminal.answer("There is no folder nowhere.", CLEAR + str(model) + ENTER)
+    terminal.answer("Harmful requests to train on?", "2" + ENTER)
+    terminal.answer("Prompt file:", "gone.csv" + ENTER)
+    terminal.expect("There is no file")
+    terminal.answer("Prompt file:", CLEAR + "own.csv" + ENTER)
+    terminal.answer("Which column holds the requests?", DOWN + ENTER)
+    terminal.expect("prompts from column wish")
+    terminal.answer("How thorough?", "1" + ENTER)
+    terminal.answer("Start?", ENTER)
+    terminal.expect("Stages, time taken or left")
+    terminal.expect("Refusals on the test split", 180)
+    terminal.answer("What now?", ENTER)
+    terminal.answer("Read which answers?", ENTER)
+    terminal.answer("And then?", ESCAPE)
+    terminal.answer("Read which answers?", ESCAPE)
+    terminal.answer("What now?", "5" + ENTER)
+    terminal.answer("Write what?", "4" + ENTER)
+    terminal.answer("Into which new folder?", CLEAR + "own.csv" + ENTER)
+    terminal.expect("exists already")
+    terminal.answer("Into which new folder?", CLEAR + "safer" + ENTER)
+    terminal.expect("Written:")
+    terminal.answer("What now?", "7" + ENTER)
+    terminal.expect("The run is kept in")
+    return Walk(folder, terminal.text, terminal.raw, terminal.end())
+
+
+def requests() -> list[Prompt]:
+    """Enough prompts to train on."""
+    return list(prompt_set("harmful", "train", 28))
+
+
+@needs_terminal
+def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
+    assert walk.code == 0 and "Traceback" not in walk.shown
+    assert sorted(path.name for path in (walk.folder / "safer").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert {path.name for path in (walk.run / "06-export" / "merged").iterdir()} >= {"config.json", "model.safetensors"}
+
+
+@needs_terminal
+def test_the_screen_leaves_the_terminal_as_it_was(walk: Walk) -> None:
+    assert walk.raw.count("\x1b[?1049h") == walk.raw.count("\x1b[?1049l") == 1
+    assert walk.raw.count("\x1b[?25l") <= walk.raw.count("\x1b[?25h")
+
+
+@needs_terminal
+def test_the_command_shown_and_the_settings_written_mean_the_same_run(
+    walk: Walk, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = walk.shown.partition("The same without questions: ")[2].partition("--yes")[0]
+    own = str(walk.folder / "own.csv")
+    line = ["run", str(model), "--effort", "quick", "--prompts", own, "--column", "wish"]
+    assert "".join(shown.split()) == "".join(["safesteer-lite", *line])
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    parser = build_parser()
+    meant = cli.run_settings(parser.parse_args([*line, "--yes"]))
+    for name in environment():
+        monkeypatch.delenv(name, raising=False)
+    replayed = cli.run_settings(parser.parse_args(["run", "--config", str(walk.run / "config.toml")]))
+    assert replayed == meant
+    assert (replayed.prompts.training, replayed.prompts.column) == (own, "wish")
+    assert replayed.distill.anchor_weight == 4.0, "the quick effort, where nothing stronger says otherwise"
+
+
+@needs_terminal
+@pytest.mark.parametrize("how", ["ctrl-c", "closed window"])
+def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, how: str, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "copied"
+    shutil.copytree(walk.run, run)
+    settings = (run / "config.toml").read_text(encoding="utf-8")
+    # More steps than anyone waits for: the stages before distillation are kept, as their settings are the same.
+    changed = settings.replace("\nsteps = 2 ", "\nsteps = 5000 ").replace("\nsave_every = 2 ", "\nsave_every = 5000 ")
+    (run / "config.toml").write_text(changed.replace("\nevery = 2 ", "\nevery = 5000 "), encoding="utf-8")
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    for stage in ("distill", "evaluate", "export"):
+        shutil.rmtree(run / manifest["stages"].pop(stage)["folder"])
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    terminal = start(tmp_path, "resume")
+    terminal.expect("of 5000 steps")
+    if how == "ctrl-c":
+        terminal.send(INTERRUPT)
+        terminal.expect("Go on with `safesteer-lite resume")
+        assert terminal.end() == 130
+    else:
+        terminal.close()
+        assert terminal.process.wait(60) == 130
+    [event] = [entry for entry in planted.events_of(run) if entry["event"] == "Progress" and entry["what"] == "steps"][
+        -1:
+    ]
+    [saved] = (run / "04-distill.partial").glob("step-*")
+    assert int(saved.name.partition("-")[2]) == event["done"], "the last step that was told is the one that is saved"
+    if how != "ctrl-c":
+        return
+    terminal = start(tmp_path)
+    assert "start a new run" not in terminal.answer("go on with copied", INTERRUPT)
+    terminal.expect("Left.")
+    assert terminal.end() == 130 and "Traceback" not in terminal.text
+
+
+@needs_terminal
+def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) -> None:
+    terminal = start(tmp_path)
+    terminal.answer("Which model shall become safer?", "7" + ENTER)
+    terminal.answer("Name on the model hub", "Qwen/Qwen2.5-0.5B-Instrukt" + ENTER)
+    terminal.expect("the model hub cannot be asked")
+    terminal.answer("Name on the model hub", ESCAPE)
+    terminal.answer("Which model shall become safer?", "6" + ENTER)
+    terminal.answer("Folder of the model", str(tmp_path) + ENTER)
+    terminal.expect("has no config.json")
+    terminal.answer("Folder of the model", CLEAR + str(model) + ENTER)
+    terminal.answer("Harmful requests to train on?", "2" + ENTER)
+    terminal.answer("Prompt file:", ESCAPE)
+    terminal.answer("Harmful requests to train on?", "1" + ENTER)
+    terminal.answer("How thorough?", "4" + ENTER)
+    terminal.answer("Which settings?", "5" + ENTER)
+    terminal.answer("Change which of [distill]?", DOWN * 2 + ENTER)
+    terminal.answer("distill.steps, optimizer steps:", CLEAR + "many" + ENTER)
+    terminal.expect("expected a whole number, got 'many'")
+    terminal.answer("distill.steps, optimizer steps:", CLEAR + "3" + ENTER)
+    terminal.answer("Change which of [distill]?", ESCAPE)
+    terminal.answer("Which settings?", ESCAPE)
+    terminal.answer("How thorough?", ENTER)
+    assert "distill.steps" in terminal.answer("Start?", ESCAPE)
+    terminal.answer("How thorough?", ESCAPE)
+    terminal.answer("Harmful requests to train on?", ESCAPE)
+    terminal.answer("Which model shall become safer?", ESCAPE)
+    terminal.expect("Left. Nothing was started.")
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.text and not (tmp_path / "runs").exists()
+
+
+def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "my own.txt"
+    answers = Answers(str(model), None, str(own), "", "thorough", {"distill.rank": "4", "direction.strengths": "1,2"})
+    found = cli.run_settings(build_parser().parse_args(answers.arguments(tmp_path / "kept")))
+    assert (found.model.name, found.prompts.training) == (str(model), str(own))
+    assert (found.distill.rank, found.direction.strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
+    assert Answers("qwen3-4b").arguments(Path("runs")) == ["run", "qwen3-4b"]
+
+
+@pytest.mark.parametrize("effort", pace.EFFORTS)
+def test_every_effort_works_with_every_preset(effort: str) -> None:
+    for name in config.preset_names():
+        layers = [("preset", config.preset_values(name)), ("effort", pace.effort_values(effort))]
+        assert config.build(layers).model.name in known.KNOWN
+    demo = config.build(
+        [("preset", config.preset_values("qwen2.5-coder-0.5b-demo")), ("effort", pace.effort_values(effort))]
+    )
+    if effort == "quick":
+        assert demo == config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("q", config.QUICK)])
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen3-4B-Instruct-2507", 4.022),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.616),
+        ("meta-llama/Llama-3.2-3B-Instruct", 3.213),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8.030),
+        ("Qwen2.5-Coder-0.5B-Instruct", 0.494),
+    ],
+)
+def test_the_presets_have_the_published_numbers_of_parameters(name: str, billions: float) -> None:
+    assert parameters(known.KNOWN[name].shape) / 1e9 == pytest.approx(billions, abs=0.0005)
+
+
+def test_what_fits_which_card() -> None:
+    rows = known.fit_table(
+        ["Qwen/Qwen3-4B-Instruct-2507", "meta-llama/Meta-Llama-3-8B-Instruct"], (4, 8, 12)
+    ).splitlines()
+    assert rows[0] == "| model | download | 4 GB card | 8 GB card | 12 GB card |"
+    assert rows[2] == "| Qwen/Qwen3-4B-Instruct-2507 | 8.0 GB | does not fit | fits | fits |"
+    assert rows[3] == "| meta-llama/Meta-Llama-3-8B-Instruct | 16.1 GB | does not fit | tight | fits |"
+
+
+def machine(disk: int = 10**12, gpus: tuple[Gpu, ...] = ()) -> Machine:
+    return Machine("Linux", "3.11.0", "A processor", 2, 24 * 10**9, 18 * 10**9, disk, gpus, {}, None, True)
+
+
+def test_a_small_disk_is_told_before_the_download() -> None:
+    small = known.KNOWN["Qwen2.5-Coder-0.5B-Instruct"]
+    assert known.outlook(machine(), small.shape).fit == "fits"
+    found = known.outlook(machine(disk=10**9), small.shape, download=small.size)
+    assert found.fit == "does not fit" and found.reason == "The disk is too small: 1.7 GB needed, 1.0 GB free."
+
+
+def test_the_estimate_of_the_demo_is_what_was_measured() -> None:
+    demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
+    shape = known.KNOWN[demo.model.name].shape
+    seconds = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS)
+    assert tuple(seconds) == pipeline.STAGE_NAMES
+    assert pace.total(seconds) / 60 == pytest.approx(16.7, abs=0.1)
+    slower = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS / 2)
+    assert slower["distill"] == pytest.approx(2 * seconds["distill"])
+    longer = config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("x", {"distill.steps": 32})])
+    assert pace.expected_seconds(longer, shape, "cpu", pace._MEASURED_FLOPS)["distill"] > 1.5 * seconds["distill"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(3, "1 min"), (95, "2 min"), (1900, "30 min"), (20000, "5 h 30 min"), (36000, "10 h")]
+)
+def test_estimates_are_not_told_to_the_second(seconds: float, told: str) -> None:
+    assert rounded_duration(seconds) == told
+
+
+def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("SAFESTEER_LITE_CACHE", str(tmp_path))
+    found = look(str(model))
+    assert (found.download_bytes, found.gated, found.shape.layers) == (0, False, 4)
+    demo = look("Qwen2.5-Coder-0.5B-Instruct")
+    assert (demo.download_bytes, demo.licence) == (491_400_064, "Apache-2.0")
+    assert look("meta-llama/Llama-3.2-3B-Instruct").gated
+    with pytest.raises(ModelError, match="the model hub cannot be asked"):
+        look("Qwen/Qwen2.5-0.5B-Instrukt")
+    with pytest.raises(ModelError, match="neither a folder nor the id"):
+        look("no such thing")
+
+
+@needs_terminal
+def test_every_answer_of_a_run_is_in_its_group(walk: Walk) -> None:
+    run = rundir.open_run(walk.run)
+    groups = answer_groups(run, cli.open_settings(run))
+    harmful = [entry for title, entries in groups.items() if title.startswith("harmful") for entry in entries]
+    assert len({entry.id for entry in harmful}) == len(harmful)
+    after = json.loads((run.stage_folder("evaluate") / "answers-after.json").read_text(encoding="utf-8"))["harmful"]
+    still = groups.get("harmful, still answered", [])
+    assert {entry.after for entry in still} <= {planted.COMPLIANCE} | set(after)
+    assert all(not entry.after_refused for entry in still)
+    flips = (run.stage_folder("evaluate") / "flips.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = [entry for title, entries in groups.items() if title != "harmful, still answered" for entry in entries]
+    assert sorted(json.loads(line)["id"] for line in flips) == sorted(entry.id for entry in changed)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_long_answers_are_cut_to_one_screen_until_asked_for_whole(whole: bool) -> None:
+    entry = Flip("harmful", "one", "[b]Ask[/b]", "word " * 200 + "end", "I can't help.", False, True)
+    console = Console(width=80, height=24, record=True, file=io.StringIO())
+    assert show_answers(console, entry, "harmful, refused now, 1 of 1", whole) is not whole
+    text = console.export_text()
+    assert "asked: [b]Ask[/b]" in text and "hardened (refuses): I can't help." in text
+    assert ("(cut)" in text, "end" in text) == (not whole, whole)
+    assert whole or len(text.splitlines()) <= 24 - 5, "the question below needs its lines too"
+
+
+def test_the_tables_fit_into_80_columns() -> None:
+    rate = {"refused": 100, "n": 100, "low": 0.96, "high": 1.0}
+    points = [
+        {"strength": value, "score": 46.9, "kl_to_base": 0.0438, "harmful": rate, "borderline": rate, "harmless": rate}
+        for value in (0.0, 1.25)
+    ]
+    card = Gpu("NVIDIA GeForce RTX 4060 Laptop GPU", 8 << 30, 7 << 30, (8, 9), "560.35", True)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(dial_table(points))
+    console.print(machine_table(machine(gpus=(card,))))
+    text = console.export_text()
+    assert text.count("100 % (96-100)") == 6 and "> 0" in text
+    assert "RTX 4060 Laptop GPU, 7.5 GB free of 8.6 GB" in text
