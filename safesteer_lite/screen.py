@@ -35,7 +35,8 @@ SMALLEST = (80, 24)
 
 _SETS = ("harmful", "borderline", "harmless")
 _KEPT_MESSAGES = 50
-_FRAMES_A_SECOND = 4
+# Drawing holds up the thread that feeds the model, and nothing here moves faster than the seconds.
+_FRAMES_A_SECOND = 1
 
 
 def fits_terminal(console: Console) -> bool:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from safesteer_lite import cli, config, pipeline, rundir
+from safesteer_lite import config, pipeline, rundir
 from safesteer_lite.arguments import EPILOG, build_parser
 from safesteer_lite.cli import main
+from safesteer_lite.commands.shared import settings_from
 from tests import planted
 
 REPOSITORY = Path(__file__).parents[1]
@@ -259,7 +260,7 @@ def test_every_preset_is_listed_and_shown(capsys: pytest.CaptureFixture[str]) ->
 
 def settings_of(*arguments: str) -> config.RunConfig:
     options = build_parser().parse_args(["run", *arguments])
-    return cli._settings(options, "qwen3-4b" if options.model else "", options.config, {})
+    return settings_from(options, "qwen3-4b" if options.model else "", options.config, {})
 
 
 def test_flags_beat_environment_beats_file_beats_preset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +287,7 @@ def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture
     assert (run / "config.toml").read_text(encoding="utf-8") == Path("small.toml").read_text(encoding="utf-8")
     assert records[-1] == {"event": "Report", **json.loads((run / "report.json").read_text(encoding="utf-8"))}
     options = build_parser().parse_args(["run", "--config", str(run / "config.toml")])
-    assert cli._settings(options, "", options.config, {}) == planted.settings(model, {"distill.steps": 1})
+    assert settings_from(options, "", options.config, {}) == planted.settings(model, {"distill.steps": 1})
     assert main(["runs", "--runs", "kept"]) == 0
     assert re.fullmatch(rf"{run.name}  \S+  finished\n", capsys.readouterr().out)
     assert main(["runs", "--runs", "kept", "--json"]) == 0

@@ -24,12 +24,12 @@ FLOORS = (
     ("html_report", "report"),
     ("pipeline",),
     ("console", "screen", "chat", "wizard"),
-    ("export_commands",),
     ("arguments",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
-SHELL = {"console", "screen", "chat", "wizard", "export_commands", "arguments", "cli", "__main__"}
+SHELL = {"console", "screen", "chat", "wizard", "arguments", "commands", "cli", "__main__"}
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

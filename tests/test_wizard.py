@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from safesteer_lite import cli, config, pipeline, rundir
+from safesteer_lite import config, pipeline, rundir
 from safesteer_lite.arguments import build_parser
+from safesteer_lite.commands.shared import open_settings, run_settings
 from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
@@ -141,10 +142,10 @@ def test_the_command_shown_and_the_settings_written_mean_the_same_run(
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     parser = build_parser()
-    meant = cli.run_settings(parser.parse_args([*line, "--yes"]))
+    meant = run_settings(parser.parse_args([*line, "--yes"]))
     for name in environment():
         monkeypatch.delenv(name, raising=False)
-    replayed = cli.run_settings(parser.parse_args(["run", "--config", str(walk.run / "config.toml")]))
+    replayed = run_settings(parser.parse_args(["run", "--config", str(walk.run / "config.toml")]))
     assert replayed == meant
     assert (replayed.prompts.training, replayed.prompts.column) == (own, "wish")
     assert replayed.distill.anchor_weight == 4.0, "the quick effort, where nothing stronger says otherwise"
@@ -220,7 +221,7 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
 def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "my own.txt"
     answers = Answers(str(model), None, str(own), "", "thorough", {"distill.rank": "4", "direction.strengths": "1,2"})
-    found = cli.run_settings(build_parser().parse_args(answers.arguments(tmp_path / "kept")))
+    found = run_settings(build_parser().parse_args(answers.arguments(tmp_path / "kept")))
     assert (found.model.name, found.prompts.training) == (str(model), str(own))
     assert (found.distill.rank, found.direction.strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
     assert Answers("qwen3-4b").arguments(Path("runs")) == ["run", "qwen3-4b"]
@@ -277,7 +278,7 @@ def test_the_estimate_of_the_demo_is_what_was_measured() -> None:
     shape = known.KNOWN[demo.model.name].shape
     seconds = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS)
     assert tuple(seconds) == pipeline.STAGE_NAMES
-    assert pace.total(seconds) / 60 == pytest.approx(16.7, abs=0.1)
+    assert pace.total(seconds) / 60 == pytest.approx(17.1, abs=0.1)
     slower = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS / 2)
     assert slower["distill"] == pytest.approx(2 * seconds["distill"])
     longer = config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("x", {"distill.steps": 32})])
@@ -308,7 +309,7 @@ def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @needs_terminal
 def test_every_answer_of_a_run_is_in_its_group(walk: Walk) -> None:
     run = rundir.open_run(walk.run)
-    groups = answer_groups(run, cli.open_settings(run))
+    groups = answer_groups(run, open_settings(run))
     harmful = [entry for title, entries in groups.items() if title.startswith("harmful") for entry in entries]
     assert len({entry.id for entry in harmful}) == len(harmful)
     after = json.loads((run.stage_folder("evaluate") / "answers-after.json").read_text(encoding="utf-8"))["harmful"]

@@ -14,7 +14,7 @@ from safesteer_lite.hardware.shape import ModelShape, parameters
 PROBE_SECONDS = 1.0
 
 # The demo on two CPU cores in bf16 (README, seed 0): seconds by stage, parameters, and what the probe finds there.
-_MEASURED = {"baseline": 23, "direction": 112, "tokens": 32, "distill": 420, "evaluate": 396, "export": 18}
+_MEASURED = {"baseline": 21, "direction": 68, "tokens": 25, "distill": 411, "evaluate": 480, "export": 23}
 _MEASURED_PRESET = "qwen2.5-coder-0.5b-demo"
 _MEASURED_PARAMETERS = 494e6
 _MEASURED_FLOPS = 640e9

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from safesteer_lite import config, rundir
-from safesteer_lite.cli import DEMO_PRESET
+from safesteer_lite.commands.shared import DEMO_PRESET
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.models.demo_download import demo_model

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safesteer_lite import config, pipeline, rundir
-from safesteer_lite.cli import DEMO_PRESET
+from safesteer_lite.commands.shared import DEMO_PRESET
 from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.events import Event, Metric, Note, Warned, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safesteer_lite.commands.shared import open_settings, resolve, sink
 from safesteer_lite.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
     from safesteer_lite.events import Emit
-    from safesteer_lite.rundir import RunFolder
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -33,31 +32,20 @@ def check_flags(options: argparse.Namespace) -> None:
         raise UsageError("--public is for uploads only.", "Add --push NAME.")
 
 
-def export(
-    options: argparse.Namespace,
-    folder: RunFolder,
-    settings_of: Callable[[RunFolder], RunConfig],
-    resolve: Callable[[RunConfig], Path],
-    emit: Emit,
-) -> int:
-    """Write what was asked for, show what was measured of it, and upload it if that was asked for too.
-
-    Args:
-        options: the command line, which passed `check_flags`.
-        folder: the run.
-        settings_of: reads a run's settings.
-        resolve: finds the folder of the base model that settings name.
-        emit: sink for events.
-    """
+def export_command(options: argparse.Namespace) -> int:
+    """`export`: the adapter, merged weights or GGUF files, to a folder of the user's choice; uploaded only if asked."""
+    from safesteer_lite import rundir
     from safesteer_lite.export.push import check_push
     from safesteer_lite.pipeline import export_run
 
+    check_flags(options)
+    folder, emit = rundir.open_run(options.run, options.runs), sink(options)
     out = options.out or folder.path / f"export-{options.to}-{options.weights}-{options.strength:g}"
     if out.exists():
         raise UsageError(f"{out} exists already.", "Name a folder that does not exist with --out.")
     name = check_push(options.push) if options.push else ""
-    settings = settings_of(folder)
-    model_folder = _base_of(settings, options.base, resolve)
+    settings = open_settings(folder)
+    model_folder = _base_of(settings, options.base, emit)
     record = export_run(
         settings,
         folder,
@@ -85,13 +73,13 @@ def verify_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _base_of(settings: RunConfig, place: Path | None, resolve: Callable[[RunConfig], Path]) -> Path:
+def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Path:
     """The folder of a run's base model: where it was, or where the user says it is now."""
     if place:
         # An absolute path is never taken for the name of a model on the hub.
         settings = replace(settings, model=replace(settings.model, name=str(place.resolve())))
     try:
-        return resolve(settings)
+        return resolve(settings, emit)
     except ModelError as error:
         raise ModelError(
             f"The run's base model cannot be used: {error.message}",
