@@ -32,7 +32,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"safesteer-lite {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _training(commands)
+    _exporting(commands)
+    _looking(commands)
+    _listing(commands)
+    return parser
 
+
+def _training(commands: Any) -> None:
     run = _command(commands, "run", "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
     run.add_argument("model", nargs="?", help="a preset, a Hub id, or a local folder")
     run.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
@@ -53,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     _output_options(evaluate)
 
+
+def _exporting(commands: Any) -> None:
     export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
     export.add_argument("run", help="a run's name or folder")
     export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged", help="what to write (merged)")
@@ -78,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, help="a folder that `export` wrote")
     verify.add_argument("--json", action="store_true", help="for machines")
 
+
+def _looking(commands: Any) -> None:
     strength = _command(
         commands, "strength", "measure a run's adapter at several strengths", "safesteer-lite strength RUN"
     )
@@ -101,6 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run's name or folder")
     _output_options(report)
 
+
+def _listing(commands: Any) -> None:
     runs = _command(commands, "runs", "list runs", "safesteer-lite runs")
     _output_options(runs)
 
@@ -110,7 +123,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", "check this machine", "safesteer-lite doctor")
     doctor.add_argument("--json", action="store_true", help="for machines")
-    return parser
 
 
 def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:

@@ -22,10 +22,12 @@ DEMO_PRESET = "qwen2.5-coder-0.5b-demo"
 
 
 def on_terminal() -> bool:
+    """Whether somebody can be asked and shown a screen."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def sink(options: argparse.Namespace) -> Emit:
+    """Plain lines for people, or JSON Lines for machines."""
     from rich.console import Console
 
     from safesteer_lite.console import Json, Lines
@@ -66,6 +68,7 @@ def _whole_path(place: str) -> str:
 
 
 def effort(options: argparse.Namespace) -> config.Values:
+    """The settings that `--effort` means."""
     from safesteer_lite.hardware.pace import effort_values
 
     return effort_values(options.effort) if options.effort else {}
@@ -91,6 +94,7 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
 
 
 def resolve(settings: RunConfig, emit: Emit) -> Path:
+    """The folder of the base model that the settings name, fetched if need be."""
     from safesteer_lite.models.demo_download import DEMO, demo_model
     from safesteer_lite.models.source import resolve_model
 
