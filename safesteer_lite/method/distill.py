@@ -253,13 +253,10 @@ class Distillation:
         def gradients(micro_batch: int) -> tuple[float, float]:
             self.optimizer.zero()
             repeated = prompts.repeat(recipe.rollouts)
-            loss = self._backward(repeated, rollouts, recipe.objective, 1.0, micro_batch, steered=True)
+            loss = self._backward(repeated, rollouts, micro_batch, steered=True)
             if anchors is None or anchor_rollouts is None:
                 return loss, float("nan")
-            weight = recipe.anchor_weight
-            return loss, self._backward(
-                anchors, anchor_rollouts, recipe.anchor_objective, weight, micro_batch, steered=False
-            )
+            return loss, self._backward(anchors, anchor_rollouts, micro_batch, steered=False)
 
         (loss, anchor_loss), self.micro_batch = fitting(self.micro_batch, gradients)
         rate = learning_rate_at(at, recipe)
@@ -288,30 +285,25 @@ class Distillation:
             rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
         return rollouts
 
-    def _backward(
-        self,
-        prompts: Batch,
-        rollouts: Completions,
-        objective: Objective,
-        weight: float,
-        micro_batch: int,
-        *,
-        steered: bool,
-    ) -> float:
-        """Accumulate gradients over micro-batches; returns the unweighted loss."""
+    def _backward(self, prompts: Batch, rollouts: Completions, micro_batch: int, *, steered: bool) -> float:
+        """Accumulate gradients over micro-batches; returns the divergence, unweighted."""
         total = 0.0
         for start in range(0, len(prompts), micro_batch):
             rows = slice(start, min(start + micro_batch, len(prompts)))
             part = rollouts.rows(rows.start, rows.stop)
-            loss = self._loss(prompts.rows(rows.start, rows.stop), part, objective, len(prompts), steered=steered)
-            (loss * weight).backward()
-            total += float(loss.detach())
+            divergence, score_shift = self._losses(
+                prompts.rows(rows.start, rows.stop), part, len(prompts), steered=steered
+            )
+            weight = 1.0 if steered else self.recipe.anchor_weight
+            (weight * divergence + self.recipe.score_weight * score_shift).backward()
+            total += float(divergence.detach())
         return total
 
-    def _loss(
-        self, prompts: Batch, rollouts: Completions, objective: Objective, count: int, *, steered: bool
-    ) -> Tensor:
-        """The loss of one micro-batch, as its share of the mean over `count` rollouts.
+    def _losses(
+        self, prompts: Batch, rollouts: Completions, count: int, *, steered: bool
+    ) -> tuple[Tensor, Tensor | float]:
+        """Divergence, and an anchor's shift of the refusal score (0 where there is none), of one micro-batch, as its
+        share of the mean over `count` rollouts.
 
         Below both the first adapter and the steered block all three policies are the same function: that part runs
         once.
@@ -324,22 +316,20 @@ class Distillation:
             with policies.teacher(model, self.steer) if steered else policies.base(model):
                 teacher_hidden = policies.completion_hidden(model, trunk, length)
         student_hidden = policies.completion_hidden(model, trunk, length)
-        loss = chunked_divergence(
+        divergence = chunked_divergence(
             student_hidden[rollouts.mask],
             teacher_hidden[rollouts.mask],
             position_weights(rollouts.mask, count, self.recipe.half_life),
             model.logits,
-            objective,
+            self.recipe.objective if steered else self.recipe.anchor_objective,
             self.safety_tokens,
             self.recipe.top_k,
             self.recipe.chunk,
         )
         if steered or not self.recipe.score_weight or self.refusal_tokens is None:
-            return loss
-        # The backward pass multiplies by the anchors' weight, which the score has none of.
-        weight = self.recipe.score_weight / self.recipe.anchor_weight
+            return divergence, 0.0
         first = model.logits(student_hidden[:, 0]), model.logits(teacher_hidden[:, 0])
-        return loss + weight * refusal_score_shift(*first, self.refusal_tokens).sum() / count
+        return divergence, refusal_score_shift(*first, self.refusal_tokens).sum() / count
 
 
 def join(parts: Sequence[Completions]) -> Completions:

@@ -34,8 +34,7 @@ class Policy:
         self.model = model
         self.tokenizer = model.tokenizer
         self.prompt_tokens = prompt_tokens
-        self.template_positions = self._template_positions()
-        self._prefix = self._template_prefix()
+        self._prefix, self.template_positions = self._template_around()
 
     def encode(self, prompt: str) -> Batch:
         """The chat-templated prompt as a batch of one, without padding; no system prompt unless the template adds one."""
@@ -98,20 +97,16 @@ class Policy:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def _template_positions(self) -> int:
-        """How many tokens the template puts after the user's text: what two different prompts end in alike."""
+    def _template_around(self) -> tuple[list[int], int]:
+        """What the template puts around the user's text, read off two different prompts: the tokens that every prompt
+        begins with (system prompt, opening of the user's turn), and how many tokens it ends in."""
         first, second = self._template_ids("Tell me about rivers"), self._template_ids("What is in 7x9 = ?!")
-        count = _common(first[::-1], second[::-1])
-        if count == 0:
+        ending = _common(first[::-1], second[::-1])
+        if ending == 0:
             raise ModelError(
                 "The chat template adds nothing after the user's text.", "Use a model whose template opens the answer."
             )
-        return count
-
-    def _template_prefix(self) -> list[int]:
-        """The tokens that every prompt begins with: the template's system prompt and the opening of the user's turn."""
-        first, second = self._template_ids("Tell me about rivers"), self._template_ids("What is in 7x9 = ?!")
-        return first[: _common(first, second)]
+        return first[: _common(first, second)], ending
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

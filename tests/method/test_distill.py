@@ -128,7 +128,7 @@ def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tin
             with policies.teacher(model, loop.steer):
                 log_q = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
             rows.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    loss = loop._backward(loop.harmful[0].repeat(3), found, "full", 1.0, 8, steered=True)
+    loss = loop._backward(loop.harmful[0].repeat(3), found, 8, steered=True)
     assert loss == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
 
 
@@ -185,7 +185,7 @@ def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int =
     """Loss and adapter gradients of one set of rollouts."""
     found = loop._sample(prompts, 4, stream=seed)
     loop.optimizer.zero()
-    loss = loop._backward(prompts.repeat(4), found, loop.recipe.objective, 1.0, loop.micro_batch, steered=True)
+    loss = loop._backward(prompts.repeat(4), found, loop.micro_batch, steered=True)
     grads = [parameter.grad for parameter in model.parameters_to_train()]
     assert all(grad is not None for grad in grads)
     return loss, [grad.clone() for grad in grads if grad is not None]
@@ -238,23 +238,22 @@ def small_memory(policy: Policy, rows: int) -> SmallMemory:
 def test_anchors_also_pay_for_a_shift_of_the_refusal_score(tiny_policy: tiny.Loader) -> None:
     """At the first position only, on top of the divergence, and not on harmful rollouts, whose score is to shift."""
     policy, tokens = tiny_policy("qwen2", "fp32", filled=True), torch.tensor([7, 30])
-    weighted = replace(ANCHORED, score_weight=2.0, anchor_weight=0.5)
-    plain_loop, loop = training(policy, replace(weighted, score_weight=0.0)), training(policy, weighted)
+    # A divergence of weight 0 leaves the score alone in the gradient.
+    loop = training(policy, replace(ANCHORED, score_weight=2.0, anchor_weight=0.0))
     loop.refusal_tokens = tokens
     anchors = pad_left(list(loop.harmless))
     found = loop._sample(anchors, 1, stream=1)
-    arguments = (anchors, found, "full", 0.5, 2)
-    without, extra = (each._backward(*arguments, steered=False) for each in (plain_loop, loop))  # type: ignore[arg-type]
-    with torch.no_grad():
-        student = refusal_score(policies.last_logits(policy.model, anchors), tokens)
-        with policies.base(policy.model):
-            base = refusal_score(policies.last_logits(policy.model, anchors), tokens)
-    expected = float(((student - base) ** 2 / 2).mean())
-    assert expected > 1e-3
-    assert 0.5 * (extra - without) == pytest.approx(2.0 * expected, rel=1e-3)
-    harmful = (pad_left(list(loop.harmful[:3])), found, "full", 1.0, 2)
-    one, other = (each._backward(*harmful, steered=True) for each in (plain_loop, loop))  # type: ignore[arg-type]
-    assert one == other
+    weights = policy.model.parameters_to_train()
+    student = refusal_score(policies.last_logits(policy.model, anchors), tokens)
+    with torch.no_grad(), policies.base(policy.model):
+        base = refusal_score(policies.last_logits(policy.model, anchors), tokens)
+    shift = ((student - base) ** 2 / 2).mean()
+    assert float(shift) > 1e-3
+    expected = torch.autograd.grad(2.0 * shift, weights, allow_unused=True)
+    loop._backward(anchors, found, 2, steered=False)
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, torch.zeros_like(weight) if gradient is None else gradient)
+    assert loop._losses(pad_left(list(loop.harmful[:3])), found.rows(0, 3), 3, steered=True)[1] == 0.0
 
 
 def test_averaged_weights_are_the_running_mean_of_the_steps(tiny_policy: tiny.Loader) -> None:
