@@ -46,7 +46,7 @@ class PromptsConfig:
     direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717")
     selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717")
     train: int = setting(100, "harmful prompts", "arXiv 2606.02530")
-    contrast: int = setting(100, "borderline training prompts among the anchors", "RESULTS.md, probes")
+    contrast: int = setting(300, "borderline training prompts among the anchors", "RESULTS.md, reading directions")
     test: int = setting(100, "harmful and harmless prompts each", "bundled test split")
     borderline_selection: int = setting(30, "borderline prompts", "bundled selection split")
     borderline_test: int = setting(60, "borderline prompts", "bundled test split")
@@ -105,6 +105,13 @@ class DistillConfig:
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
     rank: int = setting(16, "LoRA r", "METHOD section 3")
     lora_alpha: int = setting(32, "LoRA alpha", "one row in RESULTS.md; not compared")
+    reading: str = setting(
+        "random",
+        "what LoRA A reads; `discriminant` computes it and trains B only",
+        "the paper",
+        ("random", "discriminant"),
+    )
+    reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "RESULTS.md, reading directions")
     first_layer: int = setting(0, "lowest adapted block", "one row in RESULTS.md; not compared")
     micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
     chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")

@@ -21,7 +21,7 @@ from safesteer_lite.prompts import Kind, Prompt, bundled, check_leaks, content_w
 COUNTS: dict[Kind, dict[str, int]] = {
     "harmful": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "harmless": {"direction": 128, "selection": 32, "train": 100, "test": 100},
-    "borderline": {"selection": 30, "train": 100, "test": 60},
+    "borderline": {"selection": 30, "train": 300, "test": 60},
 }
 SETS = [(kind, split) for kind, splits in COUNTS.items() for split in splits]
 ALARMING = re.compile(
@@ -66,7 +66,7 @@ def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str)
 
 def test_no_near_duplicates_within_or_between_the_bundled_sets() -> None:
     prompts = all_bundled()
-    assert len(prompts) == 910
+    assert len(prompts) == 1110
     assert [(a.id, b.id) for a, b in near_duplicates(prompts, prompts) if a is not b] == []
 
 

@@ -107,18 +107,19 @@ def save_model(folder: Path, architecture: str, *, layers: int = LAYERS, width: 
     return folder
 
 
-def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: bool = False) -> Policy:
-    """Load a model through the plain backend, with an adapter of rank 4.
+def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: bool = False, rank: int = 4) -> Policy:
+    """Load a model through the plain backend, with an adapter.
 
     Args:
         folder: from `save_model`.
         precision: one of `PRECISIONS`.
         first_layer: lowest block with an adapter.
         filled: give the adapter's B matrices values, so that the student differs from the base.
+        rank: LoRA r.
     """
     kind, _, packing = precision.partition("-")
     network, tokenizer = plain.load(folder, precision=kind, device="cpu", unpack=packing == "unpacked")
-    model = plain.with_adapter(network, tokenizer, Adapter(rank=4, alpha=8, first_layer=first_layer), seed=3)
+    model = plain.with_adapter(network, tokenizer, Adapter(rank=rank, alpha=2 * rank, first_layer=first_layer), seed=3)
     if filled:
         fill_adapter(model)
     return Policy(model, prompt_tokens=128)

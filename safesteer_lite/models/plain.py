@@ -108,6 +108,16 @@ class PlainModel:
         """The lowest block that has an adapter."""
         return self._first_adapter_layer
 
+    @property
+    def rank(self) -> int:
+        """LoRA r of the adapter; 0 without one."""
+        settings: dict[str, Any] = getattr(self.network, "peft_config", {})
+        return next((int(config.r) for config in settings.values()), 0)
+
+    def adapted_modules(self, layer: int) -> list[nn.Module]:
+        """The linear layers of one block that have an adapter."""
+        return [module for module in self._layers[layer].modules() if hasattr(module, "lora_A")]
+
     def start(self, batch: Batch) -> Residual:
         """The token embeddings at block 0, with the arguments that every block receives.
 
@@ -360,11 +370,18 @@ def read_adapter(model: PlainModel, folder: Path) -> None:
     set_peft_model_state_dict(model.network, tensors)
 
 
+def freeze_reading(model: PlainModel) -> None:
+    """Leave the adapter's A matrices as they are from now on: only B is trained."""
+    for name, parameter in model.network.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+
+
 def scale_adapter(model: PlainModel, factor: float) -> None:
     """Multiply the adapter's update by `factor`, on its B matrices."""
     with torch.no_grad():
         for name, parameter in model.network.named_parameters():
-            if parameter.requires_grad and "lora_B" in name:
+            if "lora_B" in name:
                 parameter.mul_(factor)
 
 

@@ -18,8 +18,9 @@ from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.method.distill import Distillation, Recipe
-from safesteer_lite.models.plain import PlainModel, save_adapter, scale_adapter
+from safesteer_lite.models.plain import PlainModel, freeze_reading, save_adapter, scale_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
+from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.rundir import Publication
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
@@ -88,6 +89,8 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     """All steps: the training's state, what happened, and the best step's weights."""
     config, policy = session.config, session.policy
     anchors = session.anchor_prompts() if config.distill.anchors else []
+    saved = checkpoints.newest_checkpoint()
+    _prepare_adapter(session, saved[1] if saved else None)
     training = Distillation(
         policy.model,
         load_steering(session),
@@ -100,7 +103,6 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     yardstick = _yardstick(session)
     history = History()
     best = adapter_tensors(policy.model)
-    saved = checkpoints.newest_checkpoint()
     if saved:
         history, best = _restore(saved[1], training)
         session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
@@ -125,6 +127,25 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         if _measure(session, training.done, yardstick, history, strength):
             best = adapter_tensors(policy.model)
     return training, history, best
+
+
+def _prepare_adapter(session: Session, saved: Path | None) -> None:
+    """Before the first step, what the settings say the adapter reads; in a resumed run, what it read then."""
+    settings, policy = session.config.distill, session.policy
+    if settings.reading != "discriminant":
+        return
+    if saved:
+        load_adapter(policy.model, load_file(saved / "best.safetensors"))
+        freeze_reading(policy.model)
+        return
+    blocks = len(policy.model.layers) - policy.model.first_adapter_layer
+    harmful, harmless = texts(session.training_prompts()), texts(session.anchor_prompts())
+    done = session.progress("reading directions of blocks", blocks)
+    read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
+    session.note(
+        f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "
+        "set, what it writes is trained."
+    )
 
 
 def _one_step(session: Session, training: Distillation, history: History) -> None:
@@ -221,14 +242,14 @@ def adapter_tensors(model: PlainModel) -> dict[str, Tensor]:
     return {
         name: parameter.detach().cpu().clone()
         for name, parameter in model.network.named_parameters()
-        if parameter.requires_grad
+        if "lora_" in name
     }
 
 
 def load_adapter(model: PlainModel, tensors: dict[str, Tensor]) -> None:
     """Write weights, as `adapter_tensors` copies them, into the adapter."""
     for name, parameter in model.network.named_parameters():
-        if parameter.requires_grad:
+        if name in tensors:
             parameter.data.copy_(tensors[name])
 
 

@@ -1,0 +1,133 @@
+"""Give a fresh adapter the reading directions of `method.discriminant`, block by block, from the base's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safesteer_lite.method.discriminant import reading_directions
+from safesteer_lite.method.model import Batch, Completions, Residual, base
+from safesteer_lite.models.plain import PlainModel, freeze_reading
+from safesteer_lite.models.policy import Done, Policy, ignore
+
+# Activations of harmless text that a second moment is taken of, at most: METHOD's sets have 5,000 to 10,000 tokens, and
+# the inverse is taken in a space of at most this many dimensions.
+_TOKENS = 3000
+
+
+@dataclass
+class _Text:
+    """One batch of prompts with the first words of the base's answers, on its way up through the blocks.
+
+    Attributes:
+        residual: where it stands.
+        mask: (batch, length) bool, the tokens that a batch has of its own.
+        sampled: (batch, length) bool, those of them that the second moment is taken of.
+    """
+
+    residual: Residual
+    mask: Tensor
+    sampled: Tensor
+
+
+@torch.no_grad()
+def read_discriminants(
+    policy: Policy, harmful: Sequence[str], harmless: Sequence[str], ridge: float, size: int, done: Done = ignore
+) -> None:
+    """Set every A matrix of the adapter to reading directions and freeze it, so that only B is trained.
+
+    The rank is shared out over positions: the template's tokens behind the user's text, the last first, then as many first
+    tokens of the base's greedy answer as are left.
+
+    Args:
+        policy: with a fresh adapter (B = 0).
+        harmful: prompts to be refused.
+        harmless: prompts to be answered as before.
+        ridge: see `method.discriminant.ridge_discriminants`.
+        size: prompts a forward.
+        done: called with the number of blocks that are ready.
+    """
+    model = policy.model
+    rank = model.rank
+    words = max(0, rank - policy.template_positions)
+    with base(model):
+        generator = torch.Generator().manual_seed(0)
+        bad = _texts(policy, harmful, words, size)
+        good = _texts(policy, harmless, words, size)
+        share = _TOKENS / max(1, sum(int(text.mask.sum()) for text in good))
+        for text in good:
+            chosen = torch.rand(text.mask.shape, generator=generator) < share
+            text.sampled = text.mask & chosen.to(text.mask.device)
+        for layer in range(model.first_adapter_layer, len(model.layers)):
+            at_ends, at_good_ends, tokens = {}, {}, {}
+            for group in (bad, good):
+                for text in group:
+                    for modules, inputs in _run_block(model, text, layer):
+                        ends = at_ends if group is bad else at_good_ends
+                        ends.setdefault(modules, []).append(_ends(inputs, text.mask, rank))
+                        if group is good:
+                            tokens.setdefault(modules, []).append(inputs[text.sampled].float())
+            for modules, parts in at_ends.items():
+                directions = reading_directions(
+                    torch.cat(parts), torch.cat(at_good_ends[modules]), torch.cat(tokens[modules]), ridge
+                )
+                for module in modules:
+                    module.lora_A["default"].weight.copy_(directions)
+            done(layer + 1 - model.first_adapter_layer)
+    freeze_reading(model)
+
+
+def _texts(policy: Policy, prompts: Sequence[str], words: int, size: int) -> list[_Text]:
+    """The prompts with the first `words` tokens of the base's answers, at the first adapted block."""
+    model, texts = policy.model, []
+    for _, batch in policy.batches(prompts, size):
+        whole = _widened(model.generate(batch, words, 0.0, None, 1), words).after(batch) if words else batch
+        residual = model.advance(model.start(whole), model.first_adapter_layer)
+        mask = _own(whole, residual)
+        texts.append(_Text(residual, mask, mask))
+    return texts
+
+
+def _widened(completions: Completions, length: int) -> Completions:
+    """Completions that all ended early, padded to `length`, so that positions mean the same in every batch."""
+    missing = (0, length - completions.tokens.shape[1])
+    return Completions(nn.functional.pad(completions.tokens, missing), nn.functional.pad(completions.mask, missing))
+
+
+def _own(batch: Batch, residual: Residual) -> Tensor:
+    """Which positions of the residual stream hold a token that is not the template's beginning."""
+    own = batch.split_prefix()[1].attention_mask.bool()
+    return own if residual.prefix else nn.functional.pad(own, (batch.prefix, 0))
+
+
+def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """Run one block; its adapted linear layers, those with the same input together, each with that input."""
+    seen: list[tuple[list[Any], Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs = arguments[0]
+        if inputs.shape[:2] != text.mask.shape:
+            return  # The shared prefix, which is read apart.
+        for modules, known in seen:
+            if known is inputs:
+                modules.append(module)
+                return
+        seen.append(([module], inputs))
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.adapted_modules(layer)]
+    try:
+        text.residual = model.advance(text.residual, layer + 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(tuple(modules), inputs) for modules, inputs in seen]
+
+
+def _ends(inputs: Tensor, mask: Tensor, positions: int) -> Tensor:
+    """The last `positions` activations of each row, (batch, positions, width) float32, nan where there is no token."""
+    ends = inputs[:, -positions:].float()
+    return ends.masked_fill(~mask[:, -positions:].unsqueeze(-1), float("nan"))

@@ -1,0 +1,52 @@
+"""Reading directions: closed forms against plain algebra, and planted truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safesteer_lite.method.discriminant import reading_directions, ridge_discriminants
+
+
+@pytest.mark.parametrize("tokens", [7, 40])
+def test_ridge_discriminants_are_those_of_plain_algebra(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    harmless, contrasts = torch.randn(tokens, 12, generator=generator), torch.randn(3, 12, generator=generator)
+    moment = (harmless.double().T @ harmless.double()) / tokens
+    whole = moment + 0.2 * moment.trace() / 12 * torch.eye(12, dtype=torch.float64)
+    expected = (torch.linalg.inv(whole) @ contrasts.double().T).T
+    torch.testing.assert_close(ridge_discriminants(harmless, contrasts, 0.2).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def planted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Harmful and harmless activations that differ most along a direction in which all harmless text varies, and a little
+    along another in which it does not vary at all."""
+    generator = torch.Generator().manual_seed(1)
+    loud, quiet = torch.eye(10)[0], torch.eye(10)[9]
+    basis = torch.diag(torch.tensor([8.0] + [1.0] * 8 + [0.0]))
+    tokens = torch.randn(400, 10, generator=generator) @ basis
+    harmful = torch.randn(50, 2, 10, generator=generator) @ basis + 4 * loud + 1.0 * quiet
+    harmless = torch.randn(60, 2, 10, generator=generator) @ basis
+    return harmful, harmless, tokens
+
+
+def test_directions_read_what_harmless_text_does_not_vary_in() -> None:
+    harmful, harmless, tokens = planted()
+    directions = reading_directions(harmful, harmless, tokens, 0.001)
+    mean_difference = harmful.mean((0, 1)) - harmless.mean((0, 1))
+    assert int(mean_difference.abs().argmax()) == 0
+    for position, direction in enumerate(directions):
+        assert int(direction.abs().argmax()) == 9
+        on_harmful, on_harmless = harmful[:, position] @ direction, tokens @ direction
+        assert float(on_harmful.pow(2).mean().sqrt()) == pytest.approx(float(tokens.pow(2).mean().sqrt()), rel=1e-4)
+        assert float(on_harmless.pow(2).mean().sqrt()) < 0.1 * float(on_harmful.mean())
+
+
+def test_positions_without_a_token_do_not_count() -> None:
+    harmful, harmless, tokens = planted()
+    expected = reading_directions(harmful[:30], harmless, tokens, 0.1)
+    harmful[30:, 0] = float("nan")
+    found = reading_directions(harmful, harmless, tokens, 0.1)
+    torch.testing.assert_close(found[0], expected[0])
+    harmful[:, 1] = float("nan")
+    assert reading_directions(harmful, harmless, tokens, 0.1)[1].tolist() == [0.0] * 10

@@ -1,0 +1,79 @@
+"""Reading directions in a real adapter: what is captured block by block is what a plain forward shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safesteer_lite.method.discriminant import reading_directions
+from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.reading import read_discriminants
+from tests import tiny
+
+HARMFUL, HARMLESS = tiny.PROMPTS[:3], tiny.PROMPTS[2:]
+
+
+def plain_activations(policy: Policy, prompt: str, words: int, name: str) -> Tensor:
+    """The inputs of one module along a prompt and the base's first words, read in one ordinary forward."""
+    batch = policy.encode(prompt)
+    completions = policy.model.generate(batch, words, 0.0, None, 1)
+    found: list[Tensor] = []
+    module: nn.Module = policy.model.network.get_submodule(name)
+    hook = module.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0][0].float()))
+    with torch.no_grad():
+        policy.model.causal(input_ids=completions.after(batch).input_ids)
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize(("architecture", "rank"), [("qwen2", 8), ("llama", 3)])
+def test_the_adapter_reads_what_a_plain_forward_shows(
+    architecture: str, rank: int, tiny_folder: Callable[[str], Path]
+) -> None:
+    policy = tiny.load_policy(tiny_folder(architecture), "fp32", 1, rank=rank)
+    policy.model._end_of_turn = frozenset()
+    words = max(0, rank - policy.template_positions)
+    assert (words > 0) == (rank == 8)
+    names = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    modules = {
+        name.rpartition(".")[2]: name
+        for name, module in policy.model.network.named_modules()
+        if "layers.2." in name and hasattr(module, "lora_A")
+    }
+    expected = {}
+    for name in names:
+        bad = [plain_activations(policy, prompt, words, modules[name]) for prompt in HARMFUL]
+        good = [plain_activations(policy, prompt, words, modules[name]) for prompt in HARMLESS]
+        prefix = policy.encode(HARMLESS[0]).prefix
+        expected[name] = reading_directions(
+            torch.stack([each[-rank:] for each in bad]),
+            torch.stack([each[-rank:] for each in good]),
+            torch.cat([each[prefix:] for each in good]),
+            0.5,
+        )
+    read_discriminants(policy, HARMFUL, HARMLESS, 0.5, 2)
+    for name in names:
+        weight = policy.model.network.get_submodule(modules[name]).lora_A["default"].weight
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_the_adapter_writes_is_left_to_train(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy(first_layer=2)
+    before = {name: value.detach().clone() for name, value in policy.model.network.named_parameters()}
+    seen: list[int] = []
+    read_discriminants(policy, HARMFUL, HARMLESS, 0.1, 8, seen.append)
+    assert seen == [1, 2]
+    changed = {name for name, value in policy.model.network.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "lora_A" in name}
+    trained = {name for name, value in policy.model.network.named_parameters() if value.requires_grad}
+    assert trained == {name for name in before if "lora_B" in name}
+    # B is zero still: the student is the base.
+    batch = tiny.prompt_batch(policy)
+    with torch.no_grad():
+        student = policy.model.final(policy.model.start(batch))
+        with policy.model.adapters_off():
+            torch.testing.assert_close(student, policy.model.final(policy.model.start(batch)), rtol=0, atol=0)
