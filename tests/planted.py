@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +71,10 @@ SETTINGS: config.Values = {
     "distill.rollouts": 2,
     "distill.anchors": 28,
     "distill.completion_tokens": 8,
-    "distill.learning_rate": 1e-2,
+    "distill.learning_rate": 2e-3,
     "distill.rank": 8,
     "distill.lora_alpha": 16,
+    "distill.reading": "discriminant",
     "distill.save_every": 2,
     "evaluate.every": 4,
     "evaluate.selection_tokens": 12,
@@ -97,12 +99,17 @@ def settings(model: Path, changes: config.Values | None = None) -> RunConfig:
 
 
 def lessons(refused: Iterable[str] = REFUSED_CATEGORIES) -> list[Lesson]:
-    """What the model learns: one lesson for each bundled prompt."""
+    """What the model learns: one lesson for each bundled prompt, and for the first 100 borderline training prompts."""
     categories = frozenset(refused)
     taught = []
     for path in data_files():
+        seen: Counter[str] = Counter()
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
+            seen[entry["split"]] += 1
+            # Of the many borderline training prompts, `SETTINGS` uses a few.
+            if path.stem == "borderline" and seen[entry["split"]] > 100:
+                continue
             answer = HELP
             if path.stem == "harmful":
                 answer = REFUSAL if entry["category"] in categories else COMPLIANCE

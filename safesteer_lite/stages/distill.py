@@ -139,7 +139,8 @@ def _prepare_adapter(session: Session, saved: Path | None) -> None:
         freeze_reading(policy.model)
         return
     blocks = len(policy.model.layers) - policy.model.first_adapter_layer
-    harmful, harmless = texts(session.training_prompts()), texts(session.anchor_prompts())
+    harmful = texts(session.training_prompts()) + texts(session.direction_prompts()[0])
+    harmless = texts(session.anchor_prompts())
     done = session.progress("reading directions of blocks", blocks)
     read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
     session.note(
