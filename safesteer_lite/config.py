@@ -33,6 +33,7 @@ class ModelConfig:
     revision: str = setting("", "Hub commit or branch; empty is the default branch", "the user")
     precision: str = setting("nf4", "weights", "paper's QLoRA setting of this project", ("nf4", "bf16", "fp32"))
     device: str = setting("auto", "device", "cuda where there is one", ("auto", "cpu", "cuda"))
+    backend: str = setting("auto", "library", "Unsloth where it passes its checks", ("auto", "plain", "unsloth"))
     unpack: str = setting("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
 
 
@@ -115,6 +116,9 @@ class DistillConfig:
     first_layer: int = setting(0, "lowest adapted block", "one row in RESULTS.md; not compared")
     micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
     chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")
+    checkpointing: str = setting(
+        "auto", "run adapted blocks again in backward", "on CUDA, where memory is short", ("auto", "yes", "no")
+    )
     save_every: int = setting(5, "steps between saved steps", "at most 4 steps are done again")
 
 

@@ -13,6 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Unsloth must come before transformers; `tests.tiny` says what the variable is for.
+if os.environ.get("SAFESTEER_LITE_TEST_BACKEND") == "unsloth":
+    import unsloth  # noqa: F401
+
 import torch
 
 from safesteer_lite.models.policy import Policy

@@ -1,10 +1,16 @@
-"""Tiny random models with a real tokenizer and chat template, built in-process and offline."""
+"""Tiny random models with a real tokenizer and chat template, built in-process and offline.
+
+`SAFESTEER_LITE_TEST_DEVICE` (`cpu`, `cuda`) and `SAFESTEER_LITE_TEST_BACKEND` (`plain`, `unsloth`) say where and by what they
+are loaded, so that the contract suite runs over each; `tests/models/test_gpu.py` sets them.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -22,10 +28,13 @@ from transformers import (
 )
 
 from safesteer_lite.method.distill import pad_left
-from safesteer_lite.method.model import Batch
-from safesteer_lite.models import plain
+from safesteer_lite.method.model import Batch, Completions
+from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.plain import Adapter, PlainModel
 from safesteer_lite.models.policy import Policy
+
+DEVICE = os.environ.get("SAFESTEER_LITE_TEST_DEVICE", "cpu")
+BACKEND = os.environ.get("SAFESTEER_LITE_TEST_BACKEND", "plain")
 
 LAYERS, WIDTH, VOCABULARY = 4, 64, 320
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -118,8 +127,14 @@ def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: b
         rank: LoRA r.
     """
     kind, _, packing = precision.partition("-")
-    network, tokenizer = plain.load(folder, precision=kind, device="cpu", unpack=packing == "unpacked")
-    model = plain.with_adapter(network, tokenizer, Adapter(rank=rank, alpha=2 * rank, first_layer=first_layer), seed=3)
+    adapter = Adapter(rank=rank, alpha=2 * rank, first_layer=first_layer)
+    if BACKEND == "unsloth":
+        if precision not in ("bf16", "nf4-packed"):
+            pytest.skip(f"Unsloth does not load {precision}")
+        model: PlainModel = unsloth.load(folder, kind, adapter, 3, DEVICE)
+    else:
+        network, tokenizer = plain.load(folder, precision=kind, device=DEVICE, unpack=packing == "unpacked")
+        model = plain.with_adapter(network, tokenizer, adapter, seed=3)
     if filled:
         fill_adapter(model)
     return Policy(model, prompt_tokens=128)
@@ -142,3 +157,11 @@ def prompt_batch(policy: Policy, count: int = len(PROMPTS)) -> Batch:
 def vector(scale: float, seed: int = 11) -> Tensor:
     """A random steering vector, (WIDTH,), whose entries have standard deviation `scale`."""
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def fixed_completions(count: int, device: torch.device, length: int = 6) -> Completions:
+    """Random completions that depend on nothing but their number, the first of them shorter than the others."""
+    tokens = torch.randint(5, VOCABULARY - 8, (count, length), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, length // 2 :] = False
+    return Completions(tokens.to(device), mask.to(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from safesteer_lite.errors import UsageError
@@ -19,6 +19,19 @@ _FITS_SHARE = 0.8
 
 
 @dataclass(frozen=True)
+class Library:
+    """What loads and runs the model.
+
+    Attributes:
+        name: `plain` (transformers and bitsandbytes) or `unsloth`, which a run still tries out before it trusts it.
+        reason: one sentence for the user.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Decision:
     """How the model will be loaded, and why.
 
@@ -29,6 +42,7 @@ class Decision:
         compute_dtype: `bf16` or `fp32`.
         fit: whether the smallest possible work fits the device's free memory.
         reason: one sentence for the user.
+        library: what loads and runs the model.
     """
 
     device: str
@@ -37,6 +51,7 @@ class Decision:
     compute_dtype: str
     fit: Fit
     reason: str
+    library: Library = Library("plain", "Plain transformers and bitsandbytes.")
 
 
 def fit(bytes_needed: int, bytes_free: int) -> Fit:
@@ -63,17 +78,50 @@ def smallest_need(shape: ModelShape, precision: Precision, unpacked: bool, compu
     )
 
 
-def choose_backend(machine: Machine, shape: ModelShape, requested: str) -> Decision:
-    """Device, precision and compute dtype for a model on this machine.
+def choose_library(machine: Machine, device: str, precision: str, requested: str) -> Library:
+    """Unsloth on a CUDA card where it is installed, plain transformers and bitsandbytes elsewhere.
+
+    Args:
+        machine: from `inspect`.
+        device, precision: as decided.
+        requested: `auto`, `plain` or `unsloth`.
+
+    Raises:
+        UsageError: Unsloth is asked for where it cannot be.
+    """
+    version, why_not = machine.versions.get("unsloth"), ""
+    if device != "cuda":
+        why_not = "Unsloth needs a CUDA card"
+    elif precision == "fp32":
+        why_not = "Unsloth computes in 16 bits"
+    elif version is None:
+        why_not = "Unsloth is not installed"
+    if requested == "unsloth" and why_not:
+        raise UsageError(f"model.backend is unsloth, but {why_not}.", "Set model.backend=auto, or see `doctor`.")
+    if requested == "plain":
+        why_not = "model.backend asks for it"
+    if why_not:
+        return Library("plain", f"Plain transformers and bitsandbytes, because {why_not}.")
+    return Library("unsloth", f"Unsloth {version}, if it passes its checks.")
+
+
+def choose_backend(machine: Machine, shape: ModelShape, requested: str, library: str = "auto") -> Decision:
+    """Device, precision, compute dtype and library for a model on this machine.
 
     Args:
         machine: from `inspect`.
         shape: the model.
         requested: `auto` (4-bit), `nf4`, `bf16` or `fp32`.
+        library: `auto`, `plain` or `unsloth`.
 
     Raises:
-        UsageError: `requested` is none of these.
+        UsageError: `requested` is none of these, or Unsloth is asked for where it cannot be.
     """
+    decision = _choose_device(machine, shape, requested)
+    return replace(decision, library=choose_library(machine, decision.device, decision.precision, library))
+
+
+def _choose_device(machine: Machine, shape: ModelShape, requested: str) -> Decision:
     if requested not in ("auto", *get_args(Precision)):
         raise UsageError(f"There is no precision {requested!r}.", "Use auto, nf4, bf16 or fp32.")
     precision: Precision = "nf4" if requested == "auto" else requested  # type: ignore[assignment]

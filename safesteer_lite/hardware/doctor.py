@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from safesteer_lite.hardware.backend import choose_library
 from safesteer_lite.hardware.limits import read_or_empty
 from safesteer_lite.hardware.machine import PACKAGES, Machine
 from safesteer_lite.hardware.units import format_bytes
@@ -40,6 +41,7 @@ def checks(machine: Machine) -> list[Check]:
         _bitsandbytes_check(machine),
         _cuda_check(machine),
         _gpu_memory_check(machine),
+        _backend_check(machine),
         _bf16_check(machine),
         _at_least("memory", machine.ram_total, 8 * 10**9, "Use a machine with more memory, or a model below 1B."),
         _at_least("disk", machine.disk_free, 10 * 10**9, "Free some space, or choose a folder on another disk."),
@@ -127,6 +129,11 @@ def _gpu_memory_check(machine: Machine) -> Check:
     found = f"{gpu.name}: {format_bytes(gpu.memory_free)} free of {format_bytes(gpu.memory_total)}"
     ok = gpu.memory_free >= 6 * 10**9
     return Check("GPU memory", ok, found, "" if ok else "Close programs that use the card, or choose a smaller model.")
+
+
+def _backend_check(machine: Machine) -> Check:
+    """What would load a 4-bit model here."""
+    return Check("backend", True, choose_library(machine, "cuda" if machine.gpu else "cpu", "nf4", "auto").reason)
 
 
 def _bf16_check(machine: Machine) -> Check:

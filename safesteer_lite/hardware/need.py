@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +89,47 @@ def activation_bytes(shape: ModelShape, tokens: int, rank: int, element: int, ch
     return shape.layers * tokens * shape.width * element + block if checkpointing else shape.layers * block
 
 
+def training_bytes(
+    shape: ModelShape,
+    *,
+    micro_batch: int,
+    tokens: int,
+    completion_tokens: int,
+    chunk: int,
+    rank: int,
+    element: int,
+    checkpointing: bool,
+) -> int:
+    """What one training micro-batch takes besides weights and adapter: `activation_bytes`, the final hidden states of
+    both policies, and eleven float32 rows of logits for each position of a chunk.
+
+    Args:
+        shape: the model.
+        micro_batch: sequences.
+        tokens: longest sequence, prompt and completion.
+        completion_tokens: longest completion.
+        chunk: positions whose logits exist at a time.
+        rank: LoRA r.
+        element: bytes of a number in the compute dtype.
+        checkpointing: whether blocks are recomputed in backward.
+    """
+    hidden = 2 * micro_batch * tokens * shape.width * element
+    divergence = 11 * min(chunk, micro_batch * completion_tokens) * 4 * shape.vocabulary
+    return activation_bytes(shape, micro_batch * tokens, rank, element, checkpointing) + hidden + divergence
+
+
+def largest_micro_batch(most: int, free: int, bytes_for: Callable[[int], int]) -> int:
+    """The most rollouts a forward, at least 1, whose need is within 90 % of the free memory.
+
+    Args:
+        most: as configured.
+        free: bytes.
+        bytes_for: what a micro-batch of so many rollouts takes, `training_bytes`.
+    """
+    fits = (size for size in range(most, 1, -1) if bytes_for(size) <= 0.9 * free)
+    return next(fits, 1)
+
+
 def estimate(
     shape: ModelShape,
     *,
@@ -108,8 +149,8 @@ def estimate(
     Weights as in `weights_bytes`; packed 4-bit weights need room for the largest linear layer unpacked. Then, either:
 
     - sampling: `cache_bytes`, three float32 rows of logits a sequence, and one block at work on the prompts;
-    - training: `activation_bytes`, the final hidden states of both policies, and eleven float32 rows of logits for
-      each position of a chunk (measured for the full-vocabulary objective; the sliced ones take 6 to 7).
+    - training: `training_bytes` (its eleven rows of logits a position were measured for the full-vocabulary objective;
+      the sliced ones take 6 to 7).
 
     The adapter takes 16 bytes a weight: float32 value and gradient, and AdamW's two moments. Export streams tensors, so
     the largest one counts: 2 bytes an embedding value (copied), 10 bytes a linear weight (16-bit in, float32 sum and
@@ -134,9 +175,17 @@ def estimate(
     logits_row, tokens = 4 * shape.vocabulary, prompt_tokens + completion_tokens
     reading = layer_activation_bytes(shape, rollouts * prompt_tokens, 0, element)
     sampling = cache_bytes(shape, rollouts, tokens, element) + 3 * rollouts * logits_row + reading
-    divergence = 11 * min(chunk, micro_batch * completion_tokens) * logits_row
-    hidden = 2 * micro_batch * tokens * shape.width * element
-    training = activation_bytes(shape, micro_batch * tokens, rank, element, checkpointing) + hidden + divergence
+    divergence = 11 * min(chunk, rollouts * completion_tokens) * logits_row
+    training = training_bytes(
+        shape,
+        micro_batch=micro_batch,
+        tokens=tokens,
+        completion_tokens=completion_tokens,
+        chunk=chunk,
+        rank=rank,
+        element=element,
+        checkpointing=checkpointing,
+    )
     adapter = 16 * adapter_parameters(shape, rank)
     stages = {
         "baseline": loaded + sampling,

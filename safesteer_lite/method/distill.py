@@ -8,17 +8,19 @@ uninterrupted one does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from safesteer_lite.method import model as policies
-from safesteer_lite.method.memory import fitting
+from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.model import Batch, Completions, LanguageModel, Steering
 from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_shift
+from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class StepResult:
         prompt: index of the first harmful prompt of the step.
         rollout: token ids of its first rollout.
         micro_batch: rollouts a forward that fitted in memory.
+        sampling_seconds, training_seconds: how long the rollouts took, and all the rest.
     """
 
     step: int
@@ -94,6 +97,8 @@ class StepResult:
     prompt: int
     rollout: Tensor
     micro_batch: int
+    sampling_seconds: float = field(compare=False)
+    training_seconds: float = field(compare=False)
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
@@ -120,91 +125,6 @@ def generator_at(step: int, seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
 
 
-class MasterAdamW:
-    """AdamW on float32 copies of the adapter weights, which themselves stay in the compute dtype.
-
-    bf16 keeps 8 bits of mantissa, so steps of 1e-4 on weights of 0.03 would be rounded away; on a CPU, adapters in
-    float32 would cost more time than the frozen bf16 blocks they adapt.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], averaging: float = 0.0) -> None:
-        """Take over the weights.
-
-        Args:
-            parameters: the adapter's.
-            averaging: share of the running average that each step keeps, from 0 (the average is the last step) to below 1.
-        """
-        self.parameters = list(parameters)
-        self.averaging, self.steps = averaging, 0
-        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
-        self.averages = [master.detach().clone() for master in self.masters] if averaging else []
-        self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
-
-    def zero(self) -> None:
-        """Forget the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def step(self, learning_rate: float, gradient_clip: float) -> float:
-        """One update; returns the gradient's norm before clipping."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, gradient_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.steps += 1
-        # The first average is the first step's weights: averaging the untrained adapter in would only hold it back.
-        share = max(1 - self.averaging, 1 / self.steps)
-        with torch.no_grad():
-            for average, master in zip(self.averages, self.masters, strict=False):
-                average.lerp_(master, share)
-        self.publish(self.masters)
-        return float(norm)
-
-    def publish(self, weights: Sequence[Tensor]) -> None:
-        """Write float32 weights into the adapter."""
-        with torch.no_grad():
-            for weight, parameter in zip(weights, self.parameters, strict=True):
-                parameter.copy_(weight)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the adapter holds the averaged weights, if there are any."""
-        self.publish(self.averages or self.masters)
-        try:
-            yield
-        finally:
-            self.publish(self.masters)
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, as tensors for a safetensors file."""
-        tensors = {"steps": torch.tensor(self.steps)}
-        tensors |= {f"{index}.average": average.clone() for index, average in enumerate(self.averages)}
-        for index, master in enumerate(self.masters):
-            tensors[f"{index}.master"] = master.detach().clone()
-            for name, value in self.optimizer.state[master].items():
-                tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().clone()
-        return tensors
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up a `state` and write the weights into the adapter."""
-        self.steps = int(tensors["steps"])
-        with torch.no_grad():
-            for index, average in enumerate(self.averages):
-                average.copy_(tensors[f"{index}.average"])
-            for index, master in enumerate(self.masters):
-                master.copy_(tensors[f"{index}.master"])
-                prefix = f"{index}."
-                names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
-                self.optimizer.state[master] = {
-                    name: tensors[prefix + name].to(master.device if name != "step" else "cpu").clone()
-                    for name in names
-                    if name not in ("master", "average")
-                }
-        self.publish(self.masters)
-
-
 class Distillation:
     """The training loop's state; `step` does one optimizer step."""
 
@@ -217,6 +137,7 @@ class Distillation:
         harmless: Sequence[Batch],
         recipe: Recipe,
         refusal_tokens: Tensor | None = None,
+        optimizing: Optimizing = adamw,
     ) -> None:
         """Prepare to train.
 
@@ -228,44 +149,60 @@ class Distillation:
             harmless: anchor prompts, one a batch, unpadded; may be empty when the recipe has no anchors.
             recipe: how.
             refusal_tokens: (n,) int64, tokens that open a refusal; needed where the recipe has a score weight.
+            optimizing: makes the AdamW.
         """
         self.model, self.steer, self.recipe = model, steer, recipe
         self.safety_tokens = safety_tokens.to(model.device)
         self.refusal_tokens = refusal_tokens
         self.harmful, self.harmless = harmful, harmless
-        self.optimizer = MasterAdamW(model.parameters_to_train(), recipe.averaging)
+        self.optimizer = MasterAdamW(model.parameters_to_train(), recipe.averaging, optimizing)
         self.micro_batch = recipe.micro_batch
         self.sampled_at_once = max(recipe.prompts, recipe.anchors)
         self.done = 0
+        # Of this process only: what a saved step holds does not depend on the clock.
+        self.tokens, self.sampling_seconds, self.training_seconds = 0, 0.0, 0.0
 
     def step(self) -> StepResult:
         """Sample rollouts from the student, compare with the teacher along them, update the adapter once."""
-        recipe, at = self.recipe, self.done
+        recipe, at, began = self.recipe, self.done, time.monotonic()
         chosen = prompts_at(at, recipe.prompts, len(self.harmful), recipe.seed)
         prompts = pad_left([self.harmful[index] for index in chosen])
         rollouts = self._sample(prompts, recipe.rollouts, stream=0)
+        tokens = int(rollouts.mask.sum())
         anchors = anchor_rollouts = None
         if recipe.anchors:
             places = prompts_at(at, recipe.anchors, len(self.harmless), recipe.seed + 1)
             anchors = pad_left([self.harmless[index] for index in places])
             anchor_rollouts = self._sample(anchors, 1, stream=1)
-
-        def gradients(micro_batch: int) -> tuple[float, float]:
-            self.optimizer.zero()
-            repeated = prompts.repeat(recipe.rollouts)
-            loss = self._backward(repeated, rollouts, micro_batch, steered=True)
-            if anchors is None or anchor_rollouts is None:
-                return loss, float("nan")
-            return loss, self._backward(anchors, anchor_rollouts, micro_batch, steered=False)
-
-        (loss, anchor_loss), self.micro_batch = fitting(self.micro_batch, gradients)
+            tokens += int(anchor_rollouts.mask.sum())
+        sampled = time.monotonic()
+        # The key-value cache is gone; its room must not stay cut to its shape while the blocks are trained.
+        release()
+        self.optimizer.zero()
+        loss, anchor_loss = self._backward(prompts.repeat(recipe.rollouts), rollouts, steered=True), float("nan")
+        if anchors is not None and anchor_rollouts is not None:
+            anchor_loss = self._backward(anchors, anchor_rollouts, steered=False)
         rate = learning_rate_at(at, recipe)
         norm = self.optimizer.step(rate, recipe.gradient_clip)
         self.optimizer.zero()
         self.done += 1
-        tokens = int(rollouts.mask.sum()) + (int(anchor_rollouts.mask.sum()) if anchor_rollouts is not None else 0)
-        first = rollouts.tokens[0][rollouts.mask[0]].cpu()
-        return StepResult(self.done, loss, anchor_loss, norm, rate, tokens, chosen[0], first, self.micro_batch)
+        trained = time.monotonic()
+        self.tokens += tokens
+        self.sampling_seconds += sampled - began
+        self.training_seconds += trained - sampled
+        return StepResult(
+            step=self.done,
+            loss=loss,
+            anchor_loss=anchor_loss,
+            gradient_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+            prompt=chosen[0],
+            rollout=rollouts.tokens[0][rollouts.mask[0]].cpu(),
+            micro_batch=self.micro_batch,
+            sampling_seconds=sampled - began,
+            training_seconds=trained - sampled,
+        )
 
     def _sample(self, prompts: Batch, repeats: int, stream: int) -> Completions:
         """Rollouts of all prompts, at once or, where memory is short, part by part."""
@@ -285,19 +222,36 @@ class Distillation:
             rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
         return rollouts
 
-    def _backward(self, prompts: Batch, rollouts: Completions, micro_batch: int, *, steered: bool) -> float:
-        """Accumulate gradients over micro-batches; returns the divergence, unweighted."""
-        total = 0.0
-        for start in range(0, len(prompts), micro_batch):
-            rows = slice(start, min(start + micro_batch, len(prompts)))
-            part = rollouts.rows(rows.start, rows.stop)
-            divergence, score_shift = self._losses(
-                prompts.rows(rows.start, rows.stop), part, len(prompts), steered=steered
-            )
-            weight = 1.0 if steered else self.recipe.anchor_weight
-            (weight * divergence + self.recipe.score_weight * score_shift).backward()
-            total += float(divergence.detach())
+    def _backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
+        """Accumulate gradients over micro-batches; returns the divergence, unweighted.
+
+        Where memory runs out, the same rollouts are taken up again with fewer at a time: a micro-batch leaves all of its
+        gradients or none.
+        """
+        # Rollouts of like length share a micro-batch, so that little of it is padding; the longest ones come first, so that
+        # what fits for them fits for all.
+        lengths = prompts.attention_mask.sum(-1) + rollouts.mask.sum(-1)
+        order = lengths.argsort(descending=True, stable=True)
+        prompts, rollouts = prompts.take(order), rollouts.take(order)
+        total, start = 0.0, 0
+        while start < len(prompts):
+            work = partial(self._gradients, prompts, rollouts, start, steered=steered)
+            (share, gradients), self.micro_batch = fitting(self.micro_batch, work)
+            self.optimizer.add(gradients)
+            total, start = total + share, start + self.micro_batch
         return total
+
+    def _gradients(
+        self, prompts: Batch, rollouts: Completions, start: int, size: int, *, steered: bool
+    ) -> tuple[float, Sequence[Tensor | None]]:
+        """Divergence, unweighted, and the adapter's gradients of the `size` rollouts from `start` on."""
+        stop = min(start + size, len(prompts))
+        part, answers = prompts.rows(start, stop).trimmed(), rollouts.rows(start, stop).trimmed()
+        divergence, score_shift = self._losses(part, answers, len(prompts), steered=steered)
+        weight = 1.0 if steered else self.recipe.anchor_weight
+        loss = weight * divergence + self.recipe.score_weight * score_shift
+        gradients = torch.autograd.grad(loss, self.optimizer.parameters, allow_unused=True)
+        return float(divergence.detach()), gradients
 
     def _losses(
         self, prompts: Batch, rollouts: Completions, count: int, *, steered: bool

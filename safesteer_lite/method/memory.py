@@ -31,3 +31,10 @@ def fitting(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
                 raise
         # Only out here, where the exception no longer holds the failed attempt's tensors, is their memory free.
         size = size // 2
+        release()
+
+
+def release() -> None:
+    """Give what torch keeps of freed memory back to the card, so that tensors of other sizes find it in one piece."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -48,6 +48,15 @@ class Batch:
         """Sequences `start` to `stop - 1`."""
         return Batch(self.input_ids[start:stop], self.attention_mask[start:stop], self.prefix)
 
+    def take(self, order: Tensor) -> Batch:
+        """The sequences numbered in `order`, (n,) int64."""
+        return Batch(self.input_ids[order], self.attention_mask[order], self.prefix)
+
+    def trimmed(self) -> Batch:
+        """Without the padding on the left that all sequences have."""
+        start = int(self.attention_mask.any(0).int().argmax())
+        return Batch(self.input_ids[:, start:], self.attention_mask[:, start:], self.prefix)
+
     def split_prefix(self) -> tuple[Batch, Batch]:
         """The shared beginning, as a batch of one, and what follows it in each sequence, padded on the left."""
         reached = self.attention_mask.cumsum(-1)
@@ -71,6 +80,15 @@ class Completions:
     def rows(self, start: int, stop: int) -> Completions:
         """Completions `start` to `stop - 1`."""
         return Completions(self.tokens[start:stop], self.mask[start:stop])
+
+    def take(self, order: Tensor) -> Completions:
+        """The completions numbered in `order`, (n,) int64."""
+        return Completions(self.tokens[order], self.mask[order])
+
+    def trimmed(self) -> Completions:
+        """Without the padding on the right that all completions have."""
+        length = max(int(self.mask.sum(-1).max()), 1)
+        return Completions(self.tokens[:, :length], self.mask[:, :length])
 
     def after(self, prompts: Batch) -> Batch:
         """The prompts followed by their completions, as one batch."""

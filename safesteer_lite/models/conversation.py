@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.models.policy import Policy
@@ -40,7 +39,7 @@ class Reply:
             tokens = longest - self._waiting.shape[1]
         if tokens < 1:
             raise ModelError("The conversation is longer than the model can read.", "Begin anew with /reset.")
-        self._cache = DynamicCache()
+        self._cache, self._read = policy.model.new_cache(), 0
         self._tokens, self._temperature = tokens, temperature
         self._generator = torch.Generator().manual_seed(seed)
         self._written: list[int] = []
@@ -58,7 +57,16 @@ class Reply:
         if self.done:
             return
         model = self._policy.model
-        output: Any = model.decoder(input_ids=self._waiting, past_key_values=self._cache, use_cache=True)
+        read = self._read + self._waiting.shape[1]
+        output: Any = model.decoder(
+            input_ids=self._waiting,
+            attention_mask=torch.ones(1, read, dtype=torch.long, device=self._waiting.device),
+            position_ids=torch.arange(self._read, read, device=self._waiting.device).unsqueeze(0),
+            past_key_values=self._cache.given,
+            use_cache=True,
+        )
+        self._cache.take(output)
+        self._read = read
         logits = model.logits(output[0][:, -1]).float()
         uniform = torch.rand(1, generator=self._generator).to(logits.device) if self._temperature else None
         chosen = draw(logits, self._temperature, uniform)

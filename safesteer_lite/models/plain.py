@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.utils.checkpoint import checkpoint
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.model import Batch, Completions, Residual
 from safesteer_lite.models import sampling
-from safesteer_lite.models.sampling import mask_behind, positions
+from safesteer_lite.models.sampling import Cache, GrowingCache, mask_behind, positions
+
+# What a block is told of a cache; transformers' name and Unsloth's.
+_OF_THE_CACHE = ("past_key_values", "past_key_value", "use_cache")
 
 
 class _Reached(Exception):
@@ -65,7 +68,14 @@ class Adapter:
 
 
 class PlainModel:
-    """One loaded model: base, teacher and student in one set of weights. See `method.model.LanguageModel`."""
+    """One loaded model: base, teacher and student in one set of weights. See `method.model.LanguageModel`.
+
+    Attributes:
+        checkpointing: whether adapted blocks keep only their input for backward and are run again there: the same
+            numbers with far less memory, for one more forward.
+    """
+
+    checkpointing = False
 
     def __init__(self, network: nn.Module, tokenizer: Any, first_adapter_layer: int | None) -> None:
         self.network = network
@@ -137,7 +147,7 @@ class PlainModel:
         seen: list[Residual] = []
 
         def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")}
+            arguments = {key: value for key, value in kwargs.items() if key not in _OF_THE_CACHE}
             seen.append(Residual(args[0], 0, arguments))
             raise _Reached
 
@@ -158,19 +168,30 @@ class PlainModel:
 
     def advance(self, residual: Residual, layer: int) -> Residual:
         """Run blocks `residual.layer` to `layer - 1`."""
-        hidden, prefix = residual.hidden, residual.prefix
         for index in range(residual.layer, layer):
-            extra: dict[str, Any] = {}
-            if prefix:
-                kept = _KeepPrefix()
-                output = self._layers[index](prefix.hidden, **prefix.arguments, past_key_values=kept)
-                prefix = replace(prefix, hidden=_first(output), layer=index + 1)
-                extra["past_key_values"] = _PutBefore(kept)
-            hidden = _first(self._layers[index](hidden, **residual.arguments, **extra))
-        return replace(residual, hidden=hidden, layer=max(layer, residual.layer), prefix=prefix)
+            if self.checkpointing and torch.is_grad_enabled() and index >= self._first_adapter_layer:
+                # Nothing in a block is drawn at random, so no state of a generator has to be kept for the second run.
+                residual = checkpoint(self._block, residual, use_reentrant=False, preserve_rng_state=False)
+            else:
+                residual = self._block(residual)
+        return residual
 
-    def _cache_of(self, tokens: int) -> DynamicCache:
+    def _block(self, residual: Residual) -> Residual:
+        """Run one block, over the shared prefix first where there is one."""
+        block, prefix = self._layers[residual.layer], residual.prefix
+        extra: dict[str, Any] = {}
+        if prefix:
+            kept = _KeepPrefix()
+            output = block(prefix.hidden, **prefix.arguments, past_key_values=kept)
+            prefix = replace(prefix, hidden=_first(output), layer=residual.layer + 1)
+            extra["past_key_values"] = _PutBefore(kept)
+        hidden = _first(block(residual.hidden, **residual.arguments, **extra))
+        return replace(residual, hidden=hidden, layer=residual.layer + 1, prefix=prefix)
+
+    def _cache_of(self, tokens: int) -> Any:
         """A cache that seems to hold `tokens` tokens, for the decoder to make its mask by."""
+        from transformers import DynamicCache
+
         nothing = torch.zeros(1, 1, tokens, 1, device=self.device)
         cache = DynamicCache()
         for layer in range(len(self._layers)):
@@ -211,7 +232,12 @@ class PlainModel:
             repeats=repeats,
             end_of_turn=self._end_of_turn,
             padding=self.tokenizer.pad_token_id,
+            new_cache=self.new_cache,
         )
+
+    def new_cache(self) -> Cache:
+        """An empty key-value cache, as the decoder wants it."""
+        return GrowingCache()
 
     def parameters_to_train(self) -> list[nn.Parameter]:
         """The adapter weights, in a fixed order."""

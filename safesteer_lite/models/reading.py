@@ -18,6 +18,9 @@ from safesteer_lite.models.policy import Done, Policy, ignore
 # the inverse is taken in a space of at most this many dimensions.
 _TOKENS = 3000
 
+Modules = tuple[Any, ...]
+"""Linear layers that read the same input."""
+
 
 @dataclass
 class _Text:
@@ -63,22 +66,29 @@ def read_discriminants(
             chosen = torch.rand(text.mask.shape, generator=generator) < share
             text.sampled = text.mask & chosen.to(text.mask.device)
         for layer in range(model.first_adapter_layer, len(model.layers)):
-            at_ends, at_good_ends, tokens = {}, {}, {}
-            for group in (bad, good):
-                for text in group:
-                    for modules, inputs in _run_block(model, text, layer):
-                        ends = at_ends if group is bad else at_good_ends
-                        ends.setdefault(modules, []).append(_ends(inputs, text.mask, rank))
-                        if group is good:
-                            tokens.setdefault(modules, []).append(inputs[text.sampled].float())
-            for modules, parts in at_ends.items():
-                directions = reading_directions(
-                    torch.cat(parts), torch.cat(at_good_ends[modules]), torch.cat(tokens[modules]), ridge
-                )
-                for module in modules:
-                    module.lora_A["default"].weight.copy_(directions)
+            _read_block(model, layer, bad, good, ridge)
             done(layer + 1 - model.first_adapter_layer)
     freeze_reading(model)
+
+
+def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Text], ridge: float) -> None:
+    """Run all texts through one block and set the A matrices of its linear layers."""
+    bad_ends: dict[Modules, list[Tensor]] = {}
+    good_ends: dict[Modules, list[Tensor]] = {}
+    tokens: dict[Modules, list[Tensor]] = {}
+    for text in bad:
+        for modules, inputs in _run_block(model, text, layer):
+            bad_ends.setdefault(modules, []).append(_ends(inputs, text.mask, model.rank))
+    for text in good:
+        for modules, inputs in _run_block(model, text, layer):
+            good_ends.setdefault(modules, []).append(_ends(inputs, text.mask, model.rank))
+            tokens.setdefault(modules, []).append(inputs[text.sampled].float())
+    for modules, ends in bad_ends.items():
+        directions = reading_directions(
+            torch.cat(ends), torch.cat(good_ends[modules]), torch.cat(tokens[modules]), ridge
+        )
+        for module in modules:
+            module.lora_A["default"].weight.copy_(directions)
 
 
 def _texts(policy: Policy, prompts: Sequence[str], words: int, size: int) -> list[_Text]:
@@ -104,7 +114,7 @@ def _own(batch: Batch, residual: Residual) -> Tensor:
     return own if residual.prefix else nn.functional.pad(own, (batch.prefix, 0))
 
 
-def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[tuple[Any, ...], Tensor]]:
+def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[Modules, Tensor]]:
     """Run one block; its adapted linear layers, those with the same input together, each with that input."""
     seen: list[tuple[list[Any], Tensor]] = []
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from safesteer_lite.method.model import Batch, Completions
 
 # Rows are dropped from the cache once this share has ended: each drop copies the cache.
 _DROP_SHARE = 0.2
+
+
+class Cache(Protocol):
+    """The key-value cache of a decoder, whatever its form."""
+
+    @property
+    def given(self) -> Any:
+        """What the decoder gets as `past_key_values`."""
+
+    def take(self, output: Any) -> None:
+        """Look at the decoder's output, which may hold the longer cache."""
+
+    def repeat(self, times: int) -> None:
+        """Make each row `times` rows, copies side by side."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+
+
+class GrowingCache:
+    """transformers' own cache, which the decoder fills as it reads."""
+
+    def __init__(self) -> None:
+        from transformers import DynamicCache
+
+        self.given = DynamicCache()
+
+    def take(self, output: Any) -> None:
+        """Nothing: the decoder has written into it."""
+
+    def repeat(self, times: int) -> None:
+        """Make each row `times` rows, copies side by side."""
+        self.given.batch_repeat_interleave(times)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.given.batch_select_indices(rows)
 
 
 def positions(attention_mask: Tensor, behind: int = 0) -> Tensor:
@@ -54,6 +93,7 @@ def generate(
     repeats: int,
     end_of_turn: frozenset[int],
     padding: int,
+    new_cache: Callable[[], Cache] = GrowingCache,
 ) -> Completions:
     """Sample `repeats` completions of each prompt, copies side by side.
 
@@ -67,6 +107,7 @@ def generate(
         repeats: completions a prompt.
         end_of_turn: ids that end an answer; the id itself is kept.
         padding: id written after the end.
+        new_cache: makes the decoder's empty cache.
     """
     device = prompts.input_ids.device
     count = len(prompts) * repeats
@@ -77,7 +118,7 @@ def generate(
     rows = torch.arange(count, device=device)
     running = torch.ones(count, dtype=torch.bool, device=device)
     with torch.no_grad():
-        reader = _Reader(decoder, head, prompts)
+        reader = _Reader(decoder, head, prompts, new_cache())
         reader.repeat(repeats)
         for step in range(max_new_tokens):
             uniform = None if temperature == 0 else torch.rand(count, generator=generator).to(device)[rows]
@@ -105,14 +146,14 @@ class _Reader:
 
     logits: Tensor
 
-    def __init__(self, decoder: nn.Module, head: nn.Module, prompts: Batch) -> None:
-        self._decoder, self._head, self._cache = decoder, head, DynamicCache()
+    def __init__(self, decoder: nn.Module, head: nn.Module, prompts: Batch, cache: Cache) -> None:
+        self._decoder, self._head, self._cache = decoder, head, cache
         behind = prompts.prefix if len(prompts) > 1 else 0
         if behind:
             shared, prompts = prompts.split_prefix()
             self._attention = shared.attention_mask
             self._read(shared.input_ids, positions(shared.attention_mask))
-            self._cache.batch_repeat_interleave(len(prompts))
+            self._cache.repeat(len(prompts))
         self._attention = mask_behind(behind, prompts.attention_mask)
         read = positions(prompts.attention_mask, behind)
         self._last = read[:, -1:]
@@ -121,14 +162,14 @@ class _Reader:
     def repeat(self, times: int) -> None:
         """Make each row `times` rows, copies side by side."""
         if times > 1:
-            self._cache.batch_repeat_interleave(times)
+            self._cache.repeat(times)
             self.logits, self._attention, self._last = (
                 part.repeat_interleave(times, dim=0) for part in (self.logits, self._attention, self._last)
             )
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these; the logits are those of all rows until the next `append`."""
-        self._cache.batch_select_indices(rows)
+        self._cache.keep(rows)
         self._attention, self._last = self._attention[rows], self._last[rows]
 
     def append(self, tokens: Tensor) -> None:
@@ -142,7 +183,8 @@ class _Reader:
             input_ids=tokens,
             attention_mask=self._attention,
             position_ids=places,
-            past_key_values=self._cache,
+            past_key_values=self._cache.given,
             use_cache=True,
         )
+        self._cache.take(output)
         self.logits = self._head(output[0][:, -1]).float()

@@ -5,13 +5,19 @@ They take a second or two, and a run that fails one stops before it trains on wr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from safesteer_lite.errors import SelfCheckError
 from safesteer_lite.method import model as policies
 from safesteer_lite.method import steering
+from safesteer_lite.method.distill import pad_left
 from safesteer_lite.method.model import Batch, Steering
 from safesteer_lite.models.policy import Policy
+
+# Nats; bf16 rounding leaves a hundredth of it, and attention to padding or to later tokens far more.
+_LARGEST_PADDING_KL = 0.1
 
 # Far above rounding, far below what adding a vector as long as the residual itself does to the logits.
 _SMALLEST_MOVE = 1e-3
@@ -36,6 +42,8 @@ def self_check(policy: Policy) -> list[str]:
         full = _full_forward(policy, batch)
         _require(torch.equal(plain, full), "running the blocks one by one differs from the model's own forward")
         passed.append("running the blocks one by one equals the model's own forward, bit for bit")
+        _check_padding(policy)
+        passed.append("a prompt reads the same beside a longer one")
 
         residual = model.advance(model.start(batch), layer).hidden
         _require(bool(residual.isfinite().all()), "the residual stream is not finite")
@@ -75,6 +83,16 @@ def _full_forward(policy: Policy, batch: Batch) -> torch.Tensor:
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
     )[0]
     return model.logits(hidden[:, -1]).float()
+
+
+def _check_padding(policy: Policy) -> None:
+    """Alone, a prompt needs no mask at all, and some kernels are not causal then; padded, it needs one."""
+    prompts = [policy.encode(text) for text in ("Say hello.", "Tell me how rivers find their way to the sea.")]
+    padded = replace(pad_left(prompts), prefix=0)
+    together = policies.last_logits(policy.model, padded)[:1].log_softmax(-1)
+    alone = policies.last_logits(policy.model, prompts[0]).log_softmax(-1)
+    kl = float((alone.exp() * (alone - together)).sum())
+    _require(kl < _LARGEST_PADDING_KL, f"padding changes what a prompt reads as, by {kl:.2f} nats")
 
 
 def _check_sampling(policy: Policy, batch: Batch, steer: Steering, likeliest: int) -> None:
@@ -128,5 +146,5 @@ def _require(holds: bool, problem: str) -> None:
     if not holds:
         raise SelfCheckError(
             f"The start-up self-check failed: {problem}.",
-            "Nothing was trained. Try model.precision=bf16; if it persists, report the versions `doctor` shows.",
+            "Nothing was trained. Try model.backend=plain or model.precision=bf16; else report the versions `doctor` shows.",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from safesteer_lite.evaluation.measure import counting_from
 from safesteer_lite.events import Metric
 from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations, Candidate
+from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.model import Batch, Steering, teacher
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.rundir import Publication
@@ -117,14 +119,18 @@ def describe(candidate: Candidate) -> str:
 
 
 def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Any) -> PromptSet:
-    """The base's refusal scores and block inputs, from one forward a prompt."""
-    order: list[int] = []
-    batches: list[Batch] = []
-    for places, batch in policy.batches(prompts, _BATCH):
-        order += places
-        batches.append(batch)
-    activations, scores = method.read_prompts(policy.model, batches, policy.template_positions, refusal, done)
-    return PromptSet([prompts[place] for place in order], scores, activations)
+    """The base's refusal scores and block inputs, from one forward a prompt; fewer at a time where memory is short."""
+
+    def look(size: int) -> PromptSet:
+        order: list[int] = []
+        batches: list[Batch] = []
+        for places, batch in policy.batches(prompts, size):
+            order += places
+            batches.append(batch)
+        activations, scores = method.read_prompts(policy.model, batches, policy.template_positions, refusal, done)
+        return PromptSet([prompts[place] for place in order], scores, activations)
+
+    return fitting(_BATCH, look)[0]
 
 
 def keep_clear(sets: Sequence[PromptSet], minimum: int) -> tuple[list[PromptSet], float]:
@@ -176,14 +182,26 @@ def score(
     harmless: list[str],
     refusal: Tensor,
 ) -> tuple[list[Candidate], float]:
-    """All criteria on the shortlist; the best candidate first.
+    """All criteria on the shortlist; the best candidate first. Fewer prompts at a time where memory is short.
 
     A direction must induce refusal. The authors test that at coefficient 1; where no candidate passes there, the next
     larger of the strengths to be searched is tried, because a weak direction that is long enough still steers.
     """
+    return fitting(_BATCH, partial(_score, session, vectors, candidates, harmful, harmless, refusal))[0]
+
+
+def _score(
+    session: Session,
+    vectors: Tensor,
+    candidates: list[Candidate],
+    harmful: list[str],
+    harmless: list[str],
+    refusal: Tensor,
+    size: int,
+) -> tuple[list[Candidate], float]:
     config, policy = session.config.direction, session.policy
-    bad = [batch for _, batch in policy.batches(harmful, _BATCH)]
-    good = [batch for _, batch in policy.batches(harmless, _BATCH)]
+    bad = [batch for _, batch in policy.batches(harmful, size)]
+    good = [batch for _, batch in policy.batches(harmless, size)]
     done = session.progress("candidates ablated", len(candidates))
     ablated = method.ablation_scores(policy.model, vectors, candidates, bad, good, refusal, done)
     # A direction whose ablation changes harmless answers too much is out, so its induce score need not be measured.

@@ -17,8 +17,13 @@ from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
+from safesteer_lite.hardware import cuda
+from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
+from safesteer_lite.hardware.shape import shape_from_config
+from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.method.distill import Distillation, Recipe
-from safesteer_lite.models.plain import PlainModel, freeze_reading, save_adapter, scale_adapter
+from safesteer_lite.models.optimizer import optimizing_on
+from safesteer_lite.models.plain import PlainModel, freeze_reading, read_config, save_adapter, scale_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
 from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.rundir import Publication
@@ -78,6 +83,9 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
         "measured": history.measured,
         "scaled": history.scaled,
         "micro_batch": training.micro_batch,
+        # Of the steps since the run was last started; None where there was none.
+        "sampled_tokens_a_second": _rate(training.tokens, training.sampling_seconds),
+        "trained_tokens_a_second": _rate(training.tokens, training.training_seconds),
     }
     strength = "" if history.best_strength == 1 else f" at strength {history.best_strength:g}"
     session.note(
@@ -99,7 +107,9 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         [policy.encode(prompt.text) for prompt in anchors],
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
+        optimizing_on(policy.model.device),
     )
+    _fit_micro_batch(session, training)
     yardstick = _yardstick(session)
     history = History()
     best = adapter_tensors(policy.model)
@@ -146,6 +156,37 @@ def _prepare_adapter(session: Session, saved: Path | None) -> None:
     session.note(
         f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "
         "set, what it writes is trained."
+    )
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return round(tokens / seconds, 1) if seconds else None
+
+
+def _fit_micro_batch(session: Session, training: Distillation) -> None:
+    """On a card, begin with as many rollouts a forward as its free memory is reckoned to hold."""
+    config, model = session.config, session.policy.model
+    if model.device.type != "cuda":
+        return
+    shape, free = shape_from_config(read_config(session.model_folder)), cuda.free_memory()
+    element = model.decoder.embed_tokens.weight.element_size()
+
+    def need(rollouts: int) -> int:
+        return training_bytes(
+            shape,
+            micro_batch=rollouts,
+            tokens=config.prompts.prompt_tokens + config.distill.completion_tokens,
+            completion_tokens=config.distill.completion_tokens,
+            chunk=config.distill.chunk,
+            rank=config.distill.rank,
+            element=element,
+            checkpointing=model.checkpointing,
+        )
+
+    training.micro_batch = largest_micro_batch(config.distill.micro_batch, free, need)
+    session.note(
+        f"{training.micro_batch} rollouts a forward, at most {config.distill.micro_batch}: one of full length takes "
+        f"{format_bytes(need(1))}, {format_bytes(free)} are free."
     )
 
 

@@ -15,7 +15,7 @@ from safesteer_lite.events import Emit, Note, Progress, Warned, discard
 from safesteer_lite.hardware.backend import Decision, choose_backend
 from safesteer_lite.hardware.machine import inspect
 from safesteer_lite.hardware.shape import shape_from_config
-from safesteer_lite.models import plain
+from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.prompts import Kind, Prompt
@@ -78,25 +78,46 @@ class Session:
     def drop_policy(self) -> None:
         """Forget the loaded model, so that its memory can be used for something else."""
         self._policy = None
+        # What is loaded next may be a plain model, which Unsloth's changes to transformers would break.
+        unsloth.restore_transformers()
 
     def _load(self) -> Policy:
         decision = decide(self.config, self.model_folder, self.run.path)
         self.note(decision.reason)
-        network, tokenizer = plain.load(
-            self.model_folder,
-            precision=decision.precision,
-            device=decision.device,
-            unpack=decision.unpack,
-            compute=decision.compute_dtype,
-        )
-        distill = self.config.distill
+        distill, folder = self.config.distill, self.model_folder
         adapter = plain.Adapter(distill.rank, distill.lora_alpha, distill.first_layer)
-        policy = Policy(
-            plain.with_adapter(network, tokenizer, adapter, self.config.seed), self.config.prompts.prompt_tokens
+        if self._trusts_unsloth(decision):
+            model: plain.PlainModel = unsloth.load(folder, decision.precision, adapter, self.config.seed)
+        else:
+            network, tokenizer = plain.load(
+                folder,
+                precision=decision.precision,
+                device=decision.device,
+                unpack=decision.unpack,
+                compute=decision.compute_dtype,
+            )
+            model = plain.with_adapter(network, tokenizer, adapter, self.config.seed)
+        model.checkpointing = distill.checkpointing == "yes" or (
+            distill.checkpointing == "auto" and decision.device == "cuda"
         )
+        policy = Policy(model, self.config.prompts.prompt_tokens)
         passed = self_check(policy)
         self.note(f"Self-check: {len(passed)} of {len(passed)} passed ({'; '.join(passed)}).")
         return policy
+
+    def _trusts_unsloth(self, decision: Decision) -> bool:
+        """Whether Unsloth is chosen and passes its checks; says why, or why not."""
+        if decision.library.name == "plain":
+            self.note(decision.library.reason)
+            return False
+        problem = unsloth.problem_with(self.model_folder, decision.precision)
+        if not problem:
+            self.note(f"{decision.library.reason.split(',')[0]}: it passes its checks on a small model of this kind.")
+            return True
+        if self.config.model.backend == "unsloth":
+            raise ModelError(f"Unsloth cannot be used: {problem}.", "Set model.backend=plain.")
+        self.note(f"Plain transformers and bitsandbytes instead of Unsloth: {problem}.")
+        return False
 
     def prompt_sets(self, split: str) -> PromptSets:
         """The `selection` or `test` split."""
@@ -159,7 +180,7 @@ def decide(config: RunConfig, model_folder: Path, folder: Path) -> Decision:
             f"distill.first_layer is {config.distill.first_layer}, but the model has {shape.layers} layers.",
             f"Choose a layer from 0 to {shape.layers - 1}.",
         )
-    decision = choose_backend(machine, shape, settings.precision)
+    decision = choose_backend(machine, shape, settings.precision, settings.backend)
     return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.method import tokens as method
+from safesteer_lite.method.memory import fitting
+from safesteer_lite.method.tokens import VotePositions
 from safesteer_lite.rundir import Publication
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import Session, texts
 
-# Prompts a batch; each stands for `samples` sequences.
+# Prompts a batch, fewer where memory is short; each stands for `samples` sequences.
 _BATCH = 8
 
 
@@ -23,14 +25,19 @@ def run(session: Session, publication: Publication) -> None:
     config, policy = session.config.tokens, session.policy
     model, steer = policy.model, load_steering(session)
     prompts = texts(session.prompt_sets("selection").harmless)
-    generator = torch.Generator().manual_seed(session.config.seed)
-    done, finished, positions = session.progress("prompts continued", len(prompts)), 0, []
-    for _, batch in policy.batches(prompts, _BATCH):
-        positions.append(
-            method.collect(model, steer, batch, samples=config.samples, horizon=config.horizon, generator=generator)
-        )
-        finished += len(batch)
-        done(finished)
+    done = session.progress("prompts continued", len(prompts))
+
+    def read(size: int) -> list[VotePositions]:
+        generator, positions, finished = torch.Generator().manual_seed(session.config.seed), [], 0
+        for _, batch in policy.batches(prompts, size):
+            positions.append(
+                method.collect(model, steer, batch, samples=config.samples, horizon=config.horizon, generator=generator)
+            )
+            finished += len(batch)
+            done(finished)
+        return positions
+
+    positions, _ = fitting(_BATCH, read)
     chosen = method.vote(
         positions,
         model.logits,

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from safesteer_lite.errors import UsageError
-from safesteer_lite.hardware.backend import choose_backend, fit, smallest_need
+from safesteer_lite.hardware.backend import choose_backend, choose_library, fit, smallest_need
+from safesteer_lite.hardware.machine import Machine
 from tests.hardware.examples import CARD, CPU_MACHINE, GB, LARGE, SMALL
 
 
@@ -75,3 +76,34 @@ def test_unknown_precision() -> None:
 
 def test_fit_has_three_answers() -> None:
     assert [fit(needed, 100) for needed in (80, 81, 100, 101)] == ["fits", "tight", "tight", "does not fit"]
+
+
+WITH_UNSLOTH = replace(CPU_MACHINE, gpus=(CARD,), versions={**CPU_MACHINE.versions, "unsloth": "2026.10.7"})
+
+
+def test_unsloth_is_chosen_on_a_card_that_has_it_and_the_reason_is_told() -> None:
+    chosen = choose_backend(WITH_UNSLOTH, SMALL, "auto")
+    assert (chosen.device, chosen.library.name) == ("cuda", "unsloth")
+    assert chosen.library.reason == "Unsloth 2026.10.7, if it passes its checks."
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "requested", "because"),
+    [
+        (replace(WITH_UNSLOTH, versions=CPU_MACHINE.versions), "auto", "auto", "Unsloth is not installed"),
+        (replace(WITH_UNSLOTH, gpus=()), "auto", "auto", "Unsloth needs a CUDA card"),
+        (WITH_UNSLOTH, "fp32", "auto", "Unsloth computes in 16 bits"),
+        (WITH_UNSLOTH, "auto", "plain", "model.backend asks for it"),
+    ],
+)
+def test_plain_transformers_are_chosen_with_the_reason(
+    machine: Machine, precision: str, requested: str, because: str
+) -> None:
+    library = choose_backend(machine, SMALL, precision, requested).library
+    assert library.name == "plain"
+    assert library.reason == f"Plain transformers and bitsandbytes, because {because}."
+
+
+def test_unsloth_cannot_be_asked_for_where_it_is_not() -> None:
+    with pytest.raises(UsageError, match="needs a CUDA card"):
+        choose_library(CPU_MACHINE, "cpu", "nf4", "unsloth")

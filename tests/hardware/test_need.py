@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from safesteer_lite.hardware import need
-from safesteer_lite.hardware.need import activation_bytes, cache_bytes, layer_activation_bytes, weights_bytes
+from safesteer_lite.hardware.need import (
+    activation_bytes,
+    cache_bytes,
+    largest_micro_batch,
+    layer_activation_bytes,
+    training_bytes,
+    weights_bytes,
+)
 from safesteer_lite.hardware.shape import ModelShape, shape_from_config
 from tests.hardware.examples import GB, LARGE, LORA, SIZES
 
@@ -141,3 +148,25 @@ def test_an_8b_model_fits_a_consumer_card_packed_only() -> None:
     assert packed.memory_bytes["export"] < 6 * GB
     # Download and merged model, 16.06 GB each, and a little for the checkpoints.
     assert 32.1 * GB < packed.disk_bytes < 34 * GB
+
+
+def test_the_micro_batch_is_the_largest_that_fits_and_at_least_one() -> None:
+    def need(rollouts: int) -> int:
+        return training_bytes(
+            LARGE,
+            micro_batch=rollouts,
+            tokens=1024,
+            completion_tokens=512,
+            chunk=64,
+            rank=16,
+            element=2,
+            checkpointing=True,
+        )
+
+    for free in (1, need(1), need(3), need(5), 100 * GB):
+        size = largest_micro_batch(16, free, need)
+        assert size == 1 or need(size) <= 0.9 * free
+        assert size == 16 or need(size + 1) > 0.9 * free
+    assert largest_micro_batch(16, need(1) // 2, need) == 1
+    assert largest_micro_batch(16, 100 * GB, need) == 16
+    assert 1 < largest_micro_batch(16, need(4), need) < 4

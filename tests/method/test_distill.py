@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from safesteer_lite.method import model as policies
 from safesteer_lite.method.directions import refusal_score
 from safesteer_lite.method.distill import (
     Distillation,
-    MasterAdamW,
     Recipe,
     StepResult,
     join,
@@ -24,6 +25,8 @@ from safesteer_lite.method.distill import (
     prompts_at,
 )
 from safesteer_lite.method.model import Batch, Completions, LanguageModel, Residual, Steering
+from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
+from safesteer_lite.models.optimizer import paged_adamw_8bit
 from safesteer_lite.models.plain import PlainModel
 from safesteer_lite.models.policy import Policy, kl_to_reference, reference_answers
 from tests import tiny
@@ -128,7 +131,7 @@ def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tin
             with policies.teacher(model, loop.steer):
                 log_q = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
             rows.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    loss = loop._backward(loop.harmful[0].repeat(3), found, 8, steered=True)
+    loss = loop._backward(loop.harmful[0].repeat(3), found, steered=True)
     assert loss == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
 
 
@@ -185,7 +188,7 @@ def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int =
     """Loss and adapter gradients of one set of rollouts."""
     found = loop._sample(prompts, 4, stream=seed)
     loop.optimizer.zero()
-    loss = loop._backward(prompts.repeat(4), found, loop.micro_batch, steered=True)
+    loss = loop._backward(prompts.repeat(4), found, steered=True)
     grads = [parameter.grad for parameter in model.parameters_to_train()]
     assert all(grad is not None for grad in grads)
     return loss, [grad.clone() for grad in grads if grad is not None]
@@ -250,9 +253,10 @@ def test_anchors_also_pay_for_a_shift_of_the_refusal_score(tiny_policy: tiny.Loa
     shift = ((student - base) ** 2 / 2).mean()
     assert float(shift) > 1e-3
     expected = torch.autograd.grad(2.0 * shift, weights, allow_unused=True)
-    loop._backward(anchors, found, 2, steered=False)
+    loop.micro_batch = 2
+    loop._backward(anchors, found, steered=False)
     for weight, gradient in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight.grad, torch.zeros_like(weight) if gradient is None else gradient)
+        torch.testing.assert_close(weight.grad, gradient)
     assert loop._losses(pad_left(list(loop.harmful[:3])), found.rows(0, 3), 3, steered=True)[1] == 0.0
 
 
@@ -300,12 +304,88 @@ def test_when_memory_runs_out_in_the_anchors_no_gradient_counts_twice(tiny_polic
     """The 2 harmful rollouts fit and have left their gradients when the 3 anchors do not fit."""
     recipe = replace(ANCHORED, prompts=1, rollouts=2, micro_batch=3)
     roomy = tiny_policy()
-    expected = steps(training(roomy, replace(recipe, micro_batch=1)), 1)
+    expected = steps(training(roomy, recipe), 1)
     tight = tiny_policy()
     results = steps(training(tight, recipe, small_memory(tight, 2)), 1)
     assert results[0].micro_batch == 1
-    assert results[0].gradient_norm == expected[0].gradient_norm
-    assert equal(adapter(tight.model), adapter(roomy.model))
+    assert results[0].gradient_norm == pytest.approx(expected[0].gradient_norm, rel=1e-4)
+    assert results[0].anchor_loss == pytest.approx(expected[0].anchor_loss, rel=1e-3, abs=1e-9)
+
+
+def test_when_memory_runs_out_in_a_backward_the_same_rollouts_are_taken_up_again(tiny_policy: tiny.Loader) -> None:
+    """The failed backward has reached half of the adapter; what is done before it is not done again."""
+    roomy, tight = tiny_policy(filled=True), tiny_policy(filled=True)
+    prompts = replace(tiny.prompt_batch(roomy, 2), prefix=0)
+    loss, expected = gradients(roomy.model, training(roomy, RECIPE), prompts)
+    loop = training(tight, replace(RECIPE, micro_batch=4))
+    sizes: list[int] = []
+
+    def short_of_memory(rows: int, gradient: Tensor) -> Tensor:
+        sizes.append(rows)
+        if sizes == [4, 4]:
+            raise torch.OutOfMemoryError("simulated")
+        return gradient
+
+    def watch(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and arguments[0].requires_grad:
+            arguments[0].register_hook(partial(short_of_memory, len(arguments[0])))
+
+    handle = tight.model.layers[2].register_forward_pre_hook(watch)
+    other, found = gradients(tight.model, loop, prompts)
+    handle.remove()
+    assert sizes == [4, 4, 2, 2] and loop.micro_batch == 2
+    assert other == pytest.approx(loss, rel=1e-4)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+
+
+def test_rollouts_of_like_length_share_a_micro_batch(tiny_policy: tiny.Loader) -> None:
+    """The longest first, and padding that a whole micro-batch has is not computed."""
+    policy = tiny_policy(filled=True)
+    policy.model._end_of_turn = frozenset(range(0, 320, 9))
+    loop = training(policy, replace(RECIPE, micro_batch=2))
+    prompts = replace(tiny.prompt_batch(policy), prefix=0)
+    found = loop._sample(prompts, 2, stream=0)
+    lengths: list[int] = []
+    handle = policy.model.layers[-1].register_forward_pre_hook(
+        lambda _, arguments: lengths.append(arguments[0].shape[1]) if torch.is_grad_enabled() else None
+    )
+    loop._backward(prompts.repeat(2), found, steered=True)
+    handle.remove()
+    whole = prompts.repeat(2).attention_mask.sum(-1) + found.mask.sum(-1)
+    assert len(lengths) == 5 and len(set(lengths)) > 1
+    assert lengths[0] < prompts.input_ids.shape[1] + found.tokens.shape[1] or lengths[0] >= int(whole.max())
+    assert sum(lengths) < 5 * (prompts.input_ids.shape[1] + found.tokens.shape[1])
+
+
+@pytest.mark.parametrize("optimizing", [adamw, paged_adamw_8bit], ids=["torch", "bitsandbytes"])
+def test_an_optimizer_that_is_loaded_goes_on_as_if_it_had_not_been(optimizing: Optimizing) -> None:
+    """Also with 8-bit moments, which only matrices of 4096 values and more get."""
+    gradients = torch.randn(6, 64, 80, generator=torch.Generator().manual_seed(0))
+    first, second = (MasterAdamW([nn.Parameter(torch.ones(64, 80))], 0.5, optimizing) for _ in range(2))
+    for step, gradient in enumerate(gradients):
+        first.parameters[0].grad = gradient.clone()
+        first.step(1e-2, 1.0)
+        if step == 2:
+            second.load(first.state())
+        if step > 2:
+            second.parameters[0].grad = gradient.clone()
+            second.step(1e-2, 1.0)
+    assert torch.equal(first.parameters[0], second.parameters[0])
+    assert torch.equal(first.averages[0], second.averages[0])
+
+
+def test_8bit_moments_lead_to_nearly_the_same_weights() -> None:
+    """After ten steps of one sign the weights have moved by ten rates, up to the rounding of the moments."""
+    weights = [MasterAdamW([nn.Parameter(torch.ones(64, 80))], 0.0, kind) for kind in (adamw, paged_adamw_8bit)]
+    gradient = torch.rand(64, 80, generator=torch.Generator().manual_seed(0)) + 0.5
+    for optimizer in weights:
+        for _ in range(10):
+            optimizer.parameters[0].grad = gradient.clone()
+            optimizer.step(1e-3, 100.0)
+    exact, rounded = (optimizer.masters[0].detach() for optimizer in weights)
+    assert weights[1].optimizer.state[weights[1].masters[0]]["state1"].dtype == torch.uint8
+    assert float((exact - rounded).abs().max()) < 2e-3 < float((exact - 1).abs().min())
 
 
 def test_when_memory_runs_out_while_sampling_fewer_prompts_are_sampled_at_once(tiny_policy: tiny.Loader) -> None:

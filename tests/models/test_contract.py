@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ from safesteer_lite.method import model as policies
 from safesteer_lite.method import steering
 from safesteer_lite.method.model import Batch, Steering
 from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny
 
@@ -172,6 +174,45 @@ def test_gradients_flow_through_a_shared_prefix(architecture: str, tiny_policy: 
         torch.testing.assert_close(once, apart, rtol=1e-3, atol=1e-4 * float(apart.abs().max()))
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_checkpointing_changes_no_bit_and_keeps_less(loaded: tuple[Policy, str], shared_prefix: bool) -> None:
+    """Loss and gradients, with the shared prefix read once or in each row; what is kept is counted in bytes."""
+    policy, _ = loaded
+    model, batch = policy.model, tiny.prompt_batch(policy)
+    batch, found, kept = batch if shared_prefix else replace(batch, prefix=0), [], []
+    for checkpointing in (False, True):
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.checkpointing = checkpointing
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = policies.last_logits(model, batch).square().mean()
+            found.append([loss, *torch.autograd.grad(loss, model.parameters_to_train())])
+        finally:
+            model.checkpointing = False
+        weights = {value.untyped_storage().data_ptr() for value in model.network.parameters()}
+        kept.append(sum(size for start, size in storages.items() if start not in weights))
+    assert len(found[0]) == 1 + tiny.LAYERS * 7 * 2
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_the_cache_is_gone_once_sampling_has_ended(tiny_policy: tiny.Loader) -> None:
+    """Freed by counting references, at once: training must not wait for the garbage collector to get its memory."""
+    policy = tiny_policy()
+    gc.collect()
+    gc.disable()
+    try:
+        policy.model.generate(tiny.prompt_batch(policy), 4, 1.0, torch.Generator().manual_seed(0), 2)
+        assert not [item for item in gc.get_objects() if type(item) is GrowingCache]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_sampling_behind_a_shared_prefix_draws_the_same_tokens(architecture: str, tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy(architecture, "fp32", filled=True)
@@ -219,7 +260,7 @@ def test_self_check_passes_on_a_fresh_adapter(
     batch = tiny.prompt_batch(policy)
     before = full_forward(policy, batch)
     weights = [parameter.detach().clone() for parameter in policy.model.parameters_to_train()]
-    assert len(self_check(policy)) == 5
+    assert len(self_check(policy)) == 6
     assert torch.equal(full_forward(policy, batch), before)
     for parameter, known in zip(policy.model.parameters_to_train(), weights, strict=True):
         assert torch.equal(parameter, known) and parameter.grad is None

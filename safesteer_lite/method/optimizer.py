@@ -1,0 +1,118 @@
+"""AdamW on float32 copies of adapter weights that are kept in a shorter type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Optimizing = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""Makes the optimizer of float32 weights; its rate is set at every step."""
+
+
+def adamw(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's AdamW, whose two moments are float32."""
+    return torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+class MasterAdamW:
+    """AdamW on float32 copies of the adapter weights, which themselves stay in the compute dtype.
+
+    bf16 keeps 8 bits of mantissa, so steps of 1e-4 on weights of 0.03 would be rounded away; on a CPU, adapters in
+    float32 would cost more time than the frozen bf16 blocks they adapt.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], averaging: float = 0.0, optimizing: Optimizing = adamw
+    ) -> None:
+        """Take over the weights.
+
+        Args:
+            parameters: the adapter's.
+            averaging: share of the running average that each step keeps, from 0 (the average is the last step) to below 1.
+            optimizing: makes the AdamW of the float32 copies.
+        """
+        self.parameters = list(parameters)
+        self.averaging, self.steps = averaging, 0
+        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
+        self.averages = [master.detach().clone() for master in self.masters] if averaging else []
+        self.optimizer = optimizing(self.masters)
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add to the adapter's gradients; None is zero."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def step(self, learning_rate: float, gradient_clip: float) -> float:
+        """One update; returns the gradient's norm before clipping."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.steps += 1
+        # The first average is the first step's weights: averaging the untrained adapter in would only hold it back.
+        share = max(1 - self.averaging, 1 / self.steps)
+        with torch.no_grad():
+            for average, master in zip(self.averages, self.masters, strict=False):
+                average.lerp_(master, share)
+        self.publish(self.masters)
+        return float(norm)
+
+    def publish(self, weights: Sequence[Tensor]) -> None:
+        """Write float32 weights into the adapter."""
+        with torch.no_grad():
+            for weight, parameter in zip(weights, self.parameters, strict=True):
+                parameter.copy_(weight)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the adapter holds the averaged weights, if there are any."""
+        self.publish(self.averages or self.masters)
+        try:
+            yield
+        finally:
+            self.publish(self.masters)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, as tensors for a safetensors file."""
+        tensors = {"steps": torch.tensor(self.steps)}
+        tensors |= {f"{index}.average": average.clone() for index, average in enumerate(self.averages)}
+        for index, master in enumerate(self.masters):
+            tensors[f"{index}.master"] = master.detach().clone()
+            for name, value in self.optimizer.state[master].items():
+                tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().clone()
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up a `state` and write the weights into the adapter."""
+        self.steps = int(tensors["steps"])
+        with torch.no_grad():
+            for index, average in enumerate(self.averages):
+                average.copy_(tensors[f"{index}.average"])
+            for index, master in enumerate(self.masters):
+                master.copy_(tensors[f"{index}.master"])
+                prefix = f"{index}."
+                names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+                self.optimizer.state[master] = {
+                    name: _restored(name, tensors[prefix + name], master.device)
+                    for name in names
+                    if name not in ("master", "average")
+                }
+        self.publish(self.masters)
+
+
+def _restored(name: str, value: Tensor, device: torch.device) -> Tensor | int:
+    """A saved entry of an optimizer's state; bitsandbytes counts steps in Python, torch in a float on the CPU."""
+    if name == "step":
+        return value.clone() if value.is_floating_point() else int(value)
+    return value.to(device).clone()
