@@ -175,6 +175,7 @@ def export_run(
     strength: float,
     quants: tuple[str, ...] = ("Q8_0",),
     prompts: int = 0,
+    original: Path | None = None,
 ) -> dict[str, Any]:
     """Write a finished run's adapter, merged weights or GGUF files to a folder that does not exist yet.
 
@@ -186,6 +187,7 @@ def export_run(
         strength: factor on the adapter.
         quants: the GGUF files to write, of `F16`, `Q8_0` and `Q4_K_M`.
         prompts: prompts of each test set to measure the files on; 0 is all.
+        original: the folder of the 16-bit model that a 4-bit base was made from, to merge into.
 
     Returns:
         What `artefacts.json` holds, one row an artefact; empty for the adapter.
@@ -214,7 +216,7 @@ def export_run(
         return {}
     keep_freed_memory()
     session = Session(config, run_folder, model_folder, emit, stage="export")
-    request = artefacts.Request(kind, weights, strength, quants, prompts)
+    request = artefacts.Request(kind, weights, strength, quants, prompts, original)
     return artefacts.export_files(session, adapter, out, request)
 
 

@@ -91,10 +91,10 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
     assert names(out) == sorted(
         [
             *("Modelfile", "README.md", "SHA256SUMS", "artefacts.json", "chat_template.jinja", "config.json"),
-            *("generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            *("generation_config.json", "merge.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         ]
     )
-    assert check_sums(out) == 9 and json.loads((out / "artefacts.json").read_text()) == record
+    assert check_sums(out) == 10 and json.loads((out / "artefacts.json").read_text()) == record
     base, adapter, merged = record["artefacts"]
     assert (base["harmful"]["refused"], adapter["harmful"]["refused"], adapter["harmful"]["n"]) == (0, 4, 4)
     # The stored answers are planted, so the random model's own answers lose all of the planted safety.
