@@ -140,6 +140,20 @@ def merge_adapter(
     return MergeResult(out_folder, tuple(files), len(sources), len(updates), total, matrix_dtype, strength, weights)
 
 
+def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
+    """See that an adapter can be merged into a base, from the adapter and the headers of the base alone.
+
+    Raises:
+        ExportError: one of them cannot be read, or they do not belong together; the message names the tensors.
+    """
+    config = checkpoint.read_json(base_folder / "config.json")
+    weights: Weights = "original" if "quantization_config" not in config else "dequantised"
+    shards = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
+    _check_targets(
+        read_adapter(adapter_folder), {source.stored.name: source for shard in shards for source in shard}, config
+    )
+
+
 @dataclass
 class _Record:
     """What `RECORD` holds.

@@ -81,8 +81,7 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
         FailedCheck: an artefact failed a check; the files are kept beside `out`.
         ExportError, DiskSpaceError: nothing was left under `out`.
     """
-    if request.kind == "gguf":
-        _check_gguf(session, out, request)
+    _check_first(session, out, request)
     with exported(out) as draft:
         measured = _measure_trained(session, adapter, request)
         folder = draft / WORK / MERGED
@@ -115,16 +114,19 @@ def copy_adapter(adapter: Path, out: Path) -> None:
         shutil.copytree(adapter, draft, dirs_exist_ok=True)
 
 
-def _check_gguf(session: Session, out: Path, request: Request) -> None:
+def _check_first(session: Session, out: Path, request: Request) -> None:
     """What can be refused at once is refused before any work."""
-    convert.check_extra(request.quants)
     config = plain.read_config(session.model_folder)
-    if quantise.Q4_K_M in request.quants:
-        quantise.check_quantisable(config)
-    tensors = checkpoint.read_checkpoint(session.model_folder).tensors.values()
+    shares = 0.0
+    if request.kind == "gguf":
+        convert.check_extra(request.quants)
+        if quantise.Q4_K_M in request.quants:
+            quantise.check_quantisable(config)
+        shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants) + 2 * (quantise.Q4_K_M in request.quants)
+    tensors = checkpoint.read_checkpoint(request.original or session.model_folder).tensors.values()
     # Two bytes a weight; a 4-bit base has about four times as many weights as bytes say, and is merged at 16 bits.
-    sixteen = sum(tensor.size for tensor in tensors) * (4 if "quantization_config" in config else 1)
-    shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants) + 2 * (quantise.Q4_K_M in request.quants)
+    packed = "quantization_config" in config and request.original is None
+    sixteen = sum(tensor.size for tensor in tensors) * (4 if packed else 1)
     checkpoint.require_space(out, int(sixteen * (1 + shares / 2)))
 
 
