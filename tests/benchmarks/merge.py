@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.merge FOLDER [name=value ...]
 
-FOLDER is made, holds base, adapter and result (together 33 GB at full size), and is removed again at the end. A value replaces one
-figure of the shape: num_hidden_layers=2 is a quick try.
+FOLDER is made, holds base, adapter and result (together 33 GB at full size), and is removed again at the end. A value
+replaces one figure of the shape: num_hidden_layers=2 is a quick try. Linux only.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ RANK = 16
 # The hub's copy is divided into files of about 5 GB.
 SHARD_BYTES = 5_000_000_000
 # Run in a process of its own, so that the peak is the merge's alone; the first figure is that of the imports.
+# (Linux: `ru_maxrss` would count what the parent held before the fork.)
 CHILD = """
-import resource, sys
+import sys
 from pathlib import Path
 from safesteer_lite.export.merge import merge_adapter
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+imported = peak()
 merge_adapter(*map(Path, sys.argv[1:4]))
-print(imported * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(imported, peak())
 """
 
 
@@ -141,9 +145,8 @@ def main() -> None:
         imported, peak = (int(figure) for figure in done.stdout.split())
         largest = max(tensor.size for tensor in checkpoint.read_checkpoint(base).tensors.values())
         say(f"merged in {seconds:.0f} s: {seconds / (size / 1e9):.1f} s a GB")
-        say(
-            f"peak RSS {peak / 1e9:.2f} GB, of which {imported / 1e9:.2f} GB are the imports: {(peak - imported) / 1e6:.0f} MB more"
-        )
+        more = f"{imported / 1e9:.2f} GB are the imports: {(peak - imported) / 1e6:.0f} MB more"
+        say(f"peak RSS {peak / 1e9:.2f} GB, of which {more}")
         say(f"largest tensor {largest / 1e6:.0f} MB, so the bar is {(1.2 * largest + size_of(adapter)) / 1e6:.0f} MB")
         say(f"largest relative difference of 64 rows to a float64 sum: {check_some(base, adapter, out, shape):.5f}")
     finally:
