@@ -37,6 +37,7 @@ def exported(out: Path) -> Iterator[Path]:
         _keep_merged(draft / WORK)
         try:
             yield draft
+            shutil.rmtree(draft / WORK, ignore_errors=True)
         except FailedCheck as error:
             kept = next(path for path in _names_aside(out) if not path.exists())
             draft.rename(kept)

@@ -85,6 +85,7 @@ def test_what_a_killed_export_left_goes_and_what_others_left_stays(tmp_path: Pat
         # Merged weights are what takes long, and the merge knows how to check them.
         kept = ["work", "work/merged", "work/merged.tmp", "work/merged.tmp/merge.json", "work/merged/merge.json"]
         assert names(draft) == kept
+    assert names(tmp_path / "out") == []
     own = tmp_path / "other.tmp"
     own.mkdir()
     (own / "thesis.txt").write_text("mine")
