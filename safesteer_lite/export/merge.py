@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -108,17 +108,10 @@ def merge_adapter(
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ExportError(f"Weights cannot be written as {dtype}.", "Use bfloat16, float16 or float32.")
     config = checkpoint.read_json(base_folder / "config.json")
-    shards = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
-    sources = {source.stored.name: source for shard in shards for source in shard}
+    sources = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
     updates = read_adapter(adapter_folder)
-    _check_targets(updates, sources, config)
-    matrix_dtype = dtype or _matrix_dtype(sources)
-    # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose.
-    uniform = dtype or (None if _matrix_dtype(sources, raw=True) == matrix_dtype else matrix_dtype)
-    planned = [
-        [_plan(source, updates.get(source.stored.name), strength, uniform) for source in shard] for shard in shards
-    ]
-    divided = [part for shard in planned for part in _divide(shard, max_shard_bytes)]
+    matrix_dtype, shards = _planned(sources, updates, config, strength, dtype)
+    divided = [part for shard in shards for part in _divide(shard, max_shard_bytes)]
     total = sum(tensor.size for shard in divided for tensor in shard)
     copies = [path for name in COPIED if (path := (words or base_folder) / name).is_file()]
     # The headers, the index and the configuration are small beside this allowance.
@@ -137,7 +130,8 @@ def merge_adapter(
             checkpoint.copy_file(path, draft / path.name)
         checkpoint.write_text(draft / "config.json", _config_text(config, matrix_dtype))
         files = checkpoint.write_shards(draft, divided, written, tuple(record.files), partial(record.add, draft))
-    return MergeResult(out_folder, tuple(files), len(sources), len(updates), total, matrix_dtype, strength, weights)
+    count = sum(map(len, divided))
+    return MergeResult(out_folder, tuple(files), count, len(updates), total, matrix_dtype, strength, weights)
 
 
 def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
@@ -148,10 +142,30 @@ def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
     """
     config = checkpoint.read_json(base_folder / "config.json")
     weights: Weights = "original" if "quantization_config" not in config else "dequantised"
-    shards = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
-    _check_targets(
-        read_adapter(adapter_folder), {source.stored.name: source for shard in shards for source in shard}, config
-    )
+    sources = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
+    _check_targets(read_adapter(adapter_folder), _by_name(sources), config)
+
+
+def _by_name(shards: Sequence[Sequence[Source]]) -> dict[str, Source]:
+    return {source.stored.name: source for shard in shards for source in shard}
+
+
+def _planned(
+    shards: Sequence[Sequence[Source]],
+    updates: Mapping[str, Update],
+    config: Mapping[str, Any],
+    strength: float,
+    dtype: torch.dtype | None,
+) -> tuple[torch.dtype, list[list[NewTensor]]]:
+    """The type of the matrices, and what to write in each of the base's files."""
+    sources = _by_name(shards)
+    _check_targets(updates, sources, config)
+    matrix_dtype = dtype or _matrix_dtype(sources)
+    # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose.
+    uniform = dtype or (None if _matrix_dtype(sources, raw=True) == matrix_dtype else matrix_dtype)
+    return matrix_dtype, [
+        [_plan(source, updates.get(source.stored.name), strength, uniform) for source in shard] for shard in shards
+    ]
 
 
 @dataclass
