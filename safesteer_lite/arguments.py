@@ -75,7 +75,14 @@ def _exporting(commands: Any) -> None:
         help=f"GGUF files: {', '.join(kinds)} (Q8_0)",
     )
     export.add_argument("--out", type=Path, metavar="FOLDER", help="a folder that does not exist yet")
-    export.add_argument("--weights", choices=("original", "dequantised"), default="original", help="base to merge into")
+    export.add_argument(
+        "--weights",
+        choices=("original", "dequantised"),
+        help="base to merge into (original; for a base that is itself in 4 bits, dequantised)",
+    )
+    export.add_argument(
+        "--original", metavar="MODEL", help="of such a base: its 16-bit original, a folder or a Hub id to fetch"
+    )
     export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
     export.add_argument("--base", type=Path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
     export.add_argument("--measure", type=int, default=0, metavar="N", help="measure on N test prompts a set (all)")

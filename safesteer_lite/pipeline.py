@@ -13,9 +13,17 @@ from typing import Any
 from safesteer_lite import prompts, report
 from safesteer_lite.checkpoints import Checkpoints
 from safesteer_lite.config import RunConfig
-from safesteer_lite.errors import ExportError, Interrupted, ModelError, PromptError, UsageError
+from safesteer_lite.errors import (
+    DiskSpaceError,
+    ExportError,
+    Interrupted,
+    ModelError,
+    PromptError,
+    RunFolderError,
+    UsageError,
+)
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
-from safesteer_lite.export.adapter import read_adapter
+from safesteer_lite.export import checkpoint, kept, merge
 from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
 from safesteer_lite.manifest import fingerprint
 from safesteer_lite.models import plain, source
@@ -175,6 +183,7 @@ def export_run(
     strength: float,
     quants: tuple[str, ...] = ("Q8_0",),
     prompts: int = 0,
+    original: Path | None = None,
 ) -> dict[str, Any]:
     """Write a finished run's adapter, merged weights or GGUF files to a folder that does not exist yet.
 
@@ -186,6 +195,7 @@ def export_run(
         strength: factor on the adapter.
         quants: the GGUF files to write, of `F16`, `Q8_0` and `Q4_K_M`.
         prompts: prompts of each test set to measure the files on; 0 is all.
+        original: the folder of the 16-bit model that a 4-bit base was made from, to merge into.
 
     Returns:
         What `artefacts.json` holds, one row an artefact; empty for the adapter.
@@ -199,6 +209,8 @@ def export_run(
     damaged = [name for name in run_folder.verify("distill") if name.startswith("adapter/")]
     if damaged:
         raise ExportError(f"The run's adapter is damaged: {', '.join(damaged)}.", "Run `safesteer-lite resume` on it.")
+    # Half a download would only be called another model by its fingerprint.
+    checkpoint.read_checkpoint(model_folder)
     if stage_fingerprints(config, source.model_fingerprint(model_folder))["baseline"] != (
         run_folder.manifest.stages["baseline"].fingerprint
     ):
@@ -206,7 +218,7 @@ def export_run(
             f"{model_folder} is not the base model that this run was made with, or its prompts have changed.",
             "Give the run its own base model back.",
         )
-    read_adapter(adapter)
+    merge.check_adapter(model_folder, adapter)
     if kind == "adapter":
         if strength != 1:
             raise UsageError("--strength scales merged weights only.", "Add --to merged.")
@@ -214,8 +226,17 @@ def export_run(
         return {}
     keep_freed_memory()
     session = Session(config, run_folder, model_folder, emit, stage="export")
-    request = artefacts.Request(kind, weights, strength, quants, prompts)
-    return artefacts.export_files(session, adapter, out, request)
+    request = artefacts.Request(kind, weights, strength, quants, prompts, original)
+    record = artefacts.export_files(session, adapter, out, request)
+    try:
+        with run_folder.lock():
+            kept.keep(run_folder, record)
+            if (run_folder.path / "report.json").is_file():
+                report.write(run_folder, config)
+    except (RunFolderError, DiskSpaceError) as error:
+        # What was exported is whole and has its own figures beside it; only the run's report lacks them.
+        session.warn(f"The run's report does not show this export: {error.message}")
+    return record
 
 
 def evaluate_model(

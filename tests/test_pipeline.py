@@ -48,6 +48,7 @@ FILES = {
     "06-export/merged/chat_template.jinja",
     "06-export/merged/config.json",
     "06-export/merged/generation_config.json",
+    "06-export/merged/merge.json",
     "06-export/merged/model.safetensors",
     "06-export/merged/tokenizer.json",
     "06-export/merged/tokenizer_config.json",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safesteer_lite.commands.shared import open_settings, resolve, sink
-from safesteer_lite.errors import ModelError, UsageError
+from safesteer_lite.errors import ExportError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
@@ -28,6 +28,8 @@ def check_flags(options: argparse.Namespace) -> None:
         raise UsageError("--quant is for GGUF files only.", "Add --to gguf.")
     if options.measure < 0:
         raise UsageError(f"--measure {options.measure} is negative.", "0 measures on all test prompts.")
+    if options.original and options.weights == "dequantised":
+        raise UsageError("--original and --weights dequantised exclude each other.", "Leave one of them out.")
     if options.public and not options.push:
         raise UsageError("--public is for uploads only.", "Add --push NAME.")
 
@@ -40,12 +42,16 @@ def export_command(options: argparse.Namespace) -> int:
 
     check_flags(options)
     folder, emit = rundir.open_run(options.run, options.runs), sink(options)
-    out = options.out or folder.path / f"export-{options.to}-{options.weights}-{options.strength:g}"
-    if out.exists():
-        raise UsageError(f"{out} exists already.", "Name a folder that does not exist with --out.")
+    if options.out and options.out.exists():
+        raise _taken(options.out)
     name = check_push(options.push) if options.push else ""
     settings = open_settings(folder)
     model_folder = _base_of(settings, options.base, emit)
+    weights, original = _weights_of(options, settings, model_folder, emit)
+    kind = f"{options.to}-{weights}-{options.strength:g}" if weights else options.to
+    out = options.out or folder.path / f"export-{kind}"
+    if out.exists():
+        raise _taken(out)
     record = export_run(
         settings,
         folder,
@@ -53,10 +59,11 @@ def export_command(options: argparse.Namespace) -> int:
         emit,
         options.to,
         out,
-        options.weights,
+        weights,
         options.strength,
         quants=tuple(dict.fromkeys(options.quant or ["Q8_0"])),
         prompts=options.measure,
+        original=original,
     )
     _show(options, out, record)
     if name:
@@ -85,6 +92,54 @@ def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Path:
             f"The run's base model cannot be used: {error.message}",
             f"{error.hint} If it lies elsewhere now, name its folder with --base.".strip(),
         ) from error
+
+
+def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Path, emit: Emit) -> tuple[str, Path | None]:
+    """What to merge into, and where the 16-bit original of a 4-bit base lies; fetched only if the user named it.
+
+    Raises:
+        UsageError: an original was named that is not needed.
+        ExportError: original weights are asked for and not here, or are those of another model.
+        ModelError: the original that was named cannot be had.
+    """
+    from safesteer_lite.events import Note
+    from safesteer_lite.export import original
+
+    name = settings.model.name
+    if options.to == "adapter":
+        return "", None
+    if not original.is_quantised(base):
+        if options.original:
+            raise UsageError("The run's base has its 16-bit weights, so there is no other original.", "Leave it out.")
+        return options.weights or "original", None
+    folder: Path | None = None
+    if options.original:
+        place = Path(options.original).expanduser()
+        wanted = str(place.resolve()) if place.exists() else options.original
+        folder = resolve(replace(settings, model=replace(settings.model, name=wanted, revision="")), emit)
+    elif options.weights == "original":
+        found = original.find_original(base, name)
+        if found is None or found.folder is None:
+            raise ExportError(
+                f"Original weights are not at hand. {original.describe_original(base, name)}",
+                original.ways_out(base, name),
+            )
+        folder = found.folder
+    if folder is None:
+        emit(
+            Note(
+                "export",
+                f"Merging into the dequantised weights, which are what was trained. {original.describe_original(base, name)}",
+            )
+        )
+        return "dequantised", None
+    original.check_same_model(base, folder)
+    emit(Note("export", f"Merging into the 16-bit original of the 4-bit base: {options.original or folder.name}."))
+    return "original", folder
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"{out} exists already.", "Name a folder that does not exist with --out.")
 
 
 def _show(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> None:

@@ -41,15 +41,21 @@ def runs_command(options: argparse.Namespace) -> int:
 
 def report_command(options: argparse.Namespace) -> int:
     """`report`: a run's report.json and report.html, written again."""
+    from rich.console import Console
+
     from safesteer_lite import report, rundir
-    from safesteer_lite.console import dump
+    from safesteer_lite.console import artefacts_table, dump
     from safesteer_lite.html_report.page import FILE
 
     folder = rundir.open_run(options.run, options.runs)
     with folder.lock():
         record = report.write(folder, open_settings(folder))
-    told = dump({"event": "Report", **record}).replace("\n", " ") if options.json else str(folder.path / FILE)
-    sys.stdout.write(told + "\n")
+    if options.json:
+        sys.stdout.write(dump({"event": "Report", **record}).replace("\n", " ") + "\n")
+        return 0
+    for export in record["exports"]:
+        Console(highlight=False).print(artefacts_table(export))
+    sys.stdout.write(f"{folder.path / FILE}\n")
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.export.checkpoint import DTYPE_NAMES, Checkpoint, StoredTensor, few
 
 Weights = Literal["original", "dequantised"]
+_BLOCK_VALUES = 1 << 22
 _STATISTIC = re.compile(
     r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
 )
@@ -39,8 +41,22 @@ class Source:
     statistics: Mapping[str, StoredTensor] = field(default_factory=dict)
     round_to_nf4: bool = False
 
-    def load(self) -> Tensor:
-        """The values that the adapter was trained on."""
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The values that the adapter was trained on, some rows at a time, each with the number of its first row.
+
+        16-bit weights are read from the disk as they are asked for. 4-bit ones share statistics over the whole matrix,
+        which is therefore held while its blocks are handed out.
+        """
+        rows = max(_BLOCK_VALUES // max(math.prod(self.shape[1:]), 1), 1)
+        if len(self.shape) < 2 or self.shape[0] <= rows:
+            yield 0, self._whole()
+            return
+        whole = self._whole() if self.statistics or self.round_to_nf4 else None
+        for first in range(0, self.shape[0], rows):
+            count = min(rows, self.shape[0] - first)
+            yield first, self.stored.load_rows(first, count) if whole is None else whole[first : first + count]
+
+    def _whole(self) -> Tensor:
         if self.statistics:
             return _dequantise(self.stored, self.statistics)
         return round_to_nf4(self.stored.load()) if self.round_to_nf4 else self.stored.load()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 _LARGEST_HEADER = 100_000_000
 _CHUNK = 1 << 24
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,22 @@ class StoredTensor:
 
     def load(self) -> Tensor:
         """Read the tensor into memory of its own."""
+        return self._read(0, self.size).reshape(self.shape)
+
+    def load_rows(self, first: int, count: int) -> Tensor:
+        """Read `count` rows of a matrix from row `first` on, (count, columns), into memory of its own."""
+        row = self.size // self.shape[0]
+        return self._read(first * row, count * row).reshape(count, *self.shape[1:])
+
+    def _read(self, offset: int, size: int) -> Tensor:
         if self.dtype not in DTYPES:
             raise ExportError(f"{self.name} in {self.file} is stored as {self.dtype}, which cannot be read here.")
-        raw = torch.empty(self.size, dtype=torch.uint8)
+        raw = torch.empty(size, dtype=torch.uint8)
         with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            if stream.readinto(raw.numpy().data) != self.size:
+            stream.seek(self.start + offset)
+            if stream.readinto(raw.numpy().data) != size:
                 raise _damaged(self.file)
-        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+        return raw.view(DTYPES[self.dtype])
 
     def chunks(self) -> Iterator[bytes]:
         """The tensor's bytes as stored, in pieces of at most 16 MiB."""
@@ -200,13 +210,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, tensors)
 
 
-def write_shard(path: Path, tensors: Sequence[NewTensor], written: Callable[[int], None]) -> None:
+def write_shard(path: Path, tensors: Sequence[NewTensor], written: Callable[[int], None]) -> str:
     """Write one safetensors file: the header from the known shapes, then each tensor as it is produced.
 
     Args:
         path: the file to create.
         tensors: what to write, in this order.
         written: called after each tensor with the number of its bytes.
+
+    Returns:
+        The SHA-256 of the file, which is on the disk by then.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -216,18 +229,38 @@ def write_shard(path: Path, tensors: Sequence[NewTensor], written: Callable[[int
     encoded = json.dumps(header, separators=(",", ":")).encode()
     # The format asks for a header padded with spaces, so that the tensors start at a multiple of 8 bytes.
     encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
     with path.open("xb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+
+        def put(piece: bytes | memoryview) -> int:
+            digest.update(piece)
+            return stream.write(piece)
+
+        put(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            size = sum(stream.write(chunk) for chunk in tensor.produce())
+            size = sum(put(piece) for piece in tensor.produce())
             if size != tensor.size:
                 raise ExportError(f"{tensor.name} came out as {size} bytes instead of {tensor.size}.")
             written(size)
         _flush(stream)
+    return digest.hexdigest()
 
 
-def write_shards(folder: Path, shards: Sequence[Sequence[NewTensor]], written: Callable[[int], None]) -> list[str]:
+def write_shards(
+    folder: Path,
+    shards: Sequence[Sequence[NewTensor]],
+    written: Callable[[int], None],
+    finished: Collection[str] = (),
+    wrote: Callable[[str, str], None] = lambda name, sha256: None,
+) -> list[str]:
     """Write a checkpoint of one or more files, with an index if there are more than one.
+
+    Args:
+        folder: where to write.
+        shards: the tensors of each file.
+        written: called with the bytes of each tensor, or of each file that was there already.
+        finished: names of weight files that an earlier attempt wrote whole.
+        wrote: called with the name and the SHA-256 of each file that is on the disk.
 
     Returns:
         The names of the weight files.
@@ -236,7 +269,10 @@ def write_shards(folder: Path, shards: Sequence[Sequence[NewTensor]], written: C
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_shard(folder / name, shard, written)
+        if name in finished:
+            written(sum(tensor.size for tensor in shard))
+        else:
+            wrote(name, write_shard(folder / name, shard, written))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.size for shard in shards for tensor in shard)},
@@ -272,18 +308,31 @@ def copy_file(source: Path, target: Path) -> None:
         _flush(writer)
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def draft_name(folder: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return folder.with_name(f"{folder.name}.tmp")
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Check for free space where `folder` will be.
 
     Args:
-        folder: what will be written; it need not exist.
+        folder: what will be written; it need not exist. What a killed attempt left of it counts as free, since it will
+            be used or cleared away.
         needed: bytes.
 
     Raises:
         DiskSpaceError: there is less room than that.
     """
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    left = sum(path.stat().st_size for path in draft_name(folder).rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + left
     if free < needed:
         raise DiskSpaceError(
             f"Writing {folder} needs {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free.",
@@ -292,25 +341,26 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def published(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
+def published(folder: Path, ours: Callable[[str], bool], kept: Collection[str] = ()) -> Iterator[Path]:
     """A folder to write in, which gets its final name only if the block ends well, and vanishes otherwise.
 
     Args:
         folder: the final name; must not exist.
         ours: whether a file name may be left from an earlier attempt that was killed; only a temporary folder that
             holds nothing else is cleared away.
+        kept: names in such a leftover that stay, to be used again.
 
     Raises:
         ExportError: the folder exists already or cannot be written.
         DiskSpaceError: the disk ran full.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = draft_name(folder)
     try:
         if folder.exists():
             raise ExportError(f"{folder} exists already.", "Choose another folder, or remove this one first.")
         if temporary.exists():
-            _clear_leftover(temporary, ours)
-        temporary.mkdir(parents=True)
+            _clear_leftover(temporary, ours, kept)
+        temporary.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             _sync_folder(temporary)
@@ -320,7 +370,7 @@ def published(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
             raise
         _sync_folder(folder.parent)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _NO_ROOM:
             raise DiskSpaceError(f"The disk ran full while {folder} was written.", "Free some space.") from error
         raise ExportError(
             f"{folder} could not be written: {error}.", "Choose a folder that you can write to."
@@ -333,11 +383,17 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _clear_leftover(temporary: Path, ours: Callable[[str], bool]) -> None:
-    """Remove what a killed attempt left, and nothing else."""
+def _clear_leftover(temporary: Path, ours: Callable[[str], bool], kept: Collection[str]) -> None:
+    """Remove what a killed attempt left and nobody will use, and nothing else."""
     if temporary.is_symlink() or not temporary.is_dir() or not all(ours(entry.name) for entry in temporary.iterdir()):
         raise ExportError(f"{temporary} is in the way and was not written by a merge.", "Move it elsewhere.")
-    shutil.rmtree(temporary)
+    for entry in list(temporary.iterdir()):
+        if entry.name in kept:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _flush(stream: IO[Any]) -> None:

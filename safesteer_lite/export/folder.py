@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,16 @@ from safesteer_lite.export.verify import SUMS, FailedCheck
 
 WORK = "work"
 """Inside an export that is being written: what it needs on the way and does not keep."""
+MERGED = "merged"
+"""In there: the merged weights, with which a killed export goes on."""
 
 
 @contextmanager
 def exported(out: Path) -> Iterator[Path]:
     """A folder to write an export in; it gets its name when the block ends well.
 
-    Where a check fails, the files stay beside that name under one that says so. After any other error nothing stays.
+    Where a check fails, the files stay beside that name under one that says so. After any other error nothing stays; only
+    a killed process leaves its draft, of which the next attempt takes over the merged weights.
 
     Args:
         out: the final name; must not exist.
@@ -29,14 +33,26 @@ def exported(out: Path) -> Iterator[Path]:
         ExportError: the folder exists already or cannot be written.
         DiskSpaceError: the disk ran full.
     """
-    with checkpoint.published(out, _is_ours) as draft:
+    with checkpoint.published(out, _is_ours, (WORK,)) as draft:
+        _keep_merged(draft / WORK)
         try:
             yield draft
+            shutil.rmtree(draft / WORK, ignore_errors=True)
         except FailedCheck as error:
             kept = next(path for path in _names_aside(out) if not path.exists())
             draft.rename(kept)
             error.hint = f"{error.hint} The files are kept in {kept}, to look at and not to use.".strip()
             raise
+
+
+def _keep_merged(work: Path) -> None:
+    """Clear all that a killed export left in its work folder but merged weights: half a GGUF file is of no use."""
+    merged = work / MERGED
+    for entry in work.iterdir() if work.is_dir() else ():
+        if entry.is_dir() and entry not in (merged, checkpoint.draft_name(merged)):
+            shutil.rmtree(entry)
+        elif not entry.is_dir():
+            entry.unlink()
 
 
 def _names_aside(out: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into the base weights, tensor by tensor, so that the largest matrix sets the memory needed."""
+"""Merge a LoRA adapter into the base weights, a block of rows at a time, and go on where a killed merge stopped."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from safesteer_lite import __version__
+from safesteer_lite.durable import write_atomically
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export import checkpoint
 from safesteer_lite.export.adapter import Update, read_adapter
 from safesteer_lite.export.base import Source, Weights, read_sources
 from safesteer_lite.export.checkpoint import DTYPE_NAMES, DTYPES, FLOATS, NewTensor, few
+from safesteer_lite.export.verify import SUMS
+from safesteer_lite.manifest import fingerprint
+from safesteer_lite.models.source import model_fingerprint
 
+RECORD = "merge.json"
+"""In a merged folder: what was merged, as a fingerprint, and the SHA-256 of each weight file that is whole."""
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,12 +77,14 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
     weights: Weights = "original",
+    words: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeResult:
     """Write the base model with `strength * scale * B @ A` added to every matrix that the adapter names.
 
     The sums are done in float32 and rounded once. Tensors that nothing changes are copied byte for byte. The folder
-    appears under its name only when it is complete.
+    appears under its name only when it is complete. If the process is killed, the same call goes on after the last
+    weight file that was finished, once its SHA-256 has been found right; after any error nothing stays.
 
     Args:
         base_folder: a Hugging Face model folder with safetensors.
@@ -87,6 +96,7 @@ def merge_adapter(
         max_shard_bytes: begin a new file before one grows beyond this; `None` keeps the base's own division.
         weights: `original` merges into the stored 16-bit weights, `dequantised` into what their 4-bit NF4 form holds,
             which is what a 4-bit run trained on.
+        words: where tokenizer, chat template and generation settings come from; `None` takes the base's.
         progress: called with bytes done and bytes in all, after each tensor.
 
     Raises:
@@ -98,21 +108,16 @@ def merge_adapter(
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ExportError(f"Weights cannot be written as {dtype}.", "Use bfloat16, float16 or float32.")
     config = checkpoint.read_json(base_folder / "config.json")
-    shards = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
-    sources = {source.stored.name: source for shard in shards for source in shard}
+    sources = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
     updates = read_adapter(adapter_folder)
-    _check_targets(updates, sources, config)
-    matrix_dtype = dtype or _matrix_dtype(sources)
-    # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose.
-    uniform = dtype or (None if _matrix_dtype(sources, raw=True) == matrix_dtype else matrix_dtype)
-    planned = [
-        [_plan(source, updates.get(source.stored.name), strength, uniform) for source in shard] for shard in shards
-    ]
-    divided = [part for shard in planned for part in _divide(shard, max_shard_bytes)]
+    matrix_dtype, shards = _planned(sources, updates, config, strength, dtype)
+    divided = [part for shard in shards for part in _divide(shard, max_shard_bytes)]
     total = sum(tensor.size for shard in divided for tensor in shard)
-    copies = [base_folder / name for name in COPIED if (base_folder / name).is_file()]
+    copies = [path for name in COPIED if (path := (words or base_folder) / name).is_file()]
     # The headers, the index and the configuration are small beside this allowance.
     checkpoint.require_space(out_folder, total + sum(path.stat().st_size for path in copies) + (1 << 24))
+    record = _Record(_mark(base_folder, adapter_folder, (strength, str(dtype), max_shard_bytes, weights)))
+    record.take_over(checkpoint.draft_name(out_folder))
     done = 0
 
     def written(size: int) -> None:
@@ -120,12 +125,89 @@ def merge_adapter(
         done += size
         progress(done, total)
 
-    with checkpoint.published(out_folder, is_ours) as temporary:
+    with checkpoint.published(out_folder, is_ours, {RECORD, *record.files} if record.files else ()) as draft:
         for path in copies:
-            checkpoint.copy_file(path, temporary / path.name)
-        checkpoint.write_text(temporary / "config.json", _config_text(config, matrix_dtype))
-        files = checkpoint.write_shards(temporary, divided, written)
-    return MergeResult(out_folder, tuple(files), len(sources), len(updates), total, matrix_dtype, strength, weights)
+            checkpoint.copy_file(path, draft / path.name)
+        checkpoint.write_text(draft / "config.json", _config_text(config, matrix_dtype))
+        files = checkpoint.write_shards(draft, divided, written, tuple(record.files), partial(record.add, draft))
+    count = sum(map(len, divided))
+    return MergeResult(out_folder, tuple(files), count, len(updates), total, matrix_dtype, strength, weights)
+
+
+def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
+    """See that an adapter can be merged into a base, from the adapter and the headers of the base alone.
+
+    Raises:
+        ExportError: one of them cannot be read, or they do not belong together; the message names the tensors.
+    """
+    config = checkpoint.read_json(base_folder / "config.json")
+    weights: Weights = "original" if "quantization_config" not in config else "dequantised"
+    sources = read_sources(checkpoint.read_checkpoint(base_folder), config, weights)
+    _check_targets(read_adapter(adapter_folder), _by_name(sources), config)
+
+
+def _by_name(shards: Sequence[Sequence[Source]]) -> dict[str, Source]:
+    return {source.stored.name: source for shard in shards for source in shard}
+
+
+def _planned(
+    shards: Sequence[Sequence[Source]],
+    updates: Mapping[str, Update],
+    config: Mapping[str, Any],
+    strength: float,
+    dtype: torch.dtype | None,
+) -> tuple[torch.dtype, list[list[NewTensor]]]:
+    """The type of the matrices, and what to write in each of the base's files."""
+    sources = _by_name(shards)
+    _check_targets(updates, sources, config)
+    matrix_dtype = dtype or _matrix_dtype(sources)
+    # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose.
+    uniform = dtype or (None if _matrix_dtype(sources, raw=True) == matrix_dtype else matrix_dtype)
+    return matrix_dtype, [
+        [_plan(source, updates.get(source.stored.name), strength, uniform) for source in shard] for shard in shards
+    ]
+
+
+@dataclass
+class _Record:
+    """What `RECORD` holds.
+
+    Attributes:
+        mark: the fingerprint of everything that the weights depend on.
+        files: the SHA-256 of each weight file that is whole, by its name.
+    """
+
+    mark: str
+    files: dict[str, str] = field(default_factory=dict)
+
+    def take_over(self, draft: Path) -> None:
+        """Trust those files of a killed attempt at the same merge that are still what was written."""
+        try:
+            left = json.loads((draft / RECORD).read_text(encoding="utf-8"))
+            listed = (
+                {str(name): str(value) for name, value in left["files"].items()} if left["mark"] == self.mark else {}
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return
+        self.files = {
+            name: value
+            for name, value in listed.items()
+            if is_ours(name) and (draft / name).is_file() and checkpoint.sha256(draft / name) == value
+        }
+
+    def add(self, draft: Path, name: str, sha256: str) -> None:
+        """Enter a file that is on the disk."""
+        self.files = dict(sorted({**self.files, name: sha256}.items()))
+        write_atomically(draft / RECORD, (json.dumps(vars(self), indent=2) + "\n").encode())
+
+
+def _mark(base_folder: Path, adapter_folder: Path, settings: tuple[Any, ...]) -> str:
+    adapter = [checkpoint.sha256(adapter_folder / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
+    # Another build of torch may add in another order, and half of a model must not be rounded unlike the other half.
+    made_by = [__version__, torch.__version__]
+    return fingerprint(
+        {"base": model_fingerprint(base_folder), "adapter": adapter, "by": made_by, "as": list(settings)}
+    )
 
 
 def _check_targets(updates: Mapping[str, Update], sources: Mapping[str, Source], config: Mapping[str, Any]) -> None:
@@ -173,15 +255,16 @@ def _plan(source: Source, update: Update | None, strength: float, uniform: torch
 
 
 def _values(source: Source, update: Update | None, dtype: torch.dtype) -> Iterator[memoryview]:
-    values = source.load()
-    if update is not None:
-        values = values.float().addmm_(update.up, update.down, alpha=update.scale)
-    values = values.to(dtype)
-    if not checkpoint.is_finite(values):
-        raise ExportError(
-            f"{source.stored.name} holds values that {dtype} cannot express.", "Use bfloat16, or a lower strength."
-        )
-    yield checkpoint.tensor_bytes(values)
+    for first, values in source.blocks():
+        if update is not None:
+            up = update.up[first : first + len(values)]
+            values = values.float().addmm_(up, update.down, alpha=update.scale)
+        values = values.to(dtype)
+        if not checkpoint.is_finite(values):
+            raise ExportError(
+                f"{source.stored.name} holds values that {dtype} cannot express.", "Use bfloat16, or a lower strength."
+            )
+        yield checkpoint.tensor_bytes(values)
 
 
 def _divide(shard: list[NewTensor], max_bytes: int | None) -> Iterator[list[NewTensor]]:
@@ -205,5 +288,5 @@ def _config_text(config: Mapping[str, Any], dtype: torch.dtype) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether a merge writes files of this name."""
-    fixed = (*COPIED, "config.json", checkpoint.WEIGHTS, checkpoint.INDEX)
+    fixed = (*COPIED, "config.json", checkpoint.WEIGHTS, checkpoint.INDEX, RECORD, f"{RECORD}.tmp", SUMS)
     return name in fixed or _SHARD.fullmatch(name) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -99,7 +98,7 @@ def write_sums(folder: Path) -> Path:
 
 def sums_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a folder but the sums, by its name with forward slashes."""
-    return {name: _sha256(folder / name) for name in _names(folder)}
+    return {name: checkpoint.sha256(folder / name) for name in _names(folder)}
 
 
 def check_sums(folder: Path) -> int:
@@ -123,7 +122,9 @@ def check_sums(folder: Path) -> int:
     problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
     problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
     problems += [
-        f"{name} has changed" for name in sorted(present & listed.keys()) if _sha256(folder / name) != listed[name]
+        f"{name} has changed"
+        for name in sorted(present & listed.keys())
+        if checkpoint.sha256(folder / name) != listed[name]
     ]
     if problems:
         raise ExportError(f"{folder} is not as it was written: {'; '.join(problems)}.", "Export again.")
@@ -248,8 +249,3 @@ def _names(folder: Path) -> Iterator[str]:
     """All files below a folder but the sums, sorted, with forward slashes on every system."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     yield from sorted(name for name in files if name != SUMS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -25,6 +25,7 @@ FILE = "report.html"
 # The order of the page: what a reader came for first, what a later reader may have to look up last.
 PARTS: tuple[tuple[str, str, Callable[[Source], Markup | None]], ...] = (
     ("scorecard", "Before and after", parts.scorecard),
+    ("exports", "What was exported", parts.exports),
     ("strength", "Strength dial", parts.strength),
     ("flips", "Answers that changed sides", parts.flips),
     ("training", "Training", parts.training),

@@ -18,7 +18,7 @@ from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import artefacts, card, checkpoint, convert, modelfile, quantise, verify
 from safesteer_lite.export.agreement import FIRST_KL_ALLOWANCE, Witness, compare
 from safesteer_lite.export.artefacts import Row
-from safesteer_lite.export.folder import WORK, exported
+from safesteer_lite.export.folder import MERGED, WORK, exported
 from safesteer_lite.export.llama import LlamaCpp
 from safesteer_lite.export.verify import FailedCheck
 from safesteer_lite.method.model import last_logits
@@ -46,6 +46,7 @@ class Request:
         strength: factor on the adapter.
         quants: GGUF files to write, of `convert.QUANTS`.
         prompts: prompts of each set to measure on; 0 is all.
+        original: the 16-bit weights of a base that is itself in 4 bits; None if they are not at hand.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Request:
     strength: float = 1.0
     quants: tuple[str, ...] = ("Q8_0",)
     prompts: int = 0
+    original: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,11 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
         FailedCheck: an artefact failed a check; the files are kept beside `out`.
         ExportError, DiskSpaceError: nothing was left under `out`.
     """
-    if request.kind == "gguf":
-        _check_gguf(session, out, request)
+    _check_first(session, out, request)
     with exported(out) as draft:
         measured = _measure_trained(session, adapter, request)
-        folder = draft / WORK / "merged"
-        result = export.merged(session, adapter, folder, request.weights, request.strength)
+        folder = draft / WORK / MERGED
+        result = export.merged(session, adapter, folder, request.weights, request.strength, request.original)
         request = replace(request, weights=result["weights"])
         rows, problems = [*measured.rows, _merged_row(session, folder, request, measured)], list[str]()
         if request.kind == "gguf":
@@ -113,16 +114,19 @@ def copy_adapter(adapter: Path, out: Path) -> None:
         shutil.copytree(adapter, draft, dirs_exist_ok=True)
 
 
-def _check_gguf(session: Session, out: Path, request: Request) -> None:
+def _check_first(session: Session, out: Path, request: Request) -> None:
     """What can be refused at once is refused before any work."""
-    convert.check_extra(request.quants)
     config = plain.read_config(session.model_folder)
-    if quantise.Q4_K_M in request.quants:
-        quantise.check_quantisable(config)
-    tensors = checkpoint.read_checkpoint(session.model_folder).tensors.values()
+    shares = 0.0
+    if request.kind == "gguf":
+        convert.check_extra(request.quants)
+        if quantise.Q4_K_M in request.quants:
+            quantise.check_quantisable(config)
+        shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants) + 2 * (quantise.Q4_K_M in request.quants)
+    tensors = checkpoint.read_checkpoint(request.original or session.model_folder).tensors.values()
     # Two bytes a weight; a 4-bit base has about four times as many weights as bytes say, and is merged at 16 bits.
-    sixteen = sum(tensor.size for tensor in tensors) * (4 if "quantization_config" in config else 1)
-    shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants) + 2 * (quantise.Q4_K_M in request.quants)
+    packed = "quantization_config" in config and request.original is None
+    sixteen = sum(tensor.size for tensor in tensors) * (4 if packed else 1)
     checkpoint.require_space(out, int(sixteen * (1 + shares / 2)))
 
 
@@ -202,7 +206,7 @@ def _gguf_rows(
         session.note(f"Writing and measuring {quant}.")
         file = draft / f"{stem}-{quant}.gguf"
         convert.write_gguf(
-            draft / WORK / "merged",
+            draft / WORK / MERGED,
             file,
             quant,
             stem,
@@ -210,7 +214,7 @@ def _gguf_rows(
             lambda done, total: session.emit(Progress(session.stage, "bytes quantised", done, total)),
         )
         try:
-            convert.check_embedded_template(file, draft / WORK / "merged")
+            convert.check_embedded_template(file, draft / WORK / MERGED)
             row = _gguf_row(session, file, quant, measured, merge_limit + FIRST_KL_ALLOWANCE[quant])
         except FailedCheck as error:
             problems.append(error.message.rstrip("."))

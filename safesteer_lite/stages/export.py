@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from safesteer_lite.events import Metric, Progress
-from safesteer_lite.export import merge, verify
+from safesteer_lite.export import checkpoint, merge, verify
+from safesteer_lite.export.original import describe_original
 from safesteer_lite.export.verify import FailedCheck
 from safesteer_lite.method.model import Batch, Completions
 from safesteer_lite.models import plain
@@ -40,11 +41,28 @@ def run(session: Session, publication: Publication) -> None:
     """Merge, check the files, reload them, compare, and write the sums."""
     adapter = session.folder("distill") / "adapter"
     shutil.copytree(adapter, publication.path / "adapter")
-    publication.result = merged(session, adapter, publication.path / "merged", session.config.export.weights)
+    # Merged outside the draft, which does not outlive a kill; publishing the stage removes this folder.
+    work = publication.path.with_suffix(".partial")
+    try:
+        publication.result = merged(session, adapter, work / "merged", session.config.export.weights)
+        (work / "merged").rename(publication.path / "merged")
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
-def merged(session: Session, adapter: Path, out: Path, weights: str, strength: float = 1.0) -> dict[str, Any]:
+def merged(
+    session: Session, adapter: Path, out: Path, weights: str, strength: float = 1.0, original: Path | None = None
+) -> dict[str, Any]:
     """Write merged weights to `out` and prove them; returns what goes into the manifest.
+
+    Args:
+        session: of a trained run.
+        adapter: its adapter.
+        out: the folder to create. What a killed attempt has left there, finished or not, is taken over.
+        weights: base to merge into, `original` or `dequantised`.
+        strength: factor on the adapter.
+        original: the 16-bit weights of a base that is itself in 4 bits; None if they are not at hand.
 
     Raises:
         ExportError: the weights could not be written; then nothing stays under `out`.
@@ -53,19 +71,22 @@ def merged(session: Session, adapter: Path, out: Path, weights: str, strength: f
     trained = trained_answers(session, adapter, strength)
     stored_quantised = "quantization_config" in plain.read_config(session.model_folder)
     quantised = session.config.model.precision == "nf4" or stored_quantised
-    if stored_quantised and weights == "original":
-        session.note("The base has no 16-bit weights here, so the adapter is merged into its dequantised ones.")
+    if stored_quantised and weights == "original" and original is None:
+        about = describe_original(session.model_folder, session.config.model.name)
+        session.note(f"The adapter is merged into the dequantised weights. {about}")
         weights = "dequantised"
     if weights == "dequantised" and not quantised:
         session.note("The base was not quantised, so its dequantised weights are its original ones.")
         weights = "original"
     precision = session.config.model.precision
     session.drop_policy()
+    _reopen(out)
     result = merge.merge_adapter(
-        session.model_folder,
+        original if original and weights == "original" else session.model_folder,
         adapter,
         out,
         strength=strength,
+        words=session.model_folder,
         weights="dequantised" if weights == "dequantised" else "original",
         progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
     )
@@ -94,6 +115,15 @@ def merged(session: Session, adapter: Path, out: Path, weights: str, strength: f
         "parameters": report.parameters,
         "files": list(result.files),
     }
+
+
+def _reopen(out: Path) -> None:
+    """Make merged weights of a killed attempt a draft again: the merge knows what in it is whole, and what is its own."""
+    if (out / merge.RECORD).is_file():
+        shutil.rmtree(checkpoint.draft_name(out), ignore_errors=True)
+        out.rename(checkpoint.draft_name(out))
+    elif out.exists():
+        shutil.rmtree(out)
 
 
 def trained_answers(session: Session, adapter: Path, strength: float) -> Trained:

@@ -16,15 +16,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from safesteer_lite import config, rundir
+from safesteer_lite import config, pipeline, rundir
 from safesteer_lite.cli import main
 from safesteer_lite.console import artefacts_table
 from safesteer_lite.errors import ExportError
 from safesteer_lite.evaluation.measure import SETS, Answers
 from safesteer_lite.events import Event, Progress, Warned, discard
 from safesteer_lite.export import convert
+from safesteer_lite.export.merge import merge_adapter
 from safesteer_lite.export.verify import FailedCheck, check_sums
 from safesteer_lite.models import plain
+from safesteer_lite.models.source import model_fingerprint
 from safesteer_lite.rundir import RunFolder
 from safesteer_lite.stages.artefacts import Request, export_files
 from safesteer_lite.stages.session import Session
@@ -56,6 +58,9 @@ def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
     with run.publish("distill", 4, "d") as publication:
         plain.save_adapter(student, publication.path / "adapter")
     session.drop_policy()
+    mark = pipeline.stage_fingerprints(settings, model_fingerprint(model))["baseline"]
+    with run.publish("baseline", 1, mark):
+        pass
     with run.publish("evaluate", 5, "e") as publication:
         sizes = [session.prompt_sets("test").texts(name) for name in SETS]
         for when, harmful in (("before", ANSWER), ("after", REFUSAL)):
@@ -91,10 +96,10 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
     assert names(out) == sorted(
         [
             *("Modelfile", "README.md", "SHA256SUMS", "artefacts.json", "chat_template.jinja", "config.json"),
-            *("generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            *("generation_config.json", "merge.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         ]
     )
-    assert check_sums(out) == 9 and json.loads((out / "artefacts.json").read_text()) == record
+    assert check_sums(out) == 10 and json.loads((out / "artefacts.json").read_text()) == record
     base, adapter, merged = record["artefacts"]
     assert (base["harmful"]["refused"], adapter["harmful"]["refused"], adapter["harmful"]["n"]) == (0, 4, 4)
     # The stored answers are planted, so the random model's own answers lose all of the planted safety.
@@ -114,6 +119,22 @@ def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: S
     # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 11 prompts.
     answered = [event.done for event in events if isinstance(event, Progress) and "answers" in event.what]
     assert max(answered) == 22 and half["artefacts"][1]["harmful"]["refused"] == 0
+
+
+def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: Session, tmp_path: Path) -> None:
+    whole, _ = export(run_of_tiny, tmp_path / "whole", kind="merged")
+    work, draft = tmp_path / "out.tmp" / "work", tmp_path / "out.tmp"
+    adapter = run_of_tiny.folder("distill") / "adapter"
+    # As a kill leaves it while the merged weights are measured: they are whole, and nothing else is.
+    merge_adapter(run_of_tiny.model_folder, adapter, work / "merged", words=run_of_tiny.model_folder)
+    (work / "merged" / "SHA256SUMS").write_text("")
+    (draft / "Modelfile").write_text("half")
+    before = (work / "merged" / "model.safetensors").stat().st_ino
+    record, _ = export(run_of_tiny, tmp_path / "out", kind="merged")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_ino == before and not draft.exists()
+    assert names(tmp_path / "out") == names(tmp_path / "whole") and check_sums(tmp_path / "out") == 10
+    figures = [[row[name] for row in found["artefacts"] for name in SETS] for found in (record, whole)]
+    assert figures[0] == figures[1]
 
 
 @pytest.fixture

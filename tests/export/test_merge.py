@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from safesteer_lite.errors import ExportError
+from safesteer_lite.export import base as base_weights
 from safesteer_lite.export import checkpoint
+from safesteer_lite.export.base import Weights
 from safesteer_lite.export.merge import COPIED, MergeResult, merge_adapter
 from tests.export.tiny_lora import (
     CONFIGS,
@@ -37,6 +39,17 @@ def test_merge_equals_peft_bit_for_bit(tmp_path: Path, kind: str) -> None:
     assert (result.merged, result.tensors) == (2 * len(TARGETS), len(stored(base)))
     assert seen[-1] == (result.size, result.size) and len(seen) == result.tensors
     assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("weights", ["original", "dequantised"])
+def test_blocks_of_rows_make_no_difference(
+    tmp_path: Path, base: Path, adapter: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_adapter(base, adapter, tmp_path / "whole", weights=weights)
+    # 7 rows of 64 at a time: no matrix has a multiple of that.
+    monkeypatch.setattr(base_weights, "_BLOCK_VALUES", 7 * 64)
+    merge_adapter(base, adapter, tmp_path / "blocks", weights=weights)
+    assert_equal(stored(tmp_path / "blocks"), stored(tmp_path / "whole"), tied=False)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -83,6 +96,7 @@ def test_exact_files_and_a_truthful_configuration(tmp_path: Path, base: Path, ad
         *copied,
         *result.files,
         "config.json",
+        "merge.json",
         "model.safetensors.index.json",
     }
     assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in copied)
