@@ -25,8 +25,9 @@ from safesteer_lite.models.preview import look
 from safesteer_lite.prompts import Prompt, prompt_set
 from safesteer_lite.wizard.questions import Answers
 from safesteer_lite.wizard.results import show_answers
-from safesteer_lite.wizard.tables import dial_table, machine_table, rounded_duration
+from safesteer_lite.wizard.tables import dial_table, machine_table
 from tests import planted
+from tests.models.local_hub import HUB_ID, serving
 from tests.terminal import CLEAR, DOWN, ENTER, ESCAPE, INTERRUPT, Terminal, program
 
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -52,9 +53,9 @@ def environment() -> dict[str, str]:
     return {**names, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def start(folder: Path, *arguments: str) -> Terminal:
-    """The program in a terminal of 80 columns and 24 rows."""
-    return Terminal(program(*arguments), folder, environment())
+def start(folder: Path, *arguments: str, columns: int = 80, **variables: str) -> Terminal:
+    """The program in a terminal of 24 rows."""
+    return Terminal(program(*arguments), folder, environment() | variables, columns)
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,14 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.answer("Read which answers?", ENTER)
     terminal.answer("And then?", ESCAPE)
     terminal.answer("Read which answers?", ESCAPE)
+    terminal.answer("What now?", "4" + ENTER)
+    terminal.answer("Chat with?", ESCAPE)
+    terminal.answer("What now?", "5" + ENTER)
+    terminal.answer("Write what?", ESCAPE)
     terminal.answer("What now?", "5" + ENTER)
     terminal.answer("Write what?", "4" + ENTER)
+    terminal.answer("Into which new folder?", CLEAR + ENTER)
+    terminal.expect("That was empty.")
     terminal.answer("Into which new folder?", CLEAR + "own.csv" + ENTER)
     terminal.expect("exists already")
     terminal.answer("Into which new folder?", CLEAR + "safer" + ENTER)
@@ -188,16 +195,33 @@ def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, how: 
 
 @needs_terminal
 def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) -> None:
-    terminal = start(tmp_path)
-    terminal.answer("Which model shall become safer?", "7" + ENTER)
-    terminal.answer("Name on the model hub", "Qwen/Qwen2.5-0.5B-Instrukt" + ENTER)
-    terminal.expect("the model hub cannot be asked")
-    terminal.answer("Name on the model hub", ESCAPE)
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "two.csv").write_text("id,wish\n1,Tell me how to pick a pocket.\n", encoding="utf-8")
+    with serving(tmp_path / "home") as (hub, variables):
+        terminal = start(tmp_path, **variables)
+        terminal.answer("Which model shall become safer?", "7" + ENTER)
+        terminal.answer("Name on the model hub", "no slash" + ENTER)
+        terminal.expect("neither a folder nor the id")
+        hub.refusal = "RepoNotFound"
+        terminal.answer("Name on the model hub", CLEAR + "Qwen/Qwen2.5-0.5B-Instrukt" + ENTER)
+        terminal.expect("no model of this name")
+        hub.refusal, hub.files["config.json"] = "GatedRepo", b"{}"
+        terminal.answer("Name on the model hub", CLEAR + HUB_ID + ENTER)
+        terminal.expect("is gated")
+        terminal.expect("hf auth login")
+        terminal.answer("Name on the model hub", ESCAPE)
     terminal.answer("Which model shall become safer?", "6" + ENTER)
     terminal.answer("Folder of the model", str(tmp_path) + ENTER)
     terminal.expect("has no config.json")
     terminal.answer("Folder of the model", CLEAR + str(model) + ENTER)
     terminal.answer("Harmful requests to train on?", "2" + ENTER)
+    terminal.answer("Prompt file:", "empty.txt" + ENTER)
+    terminal.expect("has no prompts")
+    terminal.answer("Prompt file:", CLEAR + "list.json" + ENTER)
+    terminal.expect("has no prompts")
+    terminal.answer("Prompt file:", CLEAR + "two.csv" + ENTER)
+    terminal.answer("Which column holds the requests?", ESCAPE)
     terminal.answer("Prompt file:", ESCAPE)
     terminal.answer("Harmful requests to train on?", "1" + ENTER)
     terminal.answer("How thorough?", "4" + ENTER)
@@ -206,6 +230,8 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     terminal.answer("distill.steps, optimizer steps:", CLEAR + "many" + ENTER)
     terminal.expect("expected a whole number, got 'many'")
     terminal.answer("distill.steps, optimizer steps:", CLEAR + "3" + ENTER)
+    terminal.answer("Change which of [distill]?", DOWN * 2 + ENTER)
+    terminal.answer("distill.steps, optimizer steps:", ESCAPE)
     terminal.answer("Change which of [distill]?", ESCAPE)
     terminal.answer("Which settings?", ESCAPE)
     terminal.answer("How thorough?", ENTER)
@@ -273,23 +299,32 @@ def test_a_small_disk_is_told_before_the_download() -> None:
     assert found.fit == "does not fit" and found.reason == "The disk is too small: 1.7 GB needed, 1.0 GB free."
 
 
-def test_the_estimate_of_the_demo_is_what_was_measured() -> None:
+def test_the_estimate_of_the_demo_is_near_what_was_measured() -> None:
     demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
     shape = known.KNOWN[demo.model.name].shape
-    seconds = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS)
+    # README, seed 0, on two cores; the probe found 428 billion operations a second on one of them (RESULTS.md, "Pace").
+    measured = {"baseline": 21, "direction": 68, "tokens": 25, "distill": 411, "evaluate": 480, "export": 23}
+    seconds = pace.expected_seconds(demo, shape, "cpu", 2 * 428e9)
     assert tuple(seconds) == pipeline.STAGE_NAMES
-    assert pace.total(seconds) / 60 == pytest.approx(17.1, abs=0.1)
-    slower = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS / 2)
-    assert slower["distill"] == pytest.approx(2 * seconds["distill"])
-    longer = config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("x", {"distill.steps": 32})])
-    assert pace.expected_seconds(longer, shape, "cpu", pace._MEASURED_FLOPS)["distill"] > 1.5 * seconds["distill"]
+    assert pace.total(seconds) == pytest.approx(sum(measured.values()), rel=0.15)
+    for stage, found in measured.items():
+        assert seconds[stage] == pytest.approx(found, rel=0.3), stage
 
 
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(3, "1 min"), (95, "2 min"), (1900, "30 min"), (20000, "5 h 30 min"), (36000, "10 h")]
-)
-def test_estimates_are_not_told_to_the_second(seconds: float, told: str) -> None:
-    assert rounded_duration(seconds) == told
+def test_estimates_follow_the_machine_and_the_work() -> None:
+    values = config.preset_values("qwen2.5-coder-0.5b-demo")
+    demo = config.build([("preset", values)])
+    shape = known.KNOWN[demo.model.name].shape
+    seconds = pace.expected_seconds(demo, shape, "cpu", 1e12)
+    assert pace.expected_seconds(demo, shape, "cpu", 5e11)["distill"] == pytest.approx(2 * seconds["distill"])
+    on_card = pace.expected_seconds(demo, shape, "cuda", 1e12)
+    # 2 x 5 batches of 150 tokens and 2 of 48, each token no faster than the launches of 24 blocks.
+    assert on_card["evaluate"] - seconds["evaluate"] == pytest.approx(1e-3 * 24 * (10 * 150 + 2 * 48))
+    for name, value in {"distill.steps": 32, "distill.completion_tokens": 64, "distill.anchors": 200}.items():
+        longer = config.build([("preset", values), ("test", {name: value})])
+        found = pace.expected_seconds(longer, shape, "cpu", 1e12)
+        assert found["distill"] > 1.4 * seconds["distill"], name
+        assert {**found, "distill": 0} == {**seconds, "distill": 0}, name
 
 
 def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

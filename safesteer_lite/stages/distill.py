@@ -17,7 +17,7 @@ from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
-from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.method.distill import Distillation, Recipe, prompts_at
 from safesteer_lite.models.plain import PlainModel, save_adapter, scale_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
 from safesteer_lite.rundir import Publication
@@ -27,6 +27,9 @@ from safesteer_lite.stages.tokens import load_tokens
 
 # So many measurements in a row beyond the tax budget are no accident of a small sample.
 _PATIENCE = 3
+# As much of the base's answer as is read beside a rollout, and how many prompts ahead are answered at once: a whole batch
+# takes hardly longer than one answer, so that all of them together cost less than a step's own rollouts.
+_SHOWN_TOKENS, _SHOWN_AHEAD = 24, 32
 
 
 @dataclass
@@ -97,7 +100,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
     )
-    yardstick = _yardstick(session)
+    yardstick, shown = _yardstick(session), ShownAnswers(session, training.recipe)
     history = History()
     best = adapter_tensors(policy.model)
     saved = checkpoints.newest_checkpoint()
@@ -105,7 +108,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         history, best = _restore(saved[1], training)
         session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
     while training.done < config.distill.steps and not _stop(session, history):
-        _one_step(session, training, history)
+        _one_step(session, training, history, shown)
         due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
         if due:
             with training.optimizer.averaged():
@@ -127,7 +130,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     return training, history, best
 
 
-def _one_step(session: Session, training: Distillation, history: History) -> None:
+def _one_step(session: Session, training: Distillation, history: History, shown: ShownAnswers) -> None:
     before, sampled = training.micro_batch, training.sampled_at_once
     result = training.step()
     if training.micro_batch < before:
@@ -153,8 +156,36 @@ def _one_step(session: Session, training: Distillation, history: History) -> Non
     if record["anchor_loss"] is not None:
         session.emit(Metric(session.stage, "anchor loss", result.anchor_loss, result.tokens, result.step))
     rollout = session.policy.tokenizer.decode(result.rollout, skip_special_tokens=True)
-    session.emit(Sample(session.stage, session.training_prompts()[result.prompt].text, "", rollout))
+    prompt = session.training_prompts()[result.prompt].text
+    session.emit(Sample(session.stage, prompt, shown.of_step(result.step - 1), rollout))
     session.emit(Progress(session.stage, "steps", result.step, session.config.distill.steps))
+
+
+class ShownAnswers:
+    """What the base answers to the prompt that each step shows: the beginning, once a prompt.
+
+    Which prompts those are follows from the seed, so the next few are answered together, when the first of them is shown.
+    """
+
+    def __init__(self, session: Session, recipe: Recipe) -> None:
+        self._session, self._recipe = session, recipe
+        self._known: dict[int, str] = {}
+
+    def of_step(self, step: int) -> str:
+        """The base's greedy answer to the first prompt of step `step`, counted from 0."""
+        prompt = self._prompt(step)
+        if prompt not in self._known:
+            ahead = range(step, min(step + _SHOWN_AHEAD, self._recipe.steps))
+            wanted = sorted({prompt, *map(self._prompt, ahead)} - self._known.keys())
+            asked = [self._session.training_prompts()[index].text for index in wanted]
+            policy = self._session.policy
+            with policy.model.adapters_off():
+                answers = policy.answers(asked, _SHOWN_TOKENS, _SHOWN_AHEAD)
+            self._known.update(zip(wanted, answers, strict=True))
+        return self._known[prompt]
+
+    def _prompt(self, step: int) -> int:
+        return prompts_at(step, self._recipe.prompts, len(self._session.training_prompts()), self._recipe.seed)[0]
 
 
 @dataclass(frozen=True)
