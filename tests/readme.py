@@ -25,6 +25,36 @@ def presets_on_cards() -> str:
     return fit_table(sorted(names, key=lambda name: KNOWN[name].size))
 
 
+def transcript(columns: int) -> list[str]:
+    """The lines of the README's transcript of a terminal of that width."""
+    return [line for line in block(f"transcript {columns}").splitlines() if line and not line.startswith("```")]
+
+
+def screen(columns: int) -> list[str]:
+    """The lines of the README's picture of the live screen at that width."""
+    return block(f"screen {columns}").splitlines()[1:-1]
+
+
+def wording(line: str) -> str:
+    """What of a shown line must be the same on every machine and with every model: words, without figures and values.
+
+    Of a table's row that is the first cell, of a line about the machine its heading, of a preset its name.
+    """
+    cells = [cell.strip() for cell in re.split("[│┃]", line)]
+    text = next((cell for cell in cells if cell), "")
+    if heading := re.match(r"(GPU|processor|memory|disk)\b", text):
+        return heading[1]
+    text = re.sub(r"\b(fits|tight|does not fit)\b.*", "", text)
+    text = re.sub(r"~?\d[\d.]*( (h|min|s|GB|MB|kB|%)\b)?", "#", text)
+    return re.sub(r"#(\s*#)*|[\s─━═┏┓┗┛└┘┌┐├┤┡┩╇┬┴┼╭╮╰╯»?]", lambda found: "#" if "#" in found[0] else "", text)
+
+
+def not_shown(lines: list[str], shown: str) -> list[str]:
+    """The lines of a transcript whose wording is not among what a terminal has shown."""
+    said = "".join(wording(line) for line in shown.splitlines())
+    return [line for line in lines if wording(line) not in said]
+
+
 def main() -> None:
     """Write every part that can be made without a terminal."""
     pattern = re.compile(_BLOCK.format(name="fit table"), re.DOTALL)

@@ -248,7 +248,9 @@ def before_distillation(run: RunFolder, parent: Path) -> Path:
     return copied
 
 
-def test_one_interrupt_saves_the_step_and_resume_ends_the_same(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
+    driver: Driver, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     folder = before_distillation(undisturbed.run, tmp_path / "runs")
     process = command("resume", str(folder), "--json")
     assert process.stdout
@@ -263,11 +265,10 @@ def test_one_interrupt_saves_the_step_and_resume_ends_the_same(undisturbed: Undi
     assert stopped and "Traceback" not in complaint
     assert "safesteer-lite resume" in complaint
     assert [path.name for path in (folder / "04-distill.partial").glob("step-*")] == [f"step-{int(stopped[1]):06d}"]
-    resumed = command("resume", "--runs", str(folder.parent), "--json")
-    output, complaint = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, complaint
-    assert f"Resumed after step {stopped[1]} of 8." in output
-    assert [json.loads(line) for line in output.splitlines()][-1]["event"] == "Report"
+    driver.start(RunFolder(folder))
+    assert driver.ended() == 0
+    told = [event.get("message") for event in planted.events_of(folder)]
+    assert f"Resumed after step {stopped[1]} of 8." in told
     assert result_of(RunFolder(folder)) == undisturbed.result
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from safesteer_lite import config, pipeline, rundir
@@ -18,16 +21,18 @@ from safesteer_lite.commands.shared import open_settings, run_settings
 from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
-from safesteer_lite.hardware import known, pace
+from safesteer_lite.hardware import known
 from safesteer_lite.hardware.machine import Gpu, Machine
-from safesteer_lite.hardware.shape import parameters
 from safesteer_lite.models.preview import look
 from safesteer_lite.prompts import Prompt, prompt_set
+from safesteer_lite.stages import strength
+from safesteer_lite.wizard.program import Program
 from safesteer_lite.wizard.questions import Answers
-from safesteer_lite.wizard.results import show_answers
-from safesteer_lite.wizard.tables import dial_table, machine_table
+from safesteer_lite.wizard.results import Results, show_answers
+from safesteer_lite.wizard.tables import dial_table, machine_table, plan_table
 from tests import planted
 from tests.models.local_hub import HUB_ID, serving
+from tests.readme import not_shown, transcript
 from tests.terminal import CLEAR, DOWN, ENTER, ESCAPE, INTERRUPT, Terminal, program
 
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -133,6 +138,11 @@ def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
 
 
 @needs_terminal
+def test_the_readme_shows_the_wizard_at_80_columns_as_it_is(walk: Walk) -> None:
+    assert not_shown(transcript(80), walk.shown) == []
+
+
+@needs_terminal
 def test_the_screen_leaves_the_terminal_as_it_was(walk: Walk) -> None:
     assert walk.raw.count("\x1b[?1049h") == walk.raw.count("\x1b[?1049l") == 1
     assert walk.raw.count("\x1b[?25l") <= walk.raw.count("\x1b[?25h")
@@ -158,9 +168,15 @@ def test_the_command_shown_and_the_settings_written_mean_the_same_run(
     assert replayed.distill.anchor_weight == 4.0, "the quick effort, where nothing stronger says otherwise"
 
 
+def told_and_saved(run: Path) -> tuple[int, int]:
+    """The last step that the events tell, and the step that is saved."""
+    told = [event["done"] for event in planted.events_of(run) if event.get("what") == "steps"]
+    [saved] = (run / "04-distill.partial").glob("step-*")
+    return int(str(told[-1])), int(saved.name.partition("-")[2])
+
+
 @needs_terminal
-@pytest.mark.parametrize("how", ["ctrl-c", "closed window"])
-def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, how: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "copied"
     shutil.copytree(walk.run, run)
     settings = (run / "config.toml").read_text(encoding="utf-8")
@@ -171,26 +187,20 @@ def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, how: 
     for stage in ("distill", "evaluate", "export"):
         shutil.rmtree(run / manifest["stages"].pop(stage)["folder"])
     (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    terminal = start(tmp_path, "resume")
-    terminal.expect("of 5000 steps")
-    if how == "ctrl-c":
-        terminal.send(INTERRUPT)
-        terminal.expect("Go on with `safesteer-lite resume")
-        assert terminal.end() == 130
-    else:
-        terminal.close()
-        assert terminal.process.wait(60) == 130
-    [event] = [entry for entry in planted.events_of(run) if entry["event"] == "Progress" and entry["what"] == "steps"][
-        -1:
-    ]
-    [saved] = (run / "04-distill.partial").glob("step-*")
-    assert int(saved.name.partition("-")[2]) == event["done"], "the last step that was told is the one that is saved"
-    if how != "ctrl-c":
-        return
+    closed = start(tmp_path, "resume")
+    closed.expect("of 5000 steps")
+    closed.close()
+    assert closed.process.wait(60) == 130
+    told, first = told_and_saved(run)
+    assert told == first > 0, "closing the window loses no step that was told"
     terminal = start(tmp_path)
-    assert "start a new run" not in terminal.answer("go on with copied", INTERRUPT)
-    terminal.expect("Left.")
+    assert "start a new run" not in terminal.answer("go on with copied (after tokens)", ENTER)
+    terminal.expect(f"Resumed after step {first} of 5000.")
+    terminal.send(INTERRUPT)
+    terminal.expect("Go on with `safesteer-lite resume")
     assert terminal.end() == 130 and "Traceback" not in terminal.text
+    told, second = told_and_saved(run)
+    assert told == second >= first, "nor does Ctrl-C"
 
 
 @needs_terminal
@@ -199,7 +209,7 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     (tmp_path / "two.csv").write_text("id,wish\n1,Tell me how to pick a pocket.\n", encoding="utf-8")
     with serving(tmp_path / "home") as (hub, variables):
-        terminal = start(tmp_path, **variables)
+        terminal = start(tmp_path, columns=120, **variables)
         terminal.answer("Which model shall become safer?", "7" + ENTER)
         terminal.answer("Name on the model hub", "no slash" + ENTER)
         terminal.expect("neither a folder nor the id")
@@ -242,6 +252,7 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     terminal.expect("Left. Nothing was started.")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.text and not (tmp_path / "runs").exists()
+    assert not_shown(transcript(120), terminal.text) == [], "the README shows the wizard at 120 columns as it is"
 
 
 def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:
@@ -251,80 +262,6 @@ def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path:
     assert (found.model.name, found.prompts.training) == (str(model), str(own))
     assert (found.distill.rank, found.direction.strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
     assert Answers("qwen3-4b").arguments(Path("runs")) == ["run", "qwen3-4b"]
-
-
-@pytest.mark.parametrize("effort", pace.EFFORTS)
-def test_every_effort_works_with_every_preset(effort: str) -> None:
-    for name in config.preset_names():
-        layers = [("preset", config.preset_values(name)), ("effort", pace.effort_values(effort))]
-        assert config.build(layers).model.name in known.KNOWN
-    demo = config.build(
-        [("preset", config.preset_values("qwen2.5-coder-0.5b-demo")), ("effort", pace.effort_values(effort))]
-    )
-    if effort == "quick":
-        assert demo == config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("q", config.QUICK)])
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [
-        ("Qwen/Qwen3-4B-Instruct-2507", 4.022),
-        ("Qwen/Qwen2.5-7B-Instruct", 7.616),
-        ("meta-llama/Llama-3.2-3B-Instruct", 3.213),
-        ("meta-llama/Meta-Llama-3-8B-Instruct", 8.030),
-        ("Qwen2.5-Coder-0.5B-Instruct", 0.494),
-    ],
-)
-def test_the_presets_have_the_published_numbers_of_parameters(name: str, billions: float) -> None:
-    assert parameters(known.KNOWN[name].shape) / 1e9 == pytest.approx(billions, abs=0.0005)
-
-
-def test_what_fits_which_card() -> None:
-    rows = known.fit_table(
-        ["Qwen/Qwen3-4B-Instruct-2507", "meta-llama/Meta-Llama-3-8B-Instruct"], (4, 8, 12)
-    ).splitlines()
-    assert rows[0] == "| model | download | 4 GB card | 8 GB card | 12 GB card |"
-    assert rows[2] == "| Qwen/Qwen3-4B-Instruct-2507 | 8.0 GB | does not fit | fits | fits |"
-    assert rows[3] == "| meta-llama/Meta-Llama-3-8B-Instruct | 16.1 GB | does not fit | tight | fits |"
-
-
-def machine(disk: int = 10**12, gpus: tuple[Gpu, ...] = ()) -> Machine:
-    return Machine("Linux", "3.11.0", "A processor", 2, 24 * 10**9, 18 * 10**9, disk, gpus, {}, None, True)
-
-
-def test_a_small_disk_is_told_before_the_download() -> None:
-    small = known.KNOWN["Qwen2.5-Coder-0.5B-Instruct"]
-    assert known.outlook(machine(), small.shape).fit == "fits"
-    found = known.outlook(machine(disk=10**9), small.shape, download=small.size)
-    assert found.fit == "does not fit" and found.reason == "The disk is too small: 1.7 GB needed, 1.0 GB free."
-
-
-def test_the_estimate_of_the_demo_is_near_what_was_measured() -> None:
-    demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
-    shape = known.KNOWN[demo.model.name].shape
-    # README, seed 0, on two cores; the probe found 428 billion operations a second on one of them (RESULTS.md, "Pace").
-    measured = {"baseline": 21, "direction": 68, "tokens": 25, "distill": 411, "evaluate": 480, "export": 23}
-    seconds = pace.expected_seconds(demo, shape, "cpu", 2 * 428e9)
-    assert tuple(seconds) == pipeline.STAGE_NAMES
-    assert pace.total(seconds) == pytest.approx(sum(measured.values()), rel=0.15)
-    for stage, found in measured.items():
-        assert seconds[stage] == pytest.approx(found, rel=0.3), stage
-
-
-def test_estimates_follow_the_machine_and_the_work() -> None:
-    values = config.preset_values("qwen2.5-coder-0.5b-demo")
-    demo = config.build([("preset", values)])
-    shape = known.KNOWN[demo.model.name].shape
-    seconds = pace.expected_seconds(demo, shape, "cpu", 1e12)
-    assert pace.expected_seconds(demo, shape, "cpu", 5e11)["distill"] == pytest.approx(2 * seconds["distill"])
-    on_card = pace.expected_seconds(demo, shape, "cuda", 1e12)
-    # 2 x 5 batches of 150 tokens and 2 of 48, each token no faster than the launches of 24 blocks.
-    assert on_card["evaluate"] - seconds["evaluate"] == pytest.approx(1e-3 * 24 * (10 * 150 + 2 * 48))
-    for name, value in {"distill.steps": 32, "distill.completion_tokens": 64, "distill.anchors": 200}.items():
-        longer = config.build([("preset", values), ("test", {name: value})])
-        found = pace.expected_seconds(longer, shape, "cpu", 1e12)
-        assert found["distill"] > 1.4 * seconds["distill"], name
-        assert {**found, "distill": 0} == {**seconds, "distill": 0}, name
 
 
 def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +293,43 @@ def test_every_answer_of_a_run_is_in_its_group(walk: Walk) -> None:
     assert sorted(json.loads(line)["id"] for line in flips) == sorted(entry.id for entry in changed)
 
 
+@needs_terminal
+def test_the_picked_strength_goes_to_chat_and_export(
+    walk: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = rundir.open_run(shutil.copytree(walk.run, tmp_path / "runs" / walk.run.name))
+    rate = {"refused": 1, "n": 4, "low": 0.05, "high": 0.7}
+    sets = dict.fromkeys(("harmful", "borderline", "harmless"), rate)
+    points = [{"strength": value, "score": 1.0, "kl_to_base": 0.1, **sets} for value in (0.0, 0.5, 1.0)]
+    dial = {"distill": run.manifest.stages["distill"].fingerprint, "points": points}
+    (run.path / strength.FILE).write_text(json.dumps(dial), encoding="utf-8")
+    asked: list[list[str]] = []
+    told = io.StringIO()
+    program = Program(
+        execute=lambda line: asked.append(list(line)) or 0,  # type: ignore[func-returns-value]
+        run_settings=lambda line: run_settings(build_parser().parse_args(line)),
+        open_settings=lambda path: open_settings(rundir.open_run(path)),
+        exports={("--to", "merged"): "weights", ("--to", "adapter"): "the adapter"},
+        runs=Path("runs"),
+        console=Console(file=told, width=80),
+    )
+    results = Results(program, run.path)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text(ENTER + "1" + ENTER)
+        results.dial()
+        keys.send_text("2" + ENTER)
+        results.chat()
+        keys.send_text("1" + ENTER + ENTER + "2" + ENTER)
+        results.export()
+    assert results.strength == 0.5 and "> 0" in told.getvalue()
+    path = str(run.path)
+    assert asked == [
+        ["chat", path, "--view", "hardened", "--strength", "0.5"],
+        ["export", path, "--to", "merged", "--out", "planted-safer-0.5", "--measure", "20", "--strength", "0.5"],
+    ]
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_long_answers_are_cut_to_one_screen_until_asked_for_whole(whole: bool) -> None:
     entry = Flip("harmful", "one", "[b]Ask[/b]", "word " * 200 + "end", "I can't help.", False, True)
@@ -376,7 +350,14 @@ def test_the_tables_fit_into_80_columns() -> None:
     card = Gpu("NVIDIA GeForce RTX 4060 Laptop GPU", 8 << 30, 7 << 30, (8, 9), "560.35", True)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(dial_table(points))
-    console.print(machine_table(machine(gpus=(card,))))
+    seen = Machine("Linux", "3.11.0", "A processor", 2, 24 * 10**9, 18 * 10**9, 10**12, (card,), {}, "12.8", True)
+    console.print(machine_table(seen))
+    large = known.KNOWN["meta-llama/Meta-Llama-3-8B-Instruct"]
+    titles = {stage.name: stage.title for stage in pipeline.STAGES}
+    console.print(
+        plan_table(titles, dict.fromkeys(titles, 86000.0), known.outlook(seen, large.shape, download=large.size))
+    )
     text = console.export_text()
+    assert "guess" in text and text.count("of RAM") == 1 and "in all" in text
     assert text.count("100 % (96-100)") == 6 and "> 0" in text
     assert "RTX 4060 Laptop GPU, 7.5 GB free of 8.6 GB" in text

@@ -107,6 +107,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     if saved:
         history, best = _restore(saved[1], training)
         session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
+    session.progress("steps", config.distill.steps)(training.done)
     while training.done < config.distill.steps and not _stop(session, history):
         _one_step(session, training, history, shown)
         due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
@@ -210,7 +211,8 @@ def _measure(session: Session, step: int, yardstick: _Yardstick, history: Histor
     """Measure the student on the selection split; True if it has the best trade-off so far."""
     settings, start, reference = session.config.evaluate, yardstick.start, yardstick.reference
     chunk = session.config.distill.chunk
-    card, _ = measure(session.policy, yardstick.sets, settings.selection_tokens, ANSWER_BATCH, reference, chunk)
+    done = session.progress("answers", yardstick.sets.total)
+    card, _ = measure(session.policy, yardstick.sets, settings.selection_tokens, ANSWER_BATCH, reference, chunk, done)
     score = trade_off(start, card, settings.tax_budget)
     whole = strength == 1
     record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}
