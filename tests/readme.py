@@ -35,18 +35,25 @@ def screen(columns: int) -> list[str]:
     return block(f"screen {columns}").splitlines()[1:-1]
 
 
+_HEADINGS = (
+    "GPU|processor|memory|disk|model|loaded as|download|train on|effort|result"
+    "|What it should take:|The same without questions:"
+)
+
+
 def wording(line: str) -> str:
     """What of a shown line must be the same on every machine and with every model: words, without figures and values.
 
-    Of a table's row that is the first cell, of a line about the machine its heading, of a preset its name.
+    Of a heading with its value that is the heading, of a preset its name, of a sentence about the chosen model nothing.
     """
-    cells = [cell.strip() for cell in re.split("[│┃]", line)]
-    text = next((cell for cell in cells if cell), "")
-    if heading := re.match(r"(GPU|processor|memory|disk)\b", text):
-        return heading[1]
+    text = line.strip()
+    if heading := re.match(rf"({_HEADINGS})(?!\w)", text):
+        text = heading[1]
+    if re.search(r"^\d.* parameters\b|of memory\.$", text):
+        return ""
     text = re.sub(r"\b(fits|tight|does not fit)\b.*", "", text)
-    text = re.sub(r"~?\d[\d.]*( (h|min|s|GB|MB|kB|%)\b)?", "#", text)
-    return re.sub(r"#(\s*#)*|[\s─━═┏┓┗┛└┘┌┐├┤┡┩╇┬┴┼╭╮╰╯»?]", lambda found: "#" if "#" in found[0] else "", text)
+    text = re.sub(r"~?\d[\d.]*( (h|min|s|d|GB|MB|kB|%)\b)?", "#", text)
+    return re.sub(r"#(\s*#)*|[\s»?]", lambda found: "#" if "#" in found[0] else "", text)
 
 
 def not_shown(lines: list[str], shown: str) -> list[str]:

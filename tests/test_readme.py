@@ -10,7 +10,7 @@ from rich.console import Console
 from safesteer_lite.events import Metric, Sample, StageStarted
 from safesteer_lite.pipeline import STAGES
 from safesteer_lite.screen import Frame, RunView, StageView
-from tests.readme import block, presets_on_cards, screen
+from tests.readme import block, presets_on_cards, screen, transcript, wording
 
 
 def test_the_table_of_cards_is_the_programs_own() -> None:
@@ -37,3 +37,26 @@ def test_the_live_screen_is_shown_as_it_is(columns: int, rows: int) -> None:
     words = ["loss", "KL", "refused     base   now", "harmful", "borderline", "harmless", "asked:", "base:", "now:"]
     for word in [*words, *(stage.title for stage in STAGES), now[-1].partition("RAM")[2].strip()]:
         assert any(word in line for line in kept) and any(word in line for line in now), word
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_transcript_is_whole_and_has_its_width(columns: int) -> None:
+    lines = transcript(columns)
+    asked = [line for line in lines if line.startswith("? ")]
+    assert [line.partition("?")[2].strip().partition(" (")[0] for line in asked] == [
+        "Which model shall become safer?",
+        "Harmful requests to train on?",
+        "How thorough?",
+        "Start?",
+    ]
+    assert columns * 0.8 < max(map(len, lines)) <= columns
+
+
+def test_wording_leaves_out_what_differs_between_machines() -> None:
+    assert wording(" » 1) qwen3-4b    fits    ~1 d 13 h    8.0 GB") == wording(
+        "   1) qwen3-4b    does not fit    8.0 GB"
+    )
+    assert wording("memory     20.0 GB free of 25.3 GB") == "memory"
+    assert wording(" Safety tokens  50 s  1.5 GB") == wording("  Safety tokens  2 h 5 min  9.0 MB") == "Safetytokens#"
+    assert wording(" model  Qwen (fits)") == "model" and wording("models  Qwen (fits)") != "model"
+    assert wording("How thorough?") != wording("How quick?")

@@ -133,7 +133,7 @@ def _confirm(questions: Questions) -> None:
     assert answers.look is not None
     seconds = questions.expected_seconds()
     line = answers.arguments(program.runs)
-    table = Table(title="The run", title_justify="left", show_header=False)
+    table = Table(title="The run", title_justify="left", show_header=False, box=None)
     table.add_row("model", f"{settings.model.name} ({outlook.fit})")
     table.add_row("loaded as", outlook.reason)
     table.add_row("download", format_bytes(answers.look.download_bytes) if answers.look.download_bytes else "none")

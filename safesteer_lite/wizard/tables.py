@@ -26,7 +26,7 @@ def machine_table(machine: Machine) -> Table:
     else:
         table.add_row("GPU", "none found: the demo and models up to about 1.5B run on the processor")
     bf16 = "" if card else (", bf16 arithmetic" if machine.bf16_fast else ", no bf16 arithmetic, so slower")
-    table.add_row("processor", f"{machine.cpu}, {machine.cores} cores{bf16}")
+    table.add_row("processor", f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}{bf16}")
     table.add_row("memory", f"{format_bytes(machine.ram_available)} free of {format_bytes(machine.ram_total)}")
     table.add_row("disk", f"{format_bytes(machine.disk_free)} free at {Path.cwd()}")
     return table
@@ -40,7 +40,8 @@ def plan_table(stages: Mapping[str, str], seconds: Mapping[str, float], outlook:
         seconds: expected, by stage.
         outlook: of the model on this machine.
     """
-    table = Table(title=f"What it should take: {pace.basis(outlook.decision.device)}", title_justify="left")
+    # Without lines around it, the whole summary stays on a screen of 24 rows.
+    table = Table(title=f"What it should take: {pace.basis(outlook.decision.device)}", title_justify="left", box=None)
     memory = "VRAM" if outlook.decision.device == "cuda" else "memory"
     for heading in ("stage", "time", f"{memory}, at least"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
