@@ -41,6 +41,12 @@ _HEADINGS = (
 )
 
 
+def results_menu() -> list[str]:
+    """The menu in the README's picture of the results; its figures are the demo's own."""
+    lines = block("results 80").splitlines()[1:-1]
+    return lines[next(place for place, line in enumerate(lines) if line.startswith("?")) :]
+
+
 def wording(line: str) -> str:
     """What of a shown line must be the same on every machine and with every model: words, without figures and values.
 

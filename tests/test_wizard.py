@@ -32,7 +32,7 @@ from safesteer_lite.wizard.results import Results, show_answers
 from safesteer_lite.wizard.tables import dial_table, machine_table, plan_table
 from tests import planted
 from tests.models.local_hub import HUB_ID, serving
-from tests.readme import not_shown, transcript
+from tests.readme import not_shown, results_menu, transcript
 from tests.terminal import CLEAR, DOWN, ENTER, ESCAPE, INTERRUPT, Terminal, program
 
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -140,6 +140,7 @@ def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
 @needs_terminal
 def test_the_readme_shows_the_wizard_at_80_columns_as_it_is(walk: Walk) -> None:
     assert not_shown(transcript(80), walk.shown) == []
+    assert len(results_menu()) == 8 and not_shown(results_menu(), walk.shown) == []
 
 
 @needs_terminal
