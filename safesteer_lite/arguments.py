@@ -154,7 +154,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of every random choice")
     parser.add_argument("--prompts", metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt")
     parser.add_argument("--column", metavar="NAME", help="column of that file")
-    parser.add_argument("--effort", choices=("quick", "normal", "thorough"), help="how thorough (normal)")
+    parser.add_argument("--effort", choices=("quick", "standard", "thorough"), help="how thorough (standard)")
     parser.add_argument("--yes", action="store_true", help="ask nothing")
     _plain_option(parser)
     _output_options(parser)

@@ -94,7 +94,7 @@ class Chat:
                 elif line:
                     self.answer(line)
             except SafeSteerError as error:
-                self.console.print(Text(str(error), "yellow"), soft_wrap=True)
+                self.console.print(Text(str(error), "yellow"))
 
     def command(self, line: str) -> str:
         """Do what a line such as `/strength 0.5` says; returns what to tell the user.
@@ -168,8 +168,9 @@ class Chat:
     def _state(self) -> str:
         who = {"compare": "base and hardened side by side", "hardened": "hardened alone", "base": "base alone"}
         system = f"; system prompt: {self.system}" if self.system else ""
-        turns = len(self.hardened.turns or self.base.turns) // 2
-        return f"Answering: {who[self.view]}; strength {self.strength:g}{system}; {turns} turns so far."
+        count = len(self.hardened.turns or self.base.turns) // 2
+        turns = f"{count} turn" if count == 1 else f"{count} turns"
+        return f"Answering: {who[self.view]}; strength {self.strength:g}{system}; {turns} so far."
 
     def _set_strength(self, argument: str) -> None:
         try:

@@ -62,8 +62,8 @@ def wizard() -> int:
     parser = build_parser()
     exports = {
         ("--to", "merged"): "16-bit safetensors: for transformers, or to convert further",
-        ("--to", "gguf", "--quant", "Q8_0"): "GGUF, 8 bits a weight: for llama.cpp, Ollama, LM Studio",
-        ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF, about 4.8 bits a weight: smaller, a little less exact",
+        ("--to", "gguf", "--quant", "Q8_0"): "GGUF Q8_0, about half the size: for llama.cpp, Ollama, LM Studio",
+        ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF Q4_K_M, smaller still; can cost safety, which is measured",
         ("--to", "adapter"): "the LoRA adapter alone",
     }
     return start(

@@ -165,6 +165,9 @@ def run(
             session.stage = stage.name
             if run_folder.is_done(stage.name, wanted[stage.name]):
                 session.emit(StageSkipped(stage.name, "done already, with the same settings"))
+                if stage.name == "baseline":
+                    # Whoever watches a resumed run wants to see where it began.
+                    baseline.tell_rates(session, session.result("baseline")["scorecard"])
                 continue
             if stop_requested():
                 raise Interrupted(f"Stopped before the stage {stage.title!r}; everything up to there is saved.")

@@ -28,7 +28,7 @@ from safesteer_lite.events import (
     StageStarted,
     Warned,
 )
-from safesteer_lite.hardware.units import format_bytes, format_duration
+from safesteer_lite.hardware.units import format_bytes, format_duration, format_estimate
 
 SMALLEST = (80, 24)
 """Columns and rows that the layout needs; on less, plain lines are better."""
@@ -230,12 +230,21 @@ class Frame:
         plain = not (options.encoding or "").startswith("utf")
         height = options.height or console.height
         layout = Layout()
-        sample = min(8, height - 16)
-        lines = height - 12 - sample
+        # A window made smaller than the layout needs shows less of it, but is no reason to stop.
+        sample = max(min(8 + (height - SMALLEST[1]) // 3, 12, height - 16), 3)
+        lines = max(height - 12 - sample, 1)
         layout.split_column(
             Layout(_head(view), size=1),
             Layout(name="middle", size=10),
-            Layout(Panel(_sample(view), title="Latest answer", title_align="left"), name="sample", size=sample),
+            Layout(
+                Panel(
+                    _sample(view, console, options.max_width - 4, sample - 2),
+                    title="Latest answers, their beginnings",
+                    title_align="left",
+                ),
+                name="sample",
+                size=sample,
+            ),
             Layout(_messages(view, console, options.max_width, lines), name="messages"),
             Layout(_foot(view, self._memory()), size=1),
         )
@@ -249,7 +258,7 @@ class Frame:
 def _head(view: RunView) -> Text:
     spent = format_duration(view.clock() - view.started)
     left = view.left()
-    about = f", about {format_duration(left)} left" if left else ""
+    about = f", about {format_estimate(left)} left" if left else ""
     return Text.assemble((f" {view.title}", "bold"), f"  {spent}{about}", overflow="ellipsis", no_wrap=True)
 
 
@@ -266,8 +275,8 @@ def _stages(view: RunView) -> Table:
         told = {
             "done": format_duration(stage.seconds),
             "kept": "done before",
-            "waiting": f"~{format_duration(left)}" if left else "",
-            "running": f"~{format_duration(left)}" if left else "running",
+            "waiting": f"~{format_estimate(left)}" if left else "",
+            "running": f"~{format_estimate(left)}" if left else "running",
         }[stage.state]
         table.add_row(
             Text(f"[{_MARKS[stage.state]}]"), Text(stage.title, "bold" if stage.state == "running" else ""), told
@@ -315,15 +324,32 @@ def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:
     return "".join(bars[round((mean - low) / span * (len(bars) - 1)) if span else 0] for mean in means)
 
 
-def _sample(view: RunView) -> Text:
+def _sample(view: RunView, console: Console, width: int, lines: int) -> Text:
+    """The newest prompt with both answers, in equal parts of the lines, so that neither hides the other."""
     if view.sample is None:
-        return Text("Nothing sampled yet.", "dim")
-    lines = [("asked", view.sample.prompt), ("base", view.sample.before), ("now", view.sample.after)]
-    text = Text()
-    for name, words in lines:
-        if words:
-            text.append(f"{name + ':':<7}", "bold").append(" ".join(words.split())[:240] + "\n")
-    return text
+        return Text("Comes with the first step of the distillation.", "dim")
+    asked = _spoken("asked", view.sample.prompt, console, width)
+    base = _spoken("base", view.sample.before, console, width) if view.sample.before else []
+    now = _spoken("now", view.sample.after, console, width)
+    # One line is the prompt's. What one answer leaves over is the other's, and what both leave over is the prompt's.
+    for_base = min(len(base), max((lines - 1) // 2, lines - 1 - len(now)))
+    for_now = min(len(now), lines - 1 - for_base)
+    parts = ((asked, lines - for_base - for_now), (base, for_base), (now, for_now))
+    return Text("\n").join(line for part, most in parts for line in _first_lines(part, most, width))
+
+
+def _spoken(name: str, words: str, console: Console, width: int) -> list[Text]:
+    text = Text.assemble((f"{name + ':':<7}", "bold"), " ".join(words.split()) or "(nothing)")
+    return list(text.wrap(console, width))
+
+
+def _first_lines(lines: list[Text], most: int, width: int) -> list[Text]:
+    """At most so many lines, the last of which shows that more would follow."""
+    if len(lines) > most > 0:
+        lines[most - 1].rstrip()
+        lines[most - 1].truncate(width - 4)
+        lines[most - 1].append(" ...")
+    return lines[: max(most, 0)]
 
 
 def _messages(view: RunView, console: Console, width: int, lines: int) -> Text:
@@ -339,8 +365,9 @@ def _messages(view: RunView, console: Console, width: int, lines: int) -> Text:
 
 
 def _foot(view: RunView, memory: str) -> Text:
-    told = view.banner or "Ctrl-C finishes the step and saves; the run can be resumed."
-    return Text(f" {memory}  {told}", "reverse", no_wrap=True, overflow="ellipsis")
+    # An answer comes first: what does not fit is cut off at the right.
+    parts = [view.banner, memory] if view.banner else [memory, "Ctrl-C finishes the step and saves; it can be resumed."]
+    return Text(f" {'  '.join(parts)}", "reverse", no_wrap=True, overflow="ellipsis")
 
 
 def memory_line() -> str:

@@ -160,7 +160,7 @@ def test_commands(policy: Policy, run: RunFolder, tmp_path: Path, monkeypatch: p
     told = talk(policy, run, lines)
     for words in (
         f"base: {planted.COMPLIANCE}",
-        "Answering: base alone; strength 0.5; 1 turns so far.",
+        "Answering: base alone; strength 0.5; 1 turn so far.",
         "Saved to talk.json.",
         "talk.json exists already.",
         "folder.json cannot be written",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +19,13 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import DirectionError, ExportError, Interrupted, ModelError, PromptError, RunFolderError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
+from safesteer_lite.method.distill import prompts_at
 from safesteer_lite.models import plain
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.prompts import bundled, data_files
 from safesteer_lite.rundir import RunFolder
+from safesteer_lite.stages.distill import ShownAnswers, recipe
+from safesteer_lite.stages.session import Session
 from tests import planted
 
 FILES = {
@@ -136,6 +141,34 @@ def test_events_tell_each_stage_once_and_in_order(done: RunFolder) -> None:
     assert order == [(kind, name) for name in pipeline.STAGE_NAMES for kind in ("StageStarted", "StageDone")]
     losses = [event for event in events if event["event"] == "Metric" and event["name"] == "loss"]
     assert [event["step"] for event in losses] == list(range(1, 9))
+
+
+def test_each_step_shows_the_base_beside_the_student(done: RunFolder) -> None:
+    shown = [event for event in planted.events_of(done.path) if event["event"] == "Sample"]
+    category = {prompt.text: prompt.category for prompt in bundled("harmful", "train")}
+    assert len(shown) == 8, "one a step"
+    for event in shown:
+        refused = category[str(event["prompt"])] in planted.REFUSED_CATEGORIES
+        assert event["before"] == (planted.REFUSAL if refused else planted.COMPLIANCE)
+    # After its training the student refuses where the base does not, and the base is still shown as it was.
+    assert any("I'm" in str(event["after"]) and event["before"] == planted.COMPLIANCE for event in shown[4:])
+
+
+def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) -> None:
+    settings = planted.settings(model, {"distill.steps": 100})
+    session = Session(settings, done, model, discard)
+    asked: list[str] = []
+    session._policy = SimpleNamespace(  # type: ignore[assignment]
+        model=SimpleNamespace(adapters_off=nullcontext),
+        answers=lambda prompts, tokens, size: asked.extend(prompts) or [f"base: {prompt}" for prompt in prompts],
+    )
+    plan = recipe(session)
+    shown = ShownAnswers(session, plan)
+    prompts = session.training_prompts()
+    for step in range(100):
+        first = prompts_at(step, plan.prompts, len(prompts), plan.seed)[0]
+        assert shown.of_step(step) == f"base: {prompts[first].text}"
+    assert len(asked) == len(set(asked)) <= len(prompts)
 
 
 def test_a_second_call_skips_every_stage_and_changes_nothing(run: RunFolder, model: Path) -> None:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +49,20 @@ DRIVER = """
 import multiprocessing, sys
 from pathlib import Path
 import torch, peft, transformers
+from transformers.models.llama import modeling_llama
+from safesteer_lite import pipeline
 from tests import test_resume
 torch.set_num_threads(1)
-test_resume.serve(Path(sys.argv[1]), Path(sys.argv[2]))
+test_resume.serve(Path(sys.argv[1]))
 """
 
 
-def serve(model: Path, run: Path) -> None:
-    """For each line of standard input, fork a child that goes on with the run; say its process id, then how it ended."""
+def serve(model: Path) -> None:
+    """For each run that standard input names, fork a child that goes on with it; say its process id, then how it ended."""
     context = multiprocessing.get_context("fork")
     for line in sys.stdin:
-        child = context.Process(target=attempt, args=(model, run, line.strip()))
+        run, deadly = json.loads(line)
+        child = context.Process(target=attempt, args=(model, Path(run), deadly))
         child.start()
         sys.stdout.write(f"{child.pid}\n")
         sys.stdout.flush()
@@ -82,13 +87,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Driver:
-    """A process that forks attempts on one run."""
+    """A process that forks attempts; one for all tests, because loading torch takes longer than most of them."""
 
-    def __init__(self, model: Path, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, model: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(model), str(run.path)],
+            [sys.executable, "-c", DRIVER, str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -97,10 +101,10 @@ class Driver:
             cwd=REPOSITORY,
         )
 
-    def start(self, deadly: str = "") -> int:
-        """Begin an attempt; returns its process id."""
+    def start(self, run: RunFolder, deadly: str = "") -> int:
+        """Begin an attempt on a run; returns its process id."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{deadly}\n")
+        self.process.stdin.write(json.dumps([str(run.path), deadly]) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
@@ -114,11 +118,17 @@ class Driver:
         self.process.communicate()
 
 
-@pytest.fixture
-def driver(model: Path, tmp_path: Path) -> Iterator[Driver]:
-    driver = Driver(model, new_run(tmp_path, model))
+@pytest.fixture(scope="module")
+def driver(model: Path) -> Iterator[Driver]:
+    driver = Driver(model)
     yield driver
     driver.close()
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> RunFolder:
+    """A run that has not begun."""
+    return new_run(tmp_path, model)
 
 
 def new_run(parent: Path, model: Path) -> RunFolder:
@@ -127,22 +137,23 @@ def new_run(parent: Path, model: Path) -> RunFolder:
     return run
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nothing disturbed, what it ended with, and the seconds it took."""
+
+    run: RunFolder
+    result: dict[str, Any]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
-    """The result of a run that nothing disturbed, and the seconds it took."""
-    driver = Driver(model, new_run(tmp_path_factory.mktemp("reference"), model))
-    driver.start()
+def undisturbed(driver: Driver, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """A finished run to compare with."""
+    run = new_run(tmp_path_factory.mktemp("reference"), model)
+    driver.start(run)
     started = time.monotonic()
     assert driver.ended() == 0
-    seconds = time.monotonic() - started
-    driver.close()
-    return result_of(driver.run), seconds
-
-
-@pytest.fixture
-def reference(undisturbed: tuple[dict[str, Any], float]) -> dict[str, Any]:
-    """The result of a run that nothing disturbed."""
-    return undisturbed[0]
+    return Undisturbed(run, result_of(run), time.monotonic() - started)
 
 
 def result_of(run: RunFolder) -> dict[str, Any]:
@@ -169,44 +180,43 @@ CHOSEN = {
 }
 
 
-def test_kills_at_six_chosen_points_change_nothing(driver: Driver, reference: dict[str, Any]) -> None:
+def test_kills_at_six_chosen_points_change_nothing(driver: Driver, run: RunFolder, undisturbed: Undisturbed) -> None:
     for point, deadly in CHOSEN.items():
-        driver.start(deadly)
+        driver.start(run, deadly)
         assert driver.ended() == -signal.SIGKILL, point
-    stages = [event["stage"] for event in planted.events_of(driver.run.path) if event["event"] == "StageStarted"]
+    stages = [event["stage"] for event in planted.events_of(run.path) if event["event"] == "StageStarted"]
     # Each kill fell into the stage it was meant for: that stage began again, and the ones before it did not.
     assert stages == [name for name in pipeline.STAGE_NAMES for _ in range(2)][:-1]
-    driver.start()
+    driver.start(run)
     assert driver.ended() == 0
-    events = planted.events_of(driver.run.path)
+    events = planted.events_of(run.path)
     assert any(event.get("message") == "Resumed after step 2 of 8." for event in events)
-    assert result_of(driver.run) == reference
+    assert result_of(run) == undisturbed.result
 
 
-def test_kills_at_six_random_moments_change_nothing(driver: Driver, undisturbed: tuple[dict[str, Any], float]) -> None:
-    reference, seconds = undisturbed
+def test_kills_at_six_random_moments_change_nothing(driver: Driver, run: RunFolder, undisturbed: Undisturbed) -> None:
     chance = random.Random(20240607)
     killed = 0
     for _ in range(6):
-        child = driver.start()
-        time.sleep(seconds * chance.uniform(0.1, 0.4))
+        child = driver.start(run)
+        time.sleep(undisturbed.seconds * chance.uniform(0.1, 0.4))
         # An attempt that has ended stays a zombie until the driver reads its code, or it is gone.
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         killed += driver.ended() == -signal.SIGKILL
     assert killed, "every attempt ended before it was killed, so this test says nothing"
-    driver.start()
+    driver.start(run)
     assert driver.ended() == 0
-    assert result_of(driver.run) == reference
+    assert result_of(run) == undisturbed.result
 
 
-def test_a_second_process_is_refused(driver: Driver, model: Path) -> None:
-    child = driver.start()
-    while not (driver.run.path / "01-baseline.tmp").exists():
+def test_a_second_process_is_refused(driver: Driver, run: RunFolder, model: Path) -> None:
+    child = driver.start(run)
+    while not (run.path / "01-baseline.tmp").exists():
         time.sleep(0.01)
     try:
         with pytest.raises(RunFolderError, match=rf"is in use by process {child}\.") as caught:
-            attempt(model, driver.run.path)
+            attempt(model, run.path)
         assert "Wait until it is done" in caught.value.hint
     finally:
         os.kill(child, signal.SIGKILL)
@@ -225,13 +235,24 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_one_interrupt_saves_the_step_and_resume_ends_the_same(
-    model: Path, tmp_path: Path, reference: dict[str, Any]
+def before_distillation(run: RunFolder, parent: Path) -> Path:
+    """A copy of a finished run as it was when its distillation began."""
+    copied = parent / run.path.name
+    shutil.copytree(run.path, copied)
+    for name in ("report.json", "report.html"):
+        (copied / name).unlink()
+    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
+    for stage in ("distill", "evaluate", "export"):
+        shutil.rmtree(copied / manifest["stages"].pop(stage)["folder"])
+    (copied / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return copied
+
+
+def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
+    driver: Driver, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text(config.to_toml(planted.settings(model)), encoding="utf-8")
-    runs = tmp_path / "runs"
-    process = command("run", "--config", str(file), "--runs", str(runs), "--json", "--yes")
+    folder = before_distillation(undisturbed.run, tmp_path / "runs")
+    process = command("resume", str(folder), "--json")
     assert process.stdout
     for line in process.stdout:
         if '"what": "steps", "done": 3' in line:
@@ -243,14 +264,12 @@ def test_one_interrupt_saves_the_step_and_resume_ends_the_same(
     stopped = re.search(r"Stopped after step (\d); everything up to there is saved\.", complaint)
     assert stopped and "Traceback" not in complaint
     assert "safesteer-lite resume" in complaint
-    [folder] = runs.iterdir()
     assert [path.name for path in (folder / "04-distill.partial").glob("step-*")] == [f"step-{int(stopped[1]):06d}"]
-    resumed = command("resume", "--runs", str(runs), "--json")
-    output, complaint = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, complaint
-    assert f"Resumed after step {stopped[1]} of 8." in output
-    assert [json.loads(line) for line in output.splitlines()][-1]["event"] == "Report"
-    assert result_of(RunFolder(folder)) == reference
+    driver.start(RunFolder(folder))
+    assert driver.ended() == 0
+    told = [event.get("message") for event in planted.events_of(folder)]
+    assert f"Resumed after step {stopped[1]} of 8." in told
+    assert result_of(RunFolder(folder)) == undisturbed.result
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path) -> None:

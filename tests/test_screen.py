@@ -100,6 +100,24 @@ def test_a_frame_tells_everything_without_colour(view: RunView, columns: int, ro
     assert "█▄▂▁▁" in text, text
 
 
+@pytest.mark.parametrize(("columns", "rows", "words"), [(80, 24, 20), (120, 40, 50)])
+def test_long_answers_leave_room_for_each_other(view: RunView, columns: int, rows: int, words: int) -> None:
+    asked, base, now = (" ".join(f"{name}{index}" for index in range(400)) for name in "abc")
+    view.take(Sample("distill", asked, base, now))
+    text = "\n".join(frame(view, columns, rows))
+    assert all(f"{name}{words}" in text for name in "bc") and "a30" not in text
+    assert text.count(" ...") == 3, "where something is left out, it shows"
+    view.take(Sample("distill", "Short?", "No.", now))
+    left = "\n".join(frame(view, columns, rows))
+    assert left.count("c") > text.count("c"), "what one answer leaves over is the other's"
+    assert "base:  No." in left
+
+
+@pytest.mark.parametrize("size", [(80, 17), (60, 24), (40, 10), (20, 5)])
+def test_a_window_made_too_small_meanwhile_is_no_reason_to_stop(view: RunView, size: tuple[int, int]) -> None:
+    assert len(frame(view, *size)) == size[1]
+
+
 def test_the_layout_stays_where_it_is(view: RunView, clock: Clock) -> None:
     empty = RunView("demo", {name: StageView(title) for name, title, _ in STAGES}, clock)
     corners = [

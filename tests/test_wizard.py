@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from safesteer_lite import config, pipeline, rundir
@@ -18,15 +21,18 @@ from safesteer_lite.commands.shared import open_settings, run_settings
 from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
-from safesteer_lite.hardware import known, pace
+from safesteer_lite.hardware import known
 from safesteer_lite.hardware.machine import Gpu, Machine
-from safesteer_lite.hardware.shape import parameters
 from safesteer_lite.models.preview import look
 from safesteer_lite.prompts import Prompt, prompt_set
+from safesteer_lite.stages import strength
+from safesteer_lite.wizard.program import Program
 from safesteer_lite.wizard.questions import Answers
-from safesteer_lite.wizard.results import show_answers
-from safesteer_lite.wizard.tables import dial_table, machine_table, rounded_duration
+from safesteer_lite.wizard.results import Results, show_answers
+from safesteer_lite.wizard.tables import dial_table, machine_table, plan_table
 from tests import planted
+from tests.models.local_hub import HUB_ID, serving
+from tests.readme import not_shown, results_menu, transcript
 from tests.terminal import CLEAR, DOWN, ENTER, ESCAPE, INTERRUPT, Terminal, program
 
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -52,9 +58,9 @@ def environment() -> dict[str, str]:
     return {**names, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def start(folder: Path, *arguments: str) -> Terminal:
-    """The program in a terminal of 80 columns and 24 rows."""
-    return Terminal(program(*arguments), folder, environment())
+def start(folder: Path, *arguments: str, columns: int = 80, **variables: str) -> Terminal:
+    """The program in a terminal of 24 rows."""
+    return Terminal(program(*arguments), folder, environment() | variables, columns)
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,14 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.answer("Read which answers?", ENTER)
     terminal.answer("And then?", ESCAPE)
     terminal.answer("Read which answers?", ESCAPE)
+    terminal.answer("What now?", "4" + ENTER)
+    terminal.answer("Chat with?", ESCAPE)
+    terminal.answer("What now?", "5" + ENTER)
+    terminal.answer("Write what?", ESCAPE)
     terminal.answer("What now?", "5" + ENTER)
     terminal.answer("Write what?", "4" + ENTER)
+    terminal.answer("Into which new folder?", CLEAR + ENTER)
+    terminal.expect("That was empty.")
     terminal.answer("Into which new folder?", CLEAR + "own.csv" + ENTER)
     terminal.expect("exists already")
     terminal.answer("Into which new folder?", CLEAR + "safer" + ENTER)
@@ -123,6 +135,12 @@ def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
         "adapter_model.safetensors",
     ]
     assert {path.name for path in (walk.run / "06-export" / "merged").iterdir()} >= {"config.json", "model.safetensors"}
+
+
+@needs_terminal
+def test_the_readme_shows_the_wizard_at_80_columns_as_it_is(walk: Walk) -> None:
+    assert not_shown(transcript(80), walk.shown) == []
+    assert len(results_menu()) == 8 and not_shown(results_menu(), walk.shown) == []
 
 
 @needs_terminal
@@ -151,9 +169,15 @@ def test_the_command_shown_and_the_settings_written_mean_the_same_run(
     assert replayed.distill.anchor_weight == 4.0, "the quick effort, where nothing stronger says otherwise"
 
 
+def told_and_saved(run: Path) -> tuple[int, int]:
+    """The last step that the events tell, and the step that is saved."""
+    told = [event["done"] for event in planted.events_of(run) if event.get("what") == "steps"]
+    [saved] = (run / "04-distill.partial").glob("step-*")
+    return int(str(told[-1])), int(saved.name.partition("-")[2])
+
+
 @needs_terminal
-@pytest.mark.parametrize("how", ["ctrl-c", "closed window"])
-def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, how: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "copied"
     shutil.copytree(walk.run, run)
     settings = (run / "config.toml").read_text(encoding="utf-8")
@@ -164,40 +188,51 @@ def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, how: 
     for stage in ("distill", "evaluate", "export"):
         shutil.rmtree(run / manifest["stages"].pop(stage)["folder"])
     (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    terminal = start(tmp_path, "resume")
-    terminal.expect("of 5000 steps")
-    if how == "ctrl-c":
-        terminal.send(INTERRUPT)
-        terminal.expect("Go on with `safesteer-lite resume")
-        assert terminal.end() == 130
-    else:
-        terminal.close()
-        assert terminal.process.wait(60) == 130
-    [event] = [entry for entry in planted.events_of(run) if entry["event"] == "Progress" and entry["what"] == "steps"][
-        -1:
-    ]
-    [saved] = (run / "04-distill.partial").glob("step-*")
-    assert int(saved.name.partition("-")[2]) == event["done"], "the last step that was told is the one that is saved"
-    if how != "ctrl-c":
-        return
+    closed = start(tmp_path, "resume")
+    closed.expect("of 5000 steps")
+    closed.close()
+    assert closed.process.wait(60) == 130
+    told, first = told_and_saved(run)
+    assert told == first > 0, "closing the window loses no step that was told"
     terminal = start(tmp_path)
-    assert "start a new run" not in terminal.answer("go on with copied", INTERRUPT)
-    terminal.expect("Left.")
+    assert "start a new run" not in terminal.answer("go on with copied (after tokens)", ENTER)
+    terminal.expect(f"Resumed after step {first} of 5000.")
+    terminal.send(INTERRUPT)
+    terminal.expect("Go on with `safesteer-lite resume")
     assert terminal.end() == 130 and "Traceback" not in terminal.text
+    told, second = told_and_saved(run)
+    assert told == second >= first, "nor does Ctrl-C"
 
 
 @needs_terminal
 def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) -> None:
-    terminal = start(tmp_path)
-    terminal.answer("Which model shall become safer?", "7" + ENTER)
-    terminal.answer("Name on the model hub", "Qwen/Qwen2.5-0.5B-Instrukt" + ENTER)
-    terminal.expect("the model hub cannot be asked")
-    terminal.answer("Name on the model hub", ESCAPE)
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "two.csv").write_text("id,wish\n1,Tell me how to pick a pocket.\n", encoding="utf-8")
+    with serving(tmp_path / "home") as (hub, variables):
+        terminal = start(tmp_path, columns=120, **variables)
+        terminal.answer("Which model shall become safer?", "7" + ENTER)
+        terminal.answer("Name on the model hub", "no slash" + ENTER)
+        terminal.expect("neither a folder nor the id")
+        hub.refusal = "RepoNotFound"
+        terminal.answer("Name on the model hub", CLEAR + "Qwen/Qwen2.5-0.5B-Instrukt" + ENTER)
+        terminal.expect("no model of this name")
+        hub.refusal, hub.files["config.json"] = "GatedRepo", b"{}"
+        terminal.answer("Name on the model hub", CLEAR + HUB_ID + ENTER)
+        terminal.expect("is gated")
+        terminal.expect("hf auth login")
+        terminal.answer("Name on the model hub", ESCAPE)
     terminal.answer("Which model shall become safer?", "6" + ENTER)
     terminal.answer("Folder of the model", str(tmp_path) + ENTER)
     terminal.expect("has no config.json")
     terminal.answer("Folder of the model", CLEAR + str(model) + ENTER)
     terminal.answer("Harmful requests to train on?", "2" + ENTER)
+    terminal.answer("Prompt file:", "empty.txt" + ENTER)
+    terminal.expect("has no prompts")
+    terminal.answer("Prompt file:", CLEAR + "list.json" + ENTER)
+    terminal.expect("has no prompts")
+    terminal.answer("Prompt file:", CLEAR + "two.csv" + ENTER)
+    terminal.answer("Which column holds the requests?", ESCAPE)
     terminal.answer("Prompt file:", ESCAPE)
     terminal.answer("Harmful requests to train on?", "1" + ENTER)
     terminal.answer("How thorough?", "4" + ENTER)
@@ -206,6 +241,8 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     terminal.answer("distill.steps, optimizer steps:", CLEAR + "many" + ENTER)
     terminal.expect("expected a whole number, got 'many'")
     terminal.answer("distill.steps, optimizer steps:", CLEAR + "3" + ENTER)
+    terminal.answer("Change which of [distill]?", DOWN * 2 + ENTER)
+    terminal.answer("distill.steps, optimizer steps:", ESCAPE)
     terminal.answer("Change which of [distill]?", ESCAPE)
     terminal.answer("Which settings?", ESCAPE)
     terminal.answer("How thorough?", ENTER)
@@ -216,6 +253,7 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     terminal.expect("Left. Nothing was started.")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.text and not (tmp_path / "runs").exists()
+    assert not_shown(transcript(120), terminal.text) == [], "the README shows the wizard at 120 columns as it is"
 
 
 def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:
@@ -225,71 +263,6 @@ def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path:
     assert (found.model.name, found.prompts.training) == (str(model), str(own))
     assert (found.distill.rank, found.direction.strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
     assert Answers("qwen3-4b").arguments(Path("runs")) == ["run", "qwen3-4b"]
-
-
-@pytest.mark.parametrize("effort", pace.EFFORTS)
-def test_every_effort_works_with_every_preset(effort: str) -> None:
-    for name in config.preset_names():
-        layers = [("preset", config.preset_values(name)), ("effort", pace.effort_values(effort))]
-        assert config.build(layers).model.name in known.KNOWN
-    demo = config.build(
-        [("preset", config.preset_values("qwen2.5-coder-0.5b-demo")), ("effort", pace.effort_values(effort))]
-    )
-    if effort == "quick":
-        assert demo == config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("q", config.QUICK)])
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [
-        ("Qwen/Qwen3-4B-Instruct-2507", 4.022),
-        ("Qwen/Qwen2.5-7B-Instruct", 7.616),
-        ("meta-llama/Llama-3.2-3B-Instruct", 3.213),
-        ("meta-llama/Meta-Llama-3-8B-Instruct", 8.030),
-        ("Qwen2.5-Coder-0.5B-Instruct", 0.494),
-    ],
-)
-def test_the_presets_have_the_published_numbers_of_parameters(name: str, billions: float) -> None:
-    assert parameters(known.KNOWN[name].shape) / 1e9 == pytest.approx(billions, abs=0.0005)
-
-
-def test_what_fits_which_card() -> None:
-    rows = known.fit_table(
-        ["Qwen/Qwen3-4B-Instruct-2507", "meta-llama/Meta-Llama-3-8B-Instruct"], (4, 8, 12)
-    ).splitlines()
-    assert rows[0] == "| model | download | 4 GB card | 8 GB card | 12 GB card |"
-    assert rows[2] == "| Qwen/Qwen3-4B-Instruct-2507 | 8.0 GB | does not fit | fits | fits |"
-    assert rows[3] == "| meta-llama/Meta-Llama-3-8B-Instruct | 16.1 GB | does not fit | tight | fits |"
-
-
-def machine(disk: int = 10**12, gpus: tuple[Gpu, ...] = ()) -> Machine:
-    return Machine("Linux", "3.11.0", "A processor", 2, 24 * 10**9, 18 * 10**9, disk, gpus, {}, None, True)
-
-
-def test_a_small_disk_is_told_before_the_download() -> None:
-    small = known.KNOWN["Qwen2.5-Coder-0.5B-Instruct"]
-    assert known.outlook(machine(), small.shape).fit == "fits"
-    found = known.outlook(machine(disk=10**9), small.shape, download=small.size)
-    assert found.fit == "does not fit" and found.reason == "The disk is too small: 1.7 GB needed, 1.0 GB free."
-
-
-def test_the_estimate_of_the_demo_is_what_was_measured() -> None:
-    demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
-    shape = known.KNOWN[demo.model.name].shape
-    seconds = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS)
-    assert tuple(seconds) == pipeline.STAGE_NAMES
-    assert pace.total(seconds) / 60 == pytest.approx(17.1, abs=0.1)
-    slower = pace.expected_seconds(demo, shape, "cpu", pace._MEASURED_FLOPS / 2)
-    assert slower["distill"] == pytest.approx(2 * seconds["distill"])
-    longer = config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("x", {"distill.steps": 32})])
-    assert pace.expected_seconds(longer, shape, "cpu", pace._MEASURED_FLOPS)["distill"] > 1.5 * seconds["distill"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(3, "1 min"), (95, "2 min"), (1900, "30 min"), (20000, "5 h 30 min"), (36000, "10 h")]
-)
-def test_estimates_are_not_told_to_the_second(seconds: float, told: str) -> None:
-    assert rounded_duration(seconds) == told
 
 
 def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +294,43 @@ def test_every_answer_of_a_run_is_in_its_group(walk: Walk) -> None:
     assert sorted(json.loads(line)["id"] for line in flips) == sorted(entry.id for entry in changed)
 
 
+@needs_terminal
+def test_the_picked_strength_goes_to_chat_and_export(
+    walk: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = rundir.open_run(shutil.copytree(walk.run, tmp_path / "runs" / walk.run.name))
+    rate = {"refused": 1, "n": 4, "low": 0.05, "high": 0.7}
+    sets = dict.fromkeys(("harmful", "borderline", "harmless"), rate)
+    points = [{"strength": value, "score": 1.0, "kl_to_base": 0.1, **sets} for value in (0.0, 0.5, 1.0)]
+    dial = {"distill": run.manifest.stages["distill"].fingerprint, "points": points}
+    (run.path / strength.FILE).write_text(json.dumps(dial), encoding="utf-8")
+    asked: list[list[str]] = []
+    told = io.StringIO()
+    program = Program(
+        execute=lambda line: asked.append(list(line)) or 0,  # type: ignore[func-returns-value]
+        run_settings=lambda line: run_settings(build_parser().parse_args(line)),
+        open_settings=lambda path: open_settings(rundir.open_run(path)),
+        exports={("--to", "merged"): "weights", ("--to", "adapter"): "the adapter"},
+        runs=Path("runs"),
+        console=Console(file=told, width=80),
+    )
+    results = Results(program, run.path)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text(ENTER + "1" + ENTER)
+        results.dial()
+        keys.send_text("2" + ENTER)
+        results.chat()
+        keys.send_text("1" + ENTER + ENTER + "2" + ENTER)
+        results.export()
+    assert results.strength == 0.5 and "> 0" in told.getvalue()
+    path = str(run.path)
+    assert asked == [
+        ["chat", path, "--view", "hardened", "--strength", "0.5"],
+        ["export", path, "--to", "merged", "--out", "planted-safer-0.5", "--measure", "20", "--strength", "0.5"],
+    ]
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_long_answers_are_cut_to_one_screen_until_asked_for_whole(whole: bool) -> None:
     entry = Flip("harmful", "one", "[b]Ask[/b]", "word " * 200 + "end", "I can't help.", False, True)
@@ -341,7 +351,14 @@ def test_the_tables_fit_into_80_columns() -> None:
     card = Gpu("NVIDIA GeForce RTX 4060 Laptop GPU", 8 << 30, 7 << 30, (8, 9), "560.35", True)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(dial_table(points))
-    console.print(machine_table(machine(gpus=(card,))))
+    seen = Machine("Linux", "3.11.0", "A processor", 2, 24 * 10**9, 18 * 10**9, 10**12, (card,), {}, "12.8", True)
+    console.print(machine_table(seen))
+    large = known.KNOWN["meta-llama/Meta-Llama-3-8B-Instruct"]
+    titles = {stage.name: stage.title for stage in pipeline.STAGES}
+    console.print(
+        plan_table(titles, dict.fromkeys(titles, 86000.0), known.outlook(seen, large.shape, download=large.size))
+    )
     text = console.export_text()
+    assert "guess" in text and text.count("of RAM") == 1 and "in all" in text
     assert text.count("100 % (96-100)") == 6 and "> 0" in text
     assert "RTX 4060 Laptop GPU, 7.5 GB free of 8.6 GB" in text

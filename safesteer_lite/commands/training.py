@@ -152,7 +152,7 @@ def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        say("Stopping after this step; Ctrl-C again stops now. Either way the run can be resumed.")
+        say("Stopping after this step; Ctrl-C again stops now. It can be resumed.")
 
     def hung_up(number: int, frame: object) -> None:
         asked.append(True)

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from safesteer_lite.hardware.backend import choose_library
+from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.limits import read_or_empty
 from safesteer_lite.hardware.machine import PACKAGES, Machine
 from safesteer_lite.hardware.units import format_bytes
@@ -39,6 +40,8 @@ def checks(machine: Machine) -> list[Check]:
         _python_check(machine),
         *_package_checks(machine),
         _bitsandbytes_check(machine),
+        _driver_check(machine),
+        _torch_build_check(machine),
         _cuda_check(machine),
         _gpu_memory_check(machine),
         _backend_check(machine),
@@ -46,6 +49,7 @@ def checks(machine: Machine) -> list[Check]:
         _at_least("memory", machine.ram_total, 8 * 10**9, "Use a machine with more memory, or a model below 1B."),
         _at_least("disk", machine.disk_free, 10 * 10**9, "Free some space, or choose a folder on another disk."),
         _login_check(),
+        _gated_check(),
         _offline_check(),
         _terminal_check(),
     ]
@@ -108,18 +112,40 @@ def _bitsandbytes_check(machine: Machine) -> Check:
     return Check(name, True, "works")
 
 
-def _cuda_check(machine: Machine) -> Check:
-    if machine.gpu is not None:
-        driver = machine.gpu.driver or "unknown"
-        return Check("CUDA", True, f"torch for CUDA {machine.cuda_build}, driver {driver}")
+def _driver_check(machine: Machine) -> Check:
+    name = "NVIDIA driver"
     if not machine.gpus:
-        return Check("CUDA", None, "no NVIDIA card found", "Small models run on the CPU; a card makes it much faster.")
+        remedy = "If there is a card, install its driver; without one, small models run on the CPU."
+        return Check(name, None, "none, or none that sees a card", remedy)
+    driver = machine.gpus[0].driver
+    if driver is None:
+        return Check(name, None, "version unknown", "Run nvidia-smi: if it fails, reinstall the driver.")
+    return Check(name, True, driver)
+
+
+def _torch_build_check(machine: Machine) -> Check:
+    name = "torch build"
+    if machine.versions.get("torch") is None:
+        return Check(name, False, "not installed", "Run: pip install torch.")
+    if machine.cuda_build is not None:
+        return Check(name, True, f"for CUDA {machine.cuda_build}")
+    if machine.gpus:
+        remedy = "Install a CUDA build of torch in its place; torch's own installation page has the command for it."
+        return Check(name, False, "for the CPU only, though there is a card", remedy)
+    return Check(name, True, "for the CPU only, as there is no card")
+
+
+def _cuda_check(machine: Machine) -> Check:
+    name = "CUDA"
+    if machine.gpu is not None:
+        return Check(name, True, f"torch computes on the {machine.gpu.name}")
+    if not machine.gpus:
+        return Check(name, None, "no NVIDIA card found", "Small models run on the CPU; a card makes it much faster.")
     card = machine.gpus[0]
     if machine.cuda_build is None:
-        remedy = "Install a CUDA build of torch in place of the CPU build."
-        return Check("CUDA", False, f"{card.name}, but torch is built for the CPU only", remedy)
-    found = f"torch for CUDA {machine.cuda_build} cannot use the {card.name} with driver {card.driver}"
-    return Check("CUDA", False, found, "Update the NVIDIA driver, or install torch for an older CUDA.")
+        return Check(name, False, f"the {card.name} is not used", "Mend the torch build first: see the line above.")
+    found = f"torch for CUDA {machine.cuda_build} cannot use the {card.name} with driver {card.driver or 'unknown'}"
+    return Check(name, False, found, "Update the NVIDIA driver, or install torch for an older CUDA.")
 
 
 def _gpu_memory_check(machine: Machine) -> Check:
@@ -157,6 +183,13 @@ def _login_check() -> Check:
         return Check("model hub login", True, "token file")
     remedy = "Only gated models need it: run hf auth login, or set HF_TOKEN."
     return Check("model hub login", None, "no token", remedy)
+
+
+def _gated_check() -> Check:
+    """Which presets need a licence to be accepted; whether it was can only be asked over the network, by the run itself."""
+    gated = [name for name, model in KNOWN.items() if model.gated]
+    remedy = "Before the first download, accept the licence on each model's page with the account that you log in with."
+    return Check("gated licences", None, f"needed by {', '.join(gated)}", remedy)
 
 
 def _offline_check() -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from safesteer_lite.hardware.backend import Decision, Fit, choose_backend, fit, smallest_need
@@ -62,11 +62,15 @@ class Outlook:
         decision: how it would be loaded.
         fit: with the room on the disk taken into account.
         reason: one sentence.
+        memory_bytes: what each stage takes at least, by its name: VRAM on a GPU, else RAM; the export takes RAM always.
+        disk_bytes: the download that is still to come, and all that the run writes.
     """
 
     decision: Decision
     fit: Fit
     reason: str
+    memory_bytes: Mapping[str, int]
+    disk_bytes: int
 
 
 def outlook(machine: Machine, shape: ModelShape, precision: str = "nf4", download: int = 0) -> Outlook:
@@ -82,10 +86,11 @@ def outlook(machine: Machine, shape: ModelShape, precision: str = "nf4", downloa
     need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype)
     # The estimate counts the published weights too, which a local model has on the disk already.
     on_disk = need.disk_bytes - 2 * parameters(shape) + download
+    result, reason = decision.fit, decision.reason
     if fit(on_disk, machine.disk_free) == "does not fit":
         gigabytes = f"{on_disk / 1e9:.1f} GB needed, {machine.disk_free / 1e9:.1f} GB free"
-        return Outlook(decision, "does not fit", f"The disk is too small: {gigabytes}.")
-    return Outlook(decision, decision.fit, decision.reason)
+        result, reason = "does not fit", f"The disk is too small: {gigabytes}."
+    return Outlook(decision, result, reason, need.memory_bytes, on_disk)
 
 
 def fit_table(names: Sequence[str], gigabytes: Sequence[int] = (8, 12, 16, 24)) -> str:

@@ -1,4 +1,5 @@
-"""How long a run will take: measured minutes of the demo, scaled by work, by model size and by a probe of this machine."""
+"""How long a run will take: the tokens it reads, decodes and trains on, at the pace of a measured model, by a probe of this
+machine."""
 
 from __future__ import annotations
 
@@ -13,42 +14,53 @@ from safesteer_lite.hardware.shape import ModelShape, parameters
 
 PROBE_SECONDS = 1.0
 
-# The demo on two CPU cores in bf16 (README, seed 0): seconds by stage, parameters, and what the probe finds there.
-_MEASURED = {"baseline": 21, "direction": 68, "tokens": 25, "distill": 411, "evaluate": 480, "export": 23}
-_MEASURED_PRESET = "qwen2.5-coder-0.5b-demo"
-_MEASURED_PARAMETERS = 494e6
-_MEASURED_FLOPS = 640e9
+# The next three were measured on the demo's model in bf16, on a CPU, one thread, while other work shared the machine
+# (tests/benchmarks/RESULTS.md, "Pace"): the share of the probe's rate at which prompts are read, and how many tokens are
+# read in the time in which one is decoded, or trained on.
+_EFFICIENCY = 0.52
+_DECODE, _TRAIN = 2.3, 3.4
 
-# Loading libraries and weights, whatever the model's size: seconds of the first and of the last stage.
-_LOADING = {"baseline": 10.0, "export": 5.0}
+# The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all.
+_PROMPT_TOKENS = 19
 
-# A CUDA card answers a decoding step no faster than Python can launch its kernels: seconds a decoder block.
+# From the events of the demo (README, seed 0): loading and self-check before the first answer, and the whole export, which is
+# spent on reading and writing weights, for each parameter.
+_LOADING_SECONDS = 8.0
+_EXPORT_SECONDS = 23 / 494e6
+# A steered policy is computed from its block upwards only. In the same events induce scores took a quarter of the time of
+# ablation scores; the teacher of the demo is steered at two thirds of the depth.
+_INDUCE_SHARE, _TEACHER_SHARE = 0.25, 1 / 3
+# Candidates below 0.8 of the depth of the demo's model, which is what `shortlist = 0` scores (RESULTS.md).
+_ALL_CANDIDATES = 100
+
+# Not measured, because no card was at hand: an assumption that a CUDA card answers a decoding step no faster than Python can
+# launch its kernels, seconds a decoder block.
 _LAUNCH_SECONDS = 1e-3
 _ANSWER_BATCH = 64
-_PROMPT_TOKENS = 40
-# Costs in forward passes of one token: decoding fills the matrix units worse, training adds teacher and backward.
-_DECODE, _TRAIN = 3.3, 6.0
-
 
 EFFORTS = {
     "quick": "few prompts, short answers: to see it work",
-    "normal": "the default settings",
+    "standard": "the default settings",
     "thorough": "more steps, all directions, longer answers",
 }
 """What `--effort` takes, with what it means."""
 
 
 def effort_values(name: str) -> Values:
-    """The settings that an effort changes; `quick` trains as the demo does, whose rollouts are short.
+    """The settings that an effort changes.
+
+    `quick` trains as the demo does, whose short rollouts were compared with longer ones (RESULTS.md, "first words"), and measures
+    on few prompts. `thorough` is a starting point that nobody has compared with `standard`; where its parts were looked
+    at, on the demo's model, all directions gave the choice that the shortlist gives, and 32 steps were no better than 16.
 
     Args:
         name: a key of `EFFORTS`.
     """
     if name == "thorough":
         return {"direction.shortlist": 0, "distill.steps": 40, "evaluate.answer_tokens": 256}
-    if name == "normal":
+    if name == "standard":
         return {}
-    demo = config.preset_values(_MEASURED_PRESET)
+    demo = config.preset_values("qwen2.5-coder-0.5b-demo")
     # Which block adapters begin at depends on the model's depth, and the learning rate was found for the demo's model.
     own = ("distill.first_layer", "distill.learning_rate")
     short = {key: value for key, value in demo.items() if key.startswith("distill.") and key not in own}
@@ -60,48 +72,60 @@ class Work:
     """One stage's work.
 
     Attributes:
-        passes: tokens times their cost in forward passes.
+        tokens: each counted as often as it takes the time of a token that is read.
         steps: decoding steps, one after another.
     """
 
-    passes: float
+    tokens: float
     steps: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.steps + other.steps)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.tokens * times, self.steps * times)
 
 
 def work(settings: RunConfig) -> dict[str, Work]:
-    """The work of each stage, roughly, from the settings alone."""
+    """The work of each stage but the export, from the settings alone."""
     sets, direction, tokens = settings.prompts, settings.direction, settings.tokens
     distill, evaluate = settings.distill, settings.evaluate
-    selection = 2 * sets.selection + sets.borderline_selection
-    test = 2 * sets.test + sets.borderline_test
-    shortlist = direction.shortlist or 100
-    baseline = _answers(selection, evaluate.selection_tokens)
-    read = 2 * (sets.direction + sets.selection) * _PROMPT_TOKENS
-    scored = 2 * shortlist * 2 * sets.selection * _PROMPT_TOKENS
-    trials = _answers(3 * sets.selection, direction.teacher_tokens)
-    continued = sets.selection * tokens.samples
+    selection = _answers(2 * sets.selection + sets.borderline_selection, evaluate.selection_tokens)
+    candidates = direction.shortlist or _ALL_CANDIDATES
+    read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection
+    voters = sets.selection * tokens.samples
+    continued = Work(voters * tokens.horizon * _DECODE, -(-voters // _ANSWER_BATCH) * tokens.horizon)
+    voted = _along(voters, tokens.horizon) * (1 + _TEACHER_SHARE)
     rows = distill.prompts * distill.rollouts + distill.anchors
-    trained = rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN
-    rollout = _answers(rows, distill.completion_tokens)
-    measured = 1 + distill.steps // evaluate.every
+    trained = Work(rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN)
+    measured = -(-distill.steps // evaluate.every) + len(distill.adapter_strengths)
     return {
-        "baseline": baseline,
-        "direction": Work(read + scored + trials.passes, trials.steps),
-        "tokens": Work(
-            continued * (tokens.horizon * _DECODE + 2 * _PROMPT_TOKENS), tokens.horizon * sets.selection / 8
-        ),
-        "distill": Work(
-            distill.steps * (rollout.passes + trained) + measured * baseline.passes,
-            distill.steps * rollout.steps + measured * baseline.steps,
-        ),
-        "evaluate": _answers(2 * test, evaluate.answer_tokens),
-        "export": Work(1.0),
+        "baseline": selection,
+        "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, direction.teacher_tokens),
+        "tokens": continued + voted,
+        "distill": (_answers(rows, distill.completion_tokens) + trained) * distill.steps
+        + _reference(sets.selection, evaluate.kl_tokens)
+        + (selection + _along(sets.selection, evaluate.kl_tokens)) * measured,
+        "evaluate": _answers(2 * sets.test + sets.borderline_test, evaluate.answer_tokens) * 2
+        + _reference(sets.test, evaluate.kl_tokens)
+        + _along(sets.test, evaluate.kl_tokens),
     }
 
 
 def _answers(count: int, tokens: int) -> Work:
+    """Reading prompts and answering them, in whole batches."""
     batches = -(-count // _ANSWER_BATCH)
     return Work(count * (_PROMPT_TOKENS + tokens * _DECODE), batches * tokens)
+
+
+def _along(count: int, tokens: int) -> Work:
+    """Reading prompts with answers that are known."""
+    return Work(count * (_PROMPT_TOKENS + tokens))
+
+
+def _reference(count: int, tokens: int) -> Work:
+    """The base's own answers, and reading them."""
+    return _answers(count, tokens) + _along(count, tokens)
 
 
 def probe(decision: Decision, seconds: float = PROBE_SECONDS) -> float:
@@ -132,9 +156,9 @@ def probe(decision: Decision, seconds: float = PROBE_SECONDS) -> float:
 
 
 def expected_seconds(settings: RunConfig, shape: ModelShape, device: str, flops: float) -> dict[str, float]:
-    """Seconds by stage on this machine: the demo's measured ones, scaled.
+    """Seconds by stage on this machine, when nothing else uses it.
 
-    Measured on CPUs only; for a CUDA card it is a guess that leaves out what 4-bit unpacking costs there.
+    Measured on a CPU only; for a CUDA card it is a guess, which leaves out what 4-bit unpacking costs there.
 
     Args:
         settings: the run.
@@ -142,15 +166,16 @@ def expected_seconds(settings: RunConfig, shape: ModelShape, device: str, flops:
         device: `cpu` or `cuda`.
         flops: from `probe`.
     """
-    demo = work(config.build([("preset", config.preset_values(_MEASURED_PRESET))]))
-    slower = parameters(shape) / _MEASURED_PARAMETERS * _MEASURED_FLOPS / flops
-    launches = _LAUNCH_SECONDS * shape.layers if device == "cuda" else 0.0
-    return {
-        stage: _LOADING.get(stage, 0.0)
-        + (_MEASURED[stage] - _LOADING.get(stage, 0.0)) * slower * load.passes / demo[stage].passes
-        + launches * load.steps
-        for stage, load in work(settings).items()
-    }
+    token = 2 * parameters(shape) / (flops * _EFFICIENCY)
+    step = _LAUNCH_SECONDS * shape.layers if device == "cuda" else 0.0
+    seconds = {stage: load.tokens * token + load.steps * step for stage, load in work(settings).items()}
+    seconds["baseline"] += _LOADING_SECONDS
+    return {**seconds, "export": _EXPORT_SECONDS * parameters(shape)}
+
+
+def basis(device: str) -> str:
+    """What an estimate rests on, in words for the user."""
+    return "estimated from a short probe" if device == "cpu" else "a guess, as nothing was measured on a GPU yet"
 
 
 def total(seconds: Mapping[str, float]) -> float:

@@ -13,6 +13,15 @@ def format_bytes(count: int) -> str:
     return f"{size:.1f} TB"
 
 
+def format_estimate(seconds: float) -> str:
+    """A duration no more exact than an estimate is, from 10 seconds: steps of a minute from 90 seconds, of 5 minutes from half
+    an hour, of half an hour from 5 hours."""
+    step = next(
+        step for least, step in ((18000, 1800), (1800, 300), (90, 60), (0, 10)) if seconds >= least or not least
+    )
+    return format_duration(max(round(seconds / step) * step, step))
+
+
 def format_duration(seconds: float) -> str:
     """A duration for people: the two largest units, `2 h 5 min`."""
     whole = max(round(seconds), 0)

@@ -34,6 +34,7 @@ def check_folder(folder: Path) -> None:
         )
     if missing:
         raise ModelError(f"{folder} lacks weights: {', '.join(missing)}.", "Copy or download the model again.")
+    check_weights(folder)
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -43,6 +44,26 @@ def missing_weights(folder: Path) -> list[str]:
         named = sorted(set(_read_json(index).get("weight_map", {}).values()))
         return [name for name in named if not (folder / name).is_file()]
     return [] if next(folder.glob("*.safetensors"), None) else ["*.safetensors"]
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse weight files that are not whole, such as those of a download that broke off; reads their headers only.
+
+    Raises:
+        ModelError: names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        if not matches(path.name, ("*.safetensors",)):
+            continue
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is damaged or was not copied to its end ({error}).", "Copy or download the model again."
+            ) from error
 
 
 def check_architecture(folder: Path) -> None:

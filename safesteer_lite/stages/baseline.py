@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import Answers, measure
@@ -27,9 +29,7 @@ def run(session: Session, publication: Publication) -> None:
             session.progress("answers", sets.total),
         )
     openings = refusal_openings(answers)
-    for name in ("harmful", "borderline", "harmless"):
-        rate = getattr(card, name)
-        session.emit(Metric(session.stage, f"{name} refused", rate.share, rate.n))
+    tell_rates(session, card.to_record())
     if openings:
         told = ", ".join(f"{word!r} {count}x" for word, count in openings.most_common(5))
         session.note(
@@ -42,6 +42,13 @@ def run(session: Session, publication: Publication) -> None:
     (publication.path / "answers.json").write_text(
         json.dumps(vars(answers), ensure_ascii=False, indent=1), encoding="utf-8"
     )
+
+
+def tell_rates(session: Session, record: Mapping[str, Any]) -> None:
+    """What the base refuses, from its scorecard as `publication.result` holds it."""
+    for name in ("harmful", "borderline", "harmless"):
+        rate = record[name]
+        session.emit(Metric(session.stage, f"{name} refused", rate["refused"] / rate["n"], rate["n"]))
 
 
 def refusal_openings(answers: Answers) -> Counter[str]:

@@ -21,7 +21,7 @@ from safesteer_lite.hardware import cuda
 from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
 from safesteer_lite.hardware.shape import shape_from_config
 from safesteer_lite.hardware.units import format_bytes
-from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.method.distill import Distillation, Recipe, prompts_at
 from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.models.plain import PlainModel, freeze_reading, read_config, save_adapter, scale_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
@@ -33,6 +33,9 @@ from safesteer_lite.stages.tokens import load_tokens
 
 # So many measurements in a row beyond the tax budget are no accident of a small sample.
 _PATIENCE = 3
+# As much of the base's answer as is read beside a rollout, and how many prompts ahead are answered at once: a whole batch
+# takes hardly longer than one answer, so that all of them together cost less than a step's own rollouts.
+_SHOWN_TOKENS, _SHOWN_AHEAD = 24, 32
 
 
 @dataclass
@@ -110,14 +113,15 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         optimizing_on(policy.model.device),
     )
     _fit_micro_batch(session, training)
-    yardstick = _yardstick(session)
+    yardstick, shown = _yardstick(session), ShownAnswers(session, training.recipe)
     history = History()
     best = adapter_tensors(policy.model)
     if saved:
         history, best = _restore(saved[1], training)
         session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
+    session.progress("steps", config.distill.steps)(training.done)
     while training.done < config.distill.steps and not _stop(session, history):
-        _one_step(session, training, history)
+        _one_step(session, training, history, shown)
         due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
         if due:
             with training.optimizer.averaged():
@@ -190,7 +194,7 @@ def _fit_micro_batch(session: Session, training: Distillation) -> None:
     )
 
 
-def _one_step(session: Session, training: Distillation, history: History) -> None:
+def _one_step(session: Session, training: Distillation, history: History, shown: ShownAnswers) -> None:
     before, sampled = training.micro_batch, training.sampled_at_once
     result = training.step()
     if training.micro_batch < before:
@@ -216,8 +220,36 @@ def _one_step(session: Session, training: Distillation, history: History) -> Non
     if record["anchor_loss"] is not None:
         session.emit(Metric(session.stage, "anchor loss", result.anchor_loss, result.tokens, result.step))
     rollout = session.policy.tokenizer.decode(result.rollout, skip_special_tokens=True)
-    session.emit(Sample(session.stage, session.training_prompts()[result.prompt].text, "", rollout))
+    prompt = session.training_prompts()[result.prompt].text
+    session.emit(Sample(session.stage, prompt, shown.of_step(result.step - 1), rollout))
     session.emit(Progress(session.stage, "steps", result.step, session.config.distill.steps))
+
+
+class ShownAnswers:
+    """What the base answers to the prompt that each step shows: the beginning, once a prompt.
+
+    Which prompts those are follows from the seed, so the next few are answered together, when the first of them is shown.
+    """
+
+    def __init__(self, session: Session, recipe: Recipe) -> None:
+        self._session, self._recipe = session, recipe
+        self._known: dict[int, str] = {}
+
+    def of_step(self, step: int) -> str:
+        """The base's greedy answer to the first prompt of step `step`, counted from 0."""
+        prompt = self._prompt(step)
+        if prompt not in self._known:
+            ahead = range(step, min(step + _SHOWN_AHEAD, self._recipe.steps))
+            wanted = sorted({prompt, *map(self._prompt, ahead)} - self._known.keys())
+            asked = [self._session.training_prompts()[index].text for index in wanted]
+            policy = self._session.policy
+            with policy.model.adapters_off():
+                answers = policy.answers(asked, _SHOWN_TOKENS, _SHOWN_AHEAD)
+            self._known.update(zip(wanted, answers, strict=True))
+        return self._known[prompt]
+
+    def _prompt(self, step: int) -> int:
+        return prompts_at(step, self._recipe.prompts, len(self._session.training_prompts()), self._recipe.seed)[0]
 
 
 @dataclass(frozen=True)
@@ -242,7 +274,8 @@ def _measure(session: Session, step: int, yardstick: _Yardstick, history: Histor
     """Measure the student on the selection split; True if it has the best trade-off so far."""
     settings, start, reference = session.config.evaluate, yardstick.start, yardstick.reference
     chunk = session.config.distill.chunk
-    card, _ = measure(session.policy, yardstick.sets, settings.selection_tokens, ANSWER_BATCH, reference, chunk)
+    done = session.progress("answers", yardstick.sets.total)
+    card, _ = measure(session.policy, yardstick.sets, settings.selection_tokens, ANSWER_BATCH, reference, chunk, done)
     score = trade_off(start, card, settings.tax_budget)
     whole = strength == 1
     record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}

@@ -77,14 +77,15 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
     with policy.model.adapters_off():
         reference = reference_answers(policy, texts(sets.harmless), evaluate.kl_tokens, ANSWER_BATCH)
     points: list[Point] = []
+    base_answer = ""
     done = session.progress("answers", len(wanted) * sets.total)
     for index, strength in enumerate(wanted):
         set_strength(policy, adapter, strength)
         card, harmful = _measure(session, sets, reference, lambda count, start=index: done(start * sets.total + count))
-        base = points[0].card if points else card
+        base, base_answer = (points[0].card, base_answer) if points else (card, harmful[0])
         points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3)))
         _tell(session, points[-1])
-        session.emit(Sample(session.stage, sets.harmful[0].text, "", harmful[0]))
+        session.emit(Sample(session.stage, sets.harmful[0].text, base_answer, harmful[0]))
     _save(session.run, points)
     return points
 

@@ -1,4 +1,4 @@
-"""Questions at the terminal: one way to ask each kind; Esc goes back, Ctrl-C leaves."""
+"""Questions at the terminal: one way to ask each kind; Esc goes back, Ctrl-C and Ctrl-D leave."""
 
 from __future__ import annotations
 
@@ -72,15 +72,6 @@ def write_path(message: str, default: str = "") -> str:
     return str(_ask(questionary.path(message, default=default))).strip()
 
 
-def confirm(message: str, default: bool = True) -> bool:
-    """Yes or no.
-
-    Raises:
-        Back: Esc. KeyboardInterrupt: Ctrl-C.
-    """
-    return bool(_ask(questionary.confirm(message, default=default)))
-
-
 def until_right(question: Callable[[], Answer], wrong: type[Exception], tell: Callable[[Exception], None]) -> Answer:
     """Ask again until the answer is one that can be used.
 
@@ -107,4 +98,8 @@ def _ask(question: questionary.Question) -> Any:
     known = [application.key_bindings] if application.key_bindings else []
     application.key_bindings = merge_key_bindings([*known, escape])
     application.ttimeoutlen = _ESCAPE_SECONDS
-    return question.unsafe_ask()
+    try:
+        return question.unsafe_ask()
+    except EOFError:
+        # Ctrl-D, or an input that has ended: there is nobody to ask again.
+        raise KeyboardInterrupt from None

@@ -16,7 +16,7 @@ from safesteer_lite.rundir import RunSummary
 from safesteer_lite.wizard.ask import Back, Option, choose
 from safesteer_lite.wizard.program import Program, as_command
 from safesteer_lite.wizard.questions import Questions
-from safesteer_lite.wizard.tables import machine_table, rounded_duration
+from safesteer_lite.wizard.tables import machine_table, plan_table
 
 _SHOWN_RUNS = 5
 _INTERRUPTED = 130
@@ -44,7 +44,9 @@ def _first(program: Program) -> int:
     while True:
         unfinished = [entry for entry in entries if not entry.finished]
         finished = [entry for entry in entries if entry.finished][:_SHOWN_RUNS]
-        options = [Option(("resume", run), f"go on with {run.name}, {_state(run)}") for run in unfinished[:_SHOWN_RUNS]]
+        options = [
+            Option(("resume", run), f"go on with {run.name} ({_state(run)})") for run in unfinished[:_SHOWN_RUNS]
+        ]
         options += [Option(("results", run), f"results of {run.name}") for run in finished]
         new = Option(("new", None), "start a new run")
         # A finished run is no reason to begin there; an unfinished one is.
@@ -63,7 +65,7 @@ def _first(program: Program) -> int:
 
 
 def _state(run: RunSummary) -> str:
-    return f"stopped after {run.stages[-1]}" if run.stages else "stopped in its first stage"
+    return f"after {run.stages[-1]}" if run.stages else "first stage"
 
 
 def _new_run(program: Program) -> int:
@@ -82,7 +84,10 @@ def _new_run(program: Program) -> int:
         if code == _INTERRUPTED:
             return code
         again = [Option(True, "change something and try again"), Option(False, "leave")]
-        if not choose("That did not work. What now?", again):
+        try:
+            if not choose("That did not work. What now?", again, escape="leave"):
+                return code
+        except Back:
             return code
 
 
@@ -110,6 +115,13 @@ def _in_order(steps: list[Callable[[], None]]) -> None:
             place -= 1
 
 
+def _stage_titles() -> dict[str, str]:
+    # The pipeline loads all that a run needs, which takes seconds; whoever is asked the first question should not wait for it.
+    from safesteer_lite.pipeline import STAGES
+
+    return {stage.name: stage.title for stage in STAGES}
+
+
 def _confirm(questions: Questions) -> None:
     """The whole choice in one table, with the command that does the same.
 
@@ -121,7 +133,7 @@ def _confirm(questions: Questions) -> None:
     assert answers.look is not None
     seconds = questions.expected_seconds()
     line = answers.arguments(program.runs)
-    table = Table(title="The run", title_justify="left", show_header=False)
+    table = Table(title="The run", title_justify="left", show_header=False, box=None)
     table.add_row("model", f"{settings.model.name} ({outlook.fit})")
     table.add_row("loaded as", outlook.reason)
     table.add_row("download", format_bytes(answers.look.download_bytes) if answers.look.download_bytes else "none")
@@ -129,9 +141,11 @@ def _confirm(questions: Questions) -> None:
     table.add_row("effort", f"{answers.effort}: {settings.distill.steps} steps; {pace.EFFORTS[answers.effort]}")
     for name, value in answers.settings.items():
         table.add_row(name, value)
-    table.add_row("time", f"about {rounded_duration(pace.total(seconds))}, estimated from a short probe")
     table.add_row("result", f"a folder under {program.runs}, with its config.toml")
     program.console.print(table)
+    with program.console.status("Getting ready"):
+        stages = _stage_titles()
+    program.console.print(plan_table(stages, seconds, outlook))
     program.say_whole(f"The same without questions: {as_command([*line, '--yes'])}")
     if pace.total(seconds) > _LONG_SECONDS:
         program.say("That is long. A smaller model, or the quick effort, takes a fraction of it.", "yellow")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -15,12 +17,11 @@ from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.known import KNOWN, Outlook, outlook
 from safesteer_lite.hardware.machine import Machine
 from safesteer_lite.hardware.shape import parameters
-from safesteer_lite.hardware.units import format_bytes
+from safesteer_lite.hardware.units import format_bytes, format_estimate
 from safesteer_lite.models.preview import Look, look
 from safesteer_lite.prompts import preview
 from safesteer_lite.wizard.ask import Back, Option, choose, until_right, write, write_path
 from safesteer_lite.wizard.program import Program
-from safesteer_lite.wizard.tables import rounded_duration
 
 
 @dataclass
@@ -40,13 +41,13 @@ class Answers:
     look: Look | None = None
     prompts: str = ""
     column: str = ""
-    effort: str = "normal"
+    effort: str = "standard"
     settings: dict[str, str] = field(default_factory=dict)
 
     def arguments(self, runs: Path) -> list[str]:
         """The command line that means the same."""
         line = ["run", self.model]
-        if self.effort != "normal":
+        if self.effort != "standard":
             line += ["--effort", self.effort]
         if self.prompts:
             line += ["--prompts", self.prompts]
@@ -140,7 +141,7 @@ class Questions:
         found = outlook(self.machine, known.shape, download=known.size)
         settings = config.build([("preset", config.preset_values(name))])
         seconds = pace.expected_seconds(settings, known.shape, found.decision.device, self._speed(found.decision))
-        time = "" if found.fit == "does not fit" else f"~{rounded_duration(pace.total(seconds))}"
+        time = "" if found.fit == "does not fit" else f"~{format_estimate(pace.total(seconds))}"
         gated = ", gated" if known.gated else ""
         return f"{found.fit:<12}  {time:<11}  {format_bytes(known.size)}{gated}"
 
@@ -188,7 +189,11 @@ class Questions:
         column = ""
         if len(found.columns) > 1 or (found.columns and not found.suggested):
             options = [Option(name, name) for name in found.columns]
-            column = str(choose("Which column holds the requests?", options, found.suggested))
+            try:
+                column = str(choose("Which column holds the requests?", options, found.suggested))
+            except Back:
+                self._ask_prompt_file()
+                return
         before = self.answers
         self.answers = replace(before, prompts=str(path), column=column)
         try:
@@ -221,7 +226,7 @@ class Questions:
             seconds = pace.total(self.expected_seconds())
         finally:
             self.answers = before
-        return f"{name:<8}  about {rounded_duration(seconds)}: {pace.EFFORTS[name]}"
+        return f"{name:<8}  about {format_estimate(seconds)}: {pace.EFFORTS[name]}"
 
     def expected_seconds(self) -> dict[str, float]:
         """Seconds by stage that the answers so far should take here."""
@@ -256,16 +261,17 @@ class Questions:
             options = [Option(name, f"{name} = {_plain(value)}  ({unit})") for name, (value, unit) in shown.items()]
             try:
                 key = choose(f"Change which of [{section}]?", [*options, Option("", "done")])
-                if not key:
-                    return
-                value, unit = shown[key]
+            except Back:
+                return
+            if not key:
+                return
+            value, unit = shown[key]
+            with suppress(Back):
                 until_right(
-                    lambda key=key, value=value, unit=unit: self._ask_setting(f"{section}.{key}", _plain(value), unit),  # type: ignore[misc]
+                    partial(self._ask_setting, f"{section}.{key}", _plain(value), unit),
                     ConfigError,
                     self.program.explain,
                 )
-            except Back:
-                return
 
     def _ask_setting(self, name: str, value: str, unit: str) -> None:
         typed = write(f"{name}, {unit}:", value)

@@ -14,6 +14,7 @@ from safesteer_lite.console import scorecard_table
 from safesteer_lite.errors import SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
+from safesteer_lite.hardware.units import format_estimate
 from safesteer_lite.stages import strength
 from safesteer_lite.wizard.ask import Back, Option, choose, until_right, write_path
 from safesteer_lite.wizard.program import Program, as_command
@@ -130,11 +131,24 @@ class Results:
             lambda: _new_folder(write_path("Into which new folder?", default)), UsageError, self.program.explain
         )
         line = ["export", str(self.run.path), *kind, "--out", str(out)]
+        if "adapter" not in kind:
+            line += self._ask_measure()
         if self.strength != 1:
             line += ["--strength", f"{self.strength:g}"]
         self.program.say_whole(f"The same without questions: {as_command(line)}")
         if self.program.execute(line) == 0:
             self.program.say_whole(f"Written: {out.resolve()}")
+
+    def _ask_measure(self) -> list[str]:
+        """On how many prompts the written files are measured, which is what takes time, as arguments of `export`."""
+        # The run asked two models the test prompts; each artefact is one.
+        seconds = self.report["stages"]["evaluate"]["seconds"] / 2
+        options = [
+            Option([], f"all, as in the report: about {format_estimate(seconds)} a model"),
+            Option(["--measure", "20"], "20 of each set: quicker, with wider intervals"),
+        ]
+        chosen: list[str] = choose("On how many test prompts shall it be measured?", options)
+        return chosen
 
     def show_places(self) -> None:
         """Where everything is."""

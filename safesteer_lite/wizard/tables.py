@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from safesteer_lite.hardware import pace
+from safesteer_lite.hardware.known import Outlook
 from safesteer_lite.hardware.machine import Machine
-from safesteer_lite.hardware.units import format_bytes, format_duration
-
-
-def rounded_duration(seconds: float) -> str:
-    """A duration no more exact than an estimate is: 5-minute steps from half an hour, half hours from 5 hours."""
-    step = 1800 if seconds >= 18000 else 300 if seconds >= 1800 else 60
-    return format_duration(max(round(seconds / step) * step, step))
+from safesteer_lite.hardware.units import format_bytes, format_estimate
 
 
 def machine_table(machine: Machine) -> Table:
@@ -30,9 +26,29 @@ def machine_table(machine: Machine) -> Table:
     else:
         table.add_row("GPU", "none found: the demo and models up to about 1.5B run on the processor")
     bf16 = "" if card else (", bf16 arithmetic" if machine.bf16_fast else ", no bf16 arithmetic, so slower")
-    table.add_row("processor", f"{machine.cpu}, {machine.cores} cores{bf16}")
+    table.add_row("processor", f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}{bf16}")
     table.add_row("memory", f"{format_bytes(machine.ram_available)} free of {format_bytes(machine.ram_total)}")
     table.add_row("disk", f"{format_bytes(machine.disk_free)} free at {Path.cwd()}")
+    return table
+
+
+def plan_table(stages: Mapping[str, str], seconds: Mapping[str, float], outlook: Outlook) -> Table:
+    """What a run should take, stage by stage.
+
+    Args:
+        stages: titles by name, in order.
+        seconds: expected, by stage.
+        outlook: of the model on this machine.
+    """
+    # Without lines around it, the whole summary stays on a screen of 24 rows.
+    table = Table(title=f"What it should take: {pace.basis(outlook.decision.device)}", title_justify="left", box=None)
+    memory = "VRAM" if outlook.decision.device == "cuda" else "memory"
+    for heading in ("stage", "time", f"{memory}, at least"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, title in stages.items():
+        kind = " of RAM" if name == "export" and memory == "VRAM" else ""
+        table.add_row(title, format_estimate(seconds[name]), f"{format_bytes(outlook.memory_bytes[name])}{kind}")
+    table.add_row("in all", format_estimate(pace.total(seconds)), f"disk {format_bytes(outlook.disk_bytes)}")
     return table
 
 

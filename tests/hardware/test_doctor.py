@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safesteer_lite.hardware.doctor import Check, checks
+from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.machine import Machine
 from tests.hardware.examples import CARD, CPU_MACHINE, GB, write
 
@@ -41,13 +43,30 @@ def test_versions_are_held_against_the_packages_own_bounds(tmp_path: Path, monke
 def test_doctor_tells_the_ways_cuda_fails_apart() -> None:
     card = replace(CARD, usable=False)
     none = {**CPU_MACHINE.versions, "bitsandbytes": None}
-    machine = replace(CPU_MACHINE, versions=none)
-    assert found(machine)["CUDA"].ok is None
-    assert "CPU only" in found(replace(machine, gpus=(card,)))["CUDA"].found
-    assert "driver" in found(replace(machine, gpus=(card,), cuda_build="12.8"))["CUDA"].remedy
-    works = found(replace(machine, gpus=(CARD,), cuda_build="12.8"))
-    assert works["CUDA"].ok is True and works["GPU memory"].ok is True
-    assert found(replace(machine, gpus=(replace(CARD, memory_free=2 * GB),)))["GPU memory"].ok is False
+    names = ("NVIDIA driver", "torch build", "CUDA", "GPU memory")
+
+    def told(**changes: Any) -> list[Check]:
+        seen = found(replace(CPU_MACHINE, **{"versions": none, **changes}))
+        return [seen[name] for name in names]
+
+    driver, build, cuda, memory = told()
+    assert (driver.ok, build.ok, cuda.ok, memory.ok) == (None, True, None, None)
+    driver, build, cuda, memory = told(gpus=(card,))
+    assert (driver.ok, build.ok, cuda.ok, memory.ok) == (True, False, False, None)
+    assert "CUDA build" in build.remedy and "torch build" in cuda.remedy
+    driver, build, cuda, memory = told(gpus=(card,), cuda_build="12.8")
+    assert (driver.ok, build.ok, cuda.ok, memory.ok) == (True, True, False, None)
+    assert "driver" in cuda.remedy and "570.1" in cuda.found
+    driver, build, cuda, memory = told(gpus=(replace(CARD, driver=None),), cuda_build="12.8")
+    assert (driver.ok, build.ok, cuda.ok, memory.ok) == (None, True, True, True) and "nvidia-smi" in driver.remedy
+    assert told(gpus=(replace(CARD, memory_free=2 * GB),), cuda_build="12.8")[-1].ok is False
+    assert told(versions={})[1].ok is False
+
+
+def test_every_gated_preset_is_named() -> None:
+    line = found(replace(CPU_MACHINE, versions={}))["gated licences"]
+    gated = {name for name in KNOWN if name.startswith("meta-llama/")}
+    assert len(gated) == 2 and all(name in line.found for name in gated) and "accept the licence" in line.remedy
 
 
 def test_whatever_is_not_well_has_a_remedy_and_the_token_stays_secret(
@@ -62,7 +81,16 @@ def test_whatever_is_not_well_has_a_remedy_and_the_token_stays_secret(
         CPU_MACHINE, python="3.9.1", ram_total=4 * GB, disk_free=GB, bf16_fast=False, versions={}, cuda_build=None
     )
     seen = found(poor)
-    bad = {"Python", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "bitsandbytes import"}
+    bad = {
+        "Python",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "bitsandbytes import",
+        "torch build",
+    }
     assert {name for name, check in seen.items() if check.ok is False} == bad | {"memory", "disk", "terminal width"}
     assert all(check.remedy.endswith(".") for check in seen.values() if check.ok is not True)
     assert seen["model hub login"].ok is None and seen["offline mode"].ok is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safesteer_lite.hardware.units import format_bytes, format_duration
+from safesteer_lite.hardware.units import format_bytes, format_duration, format_estimate
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,20 @@ def test_format_bytes_is_close(count: int) -> None:
 )
 def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0, "10 s"),
+        (3, "10 s"),
+        (47, "50 s"),
+        (95, "2 min"),
+        (1900, "30 min"),
+        (2000, "35 min"),
+        (20000, "5 h 30 min"),
+        (36000, "10 h"),
+    ],
+)
+def test_estimates_are_not_told_to_the_second(seconds: float, told: str) -> None:
+    assert format_estimate(seconds) == told

@@ -6,17 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.models.local_hub import LocalHub
+from tests.models.local_hub import LocalHub, serving
 from tests.models.tiny_gguf import TEMPLATE
 
 
@@ -51,28 +48,13 @@ def model_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[type[LocalHub], Callable[[str], list[str]]]]:
     """A hub on this machine, and a function that runs code in a process that knows no other hub."""
+    with serving(tmp_path / "home") as (server, variables):
 
-    class Hub(LocalHub):
-        files: ClassVar[dict[str, bytes]] = {}
-        asked: ClassVar[list[str]] = []
-        refusal: ClassVar[str] = ""
+        def run(code: str) -> list[str]:
+            # The hub's address is read when its client is imported, hence a process of its own.
+            environment = os.environ | variables | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+            assert done.stderr == ""
+            return done.stdout.splitlines()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def run(code: str) -> list[str]:
-        # The hub's address is read when its client is imported, hence a process of its own.
-        environment = os.environ | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "home"),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "NO_PROXY": "127.0.0.1",
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert done.stderr == ""
-        return done.stdout.splitlines()
-
-    yield Hub, run
-    server.shutdown()
-    server.server_close()
+        yield server, run

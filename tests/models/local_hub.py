@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from http.server import BaseHTTPRequestHandler
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 HUB_ID = "nobody/no-such-model"
@@ -48,3 +52,22 @@ class LocalHub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[tuple[type[LocalHub], dict[str, str]]]:
+    """A fresh hub, and the environment of a process that knows no other one and keeps its cache in `home`."""
+
+    class Hub(LocalHub):
+        files: ClassVar[dict[str, bytes]] = {}
+        asked: ClassVar[list[str]] = []
+        refusal: ClassVar[str] = ""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield Hub, {"HF_ENDPOINT": address, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -25,9 +25,16 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
 
 
+def break_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (break_off, r"model\.safetensors is damaged.*download the model again"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is damaged"),
         (only_pickles, "Convert them to safetensors"),
         (lose_a_shard, r"lacks weights: model-00002\.safetensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks weights"),

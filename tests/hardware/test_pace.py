@@ -1,0 +1,48 @@
+"""Estimates of a run's time, against what was measured and against what must follow from the settings; effort levels."""
+
+from __future__ import annotations
+
+import pytest
+
+from safesteer_lite import config
+from safesteer_lite.hardware import known, pace
+
+
+@pytest.mark.parametrize("effort", pace.EFFORTS)
+def test_every_effort_works_with_every_preset(effort: str) -> None:
+    for name in config.preset_names():
+        layers = [("preset", config.preset_values(name)), ("effort", pace.effort_values(effort))]
+        assert config.build(layers).model.name in known.KNOWN
+    demo = config.build(
+        [("preset", config.preset_values("qwen2.5-coder-0.5b-demo")), ("effort", pace.effort_values(effort))]
+    )
+    if effort == "quick":
+        assert demo == config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("q", config.QUICK)])
+
+
+def test_the_estimate_of_the_demo_is_near_what_was_measured() -> None:
+    demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
+    shape = known.KNOWN[demo.model.name].shape
+    # README, seed 0, on two cores; the probe found 428 billion operations a second on one of them (RESULTS.md, "Pace").
+    measured = {"baseline": 21, "direction": 68, "tokens": 25, "distill": 411, "evaluate": 480, "export": 23}
+    seconds = pace.expected_seconds(demo, shape, "cpu", 2 * 428e9)
+    assert tuple(seconds) == tuple(measured)
+    assert pace.total(seconds) == pytest.approx(sum(measured.values()), rel=0.15)
+    for stage, found in measured.items():
+        assert seconds[stage] == pytest.approx(found, rel=0.3), stage
+
+
+def test_estimates_follow_the_machine_and_the_work() -> None:
+    values = config.preset_values("qwen2.5-coder-0.5b-demo")
+    demo = config.build([("preset", values)])
+    shape = known.KNOWN[demo.model.name].shape
+    seconds = pace.expected_seconds(demo, shape, "cpu", 1e12)
+    assert pace.expected_seconds(demo, shape, "cpu", 5e11)["distill"] == pytest.approx(2 * seconds["distill"])
+    on_card = pace.expected_seconds(demo, shape, "cuda", 1e12)
+    # 2 x 5 batches of 150 tokens and 2 of 48, each token no faster than the launches of 24 blocks.
+    assert on_card["evaluate"] - seconds["evaluate"] == pytest.approx(1e-3 * 24 * (10 * 150 + 2 * 48))
+    for name, value in {"distill.steps": 32, "distill.completion_tokens": 64, "distill.anchors": 200}.items():
+        longer = config.build([("preset", values), ("test", {name: value})])
+        found = pace.expected_seconds(longer, shape, "cpu", 1e12)
+        assert found["distill"] > 1.4 * seconds["distill"], name
+        assert {**found, "distill": 0} == {**seconds, "distill": 0}, name
