@@ -214,7 +214,8 @@ def our_tokens(options: argparse.Namespace) -> dict[str, Any]:
 
     found = measured(vote)
     # The same generator gives the same continuations again, now outside of what is measured.
-    generator, kept = torch.Generator().manual_seed(work.config.seed), {}
+    generator = torch.Generator().manual_seed(work.config.seed)
+    kept: dict[str, Tensor] = {}
     with torch.no_grad(), teacher(policy.model, steer):
         for place, batch in enumerate(batches):
             answers = policy.model.generate(batch, config.horizon - 1, 1.0, generator, config.samples)

@@ -57,7 +57,7 @@ def test_the_adapter_reads_what_a_plain_forward_shows(
         )
     read_discriminants(policy, HARMFUL, HARMLESS, 0.5, 2)
     for name in names:
-        weight = policy.model.network.get_submodule(modules[name]).lora_A["default"].weight
+        weight = policy.model.network.get_parameter(f"{modules[name]}.lora_A.default.weight")
         torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-3, atol=1e-4)
 
 
