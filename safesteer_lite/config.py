@@ -100,7 +100,7 @@ class DistillConfig:
     averaging: float = setting(0.0, "share of the averaged weights kept a step; 0 takes the last ones", "the paper")
     learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")
     adapter_strengths: tuple[float, ...] = setting(
-        (0.75, 0.5, 0.25), "factors on the last adapter, tried too", "RESULTS.md"
+        (1.3, 0.75, 0.5), "factors on the last adapter, tried too", "RESULTS.md, reading directions"
     )
     warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
@@ -186,7 +186,7 @@ Values = dict[str, Any]
 QUICK: Values = {
     "prompts.test": 28,
     "prompts.borderline_test": 20,
-    "distill.steps": 10,
+    "distill.steps": 4,
     "evaluate.answer_tokens": 32,
 }
 """What `demo --quick` changes: it shows that everything works, and rates from so few prompts say little more."""
@@ -313,8 +313,10 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append("tokens.horizon must be at least 2: the first position is the prompt's last.")
     if list(config.direction.strengths) != sorted(config.direction.strengths):
         problems.append("direction.strengths must rise: the smallest sufficient one is taken.")
-    if not all(0 < strength < 1 for strength in config.distill.adapter_strengths):
-        problems.append("distill.adapter_strengths lie between 0 (the base) and 1 (the adapter as trained).")
+    if not all(0 < strength <= 1.5 and strength != 1 for strength in config.distill.adapter_strengths):
+        problems.append(
+            "distill.adapter_strengths lie between 0 (the base) and 1.5; 1, the adapter as trained, is there anyway."
+        )
     if config.direction.strengths and config.direction.strengths[0] <= 0:
         problems.append("direction.strengths must be above 0: directions are only ever added.")
     return problems

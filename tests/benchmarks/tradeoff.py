@@ -17,8 +17,6 @@ import math
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.model import Batch
 from safesteer_lite.models import source
 from safesteer_lite.models.demo_download import demo_model
+from safesteer_lite.models.plain import scale_adapter
 from safesteer_lite.models.policy import Policy, reference_answers
 from safesteer_lite.rundir import Checkpoints, RunFolder
 from safesteer_lite.stages import distill
@@ -122,12 +121,6 @@ def openings_mass(policy: Policy, prompts: list[str], openings: tuple[str, ...])
     return float(torch.cat(masses).mean())
 
 
-@contextmanager
-def scaled(tensors: dict[str, Tensor], strength: float) -> Iterator[dict[str, Tensor]]:
-    """The adapter with its second factors times `strength`."""
-    yield {name: tensor * strength if "lora_B" in name else tensor for name, tensor in tensors.items()}
-
-
 class Bench:
     """Measures one loaded policy against its base."""
 
@@ -136,19 +129,19 @@ class Bench:
         self.session, self.tokens = session, tokens
         self.sets = session.prompt_sets(split)
         self.text = harmless_text(session.policy)
-        policy, chunk = session.policy, session.config.distill.chunk
+        policy = session.policy
         with policy.model.adapters_off():
             self.reference = reference_answers(
                 policy, texts(self.sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH
             )
             known = session.run.path / f"base-{split}-{tokens}.json"
             if not known.is_file():
-                known.write_text(json.dumps(self.measure(chunk)), encoding="utf-8")
+                known.write_text(json.dumps(self.measure()), encoding="utf-8")
         self.base: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
 
-    def measure(self, chunk: int) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """Everything the table has, of whichever policy is on."""
-        policy, sets = self.session.policy, self.sets
+        policy, sets, chunk = self.session.policy, self.sets, self.session.config.distill.chunk
         card, answers = measure(policy, sets, self.tokens, ANSWER_BATCH, self.reference, chunk)
         openings = self.session.config.direction.refusal_openings
         return {
@@ -179,9 +172,9 @@ def run_row(row: Row, seed: int, split: str, tokens: int, work: Path) -> dict[st
         # Kept for a closer look at a row; rows can always be run again.
         save_file(tensors, work / f"{row.name}, seed {seed}, {label}.safetensors")
         for strength in (1.0, *row.strengths):
-            with scaled(tensors, strength) as weights:
-                distill.load_adapter(session.policy.model, weights)
-            found[label if strength == 1 else f"{label} x {strength:g}"] = bench.measure(settings.distill.chunk)
+            distill.load_adapter(session.policy.model, tensors)
+            scale_adapter(session.policy.model, strength)
+            found[label if strength == 1 else f"{label} x {strength:g}"] = bench.measure()
     return {
         "row": row.name,
         "seed": seed,
