@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from safesteer_lite import config, pipeline, rundir
 from safesteer_lite.commands.shared import DEMO_PRESET
