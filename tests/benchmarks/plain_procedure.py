@@ -72,6 +72,11 @@ def inputs_changed(model: Any, layers: Sequence[int], change: Callable[[Tensor],
         yield
 
 
+def adding(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """What adds a vector to hidden states, in their type."""
+    return lambda hidden: hidden + vector.to(hidden)
+
+
 @contextmanager
 def direction_removed(model: Any, direction: Tensor) -> Iterator[None]:
     """Inside, a direction is projected out of every block input and of every attention and MLP output."""
@@ -148,10 +153,9 @@ def sweep(
     known = all_logits(model, harmless)[:, -1].log_softmax(-1)
     for position, layer in candidates:
         direction = directions[position, layer]
-        shift = coefficient * direction
         with direction_removed(model, direction):
             bypass = refusal_log_odds(all_logits(model, harmful)[:, -1], refusal).mean()
-        with inputs_changed(model, [layer], lambda hidden, shift=shift: hidden + shift.to(hidden)):  # type: ignore[misc]
+        with inputs_changed(model, [layer], adding(coefficient * direction)):
             induce = refusal_log_odds(all_logits(model, harmless)[:, -1], refusal).mean()
         with direction_removed(model, direction):
             ablated = all_logits(model, harmless)[:, -1].log_softmax(-1)
@@ -172,7 +176,7 @@ def sample(
     model: Any, tokens: Tokens, layer: int, vector: Tensor, samples: int, length: int, ends: list[int]
 ) -> Tensor:
     """Continuations by the steered model through transformers' own generate: (prompts * samples, length) at most."""
-    with inputs_changed(model, [layer], lambda hidden: hidden + vector.to(hidden)):
+    with inputs_changed(model, [layer], adding(vector)):
         found: Tensor = model.generate(
             input_ids=tokens.ids,
             attention_mask=tokens.mask,
@@ -211,7 +215,7 @@ def read_policies(
     stop = torch.tensor(ends)
     for prompts, ids, mask in batches:
         whole = Tokens(torch.cat([prompts.ids, ids], 1), torch.cat([prompts.mask, mask.long()], 1))
-        with inputs_changed(model, [layer], lambda hidden: hidden + vector.to(hidden)):
+        with inputs_changed(model, [layer], adding(vector)):
             teacher.append(all_logits(model, whole).log_softmax(-1)[:, -horizon:].clone())
         base.append(all_logits(model, whole).log_softmax(-1)[:, -horizon:].clone())
         text = torch.cat([torch.ones(len(ids), 1, dtype=torch.bool), mask & ~torch.isin(ids, stop)], 1)
@@ -271,7 +275,7 @@ def backward(
         whole = Tokens(
             torch.cat([prompts.ids[rows], completions[rows]], 1), torch.cat([prompts.mask[rows], mask[rows].long()], 1)
         )
-        with torch.no_grad(), inputs_changed(teacher, [layer], lambda hidden: hidden + vector.to(hidden)):
+        with torch.no_grad(), inputs_changed(teacher, [layer], adding(vector)):
             log_q = all_logits(teacher, whole).log_softmax(-1)
         log_p = all_logits(student, whole).log_softmax(-1)
         log_p, log_q = (part[:, -length - 1 : -1][..., safety] for part in (log_p, log_q))
