@@ -157,10 +157,13 @@ def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) 
     settings = planted.settings(model, {"distill.steps": 100})
     session = Session(settings, done, model, discard)
     asked: list[str] = []
-    session._policy = SimpleNamespace(  # type: ignore[assignment]
-        model=SimpleNamespace(adapters_off=nullcontext),
-        answers=lambda prompts, tokens, size: asked.extend(prompts) or [f"base: {prompt}" for prompt in prompts],
-    )
+
+    def answers(prompts: list[str], tokens: int, size: int) -> list[str]:
+        asked.extend(prompts)
+        return [f"base: {prompt}" for prompt in prompts]
+
+    known: Any = SimpleNamespace(model=SimpleNamespace(adapters_off=nullcontext), answers=answers)
+    session._policy = known
     plan = recipe(session)
     shown = ShownAnswers(session, plan)
     prompts = session.training_prompts()
