@@ -163,9 +163,8 @@ def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) 
         asked.extend(prompts)
         return [f"base: {prompt}" for prompt in prompts]
 
-    session._policy = SimpleNamespace(  # type: ignore[assignment]
-        model=SimpleNamespace(adapters_off=nullcontext), answers=answers
-    )
+    known: Any = SimpleNamespace(model=SimpleNamespace(adapters_off=nullcontext), answers=answers)
+    session._policy = known
     plan = recipe(session)
     shown = ShownAnswers(session, plan)
     prompts = session.training_prompts()

@@ -21,12 +21,9 @@ def test_the_table_of_cards_is_the_programs_own() -> None:
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (120, 30)])
 def test_the_live_screen_is_shown_as_it_is(columns: int, rows: int) -> None:
     view = RunView("run", {stage.name: StageView(stage.title) for stage in STAGES})
-    for event in (
-        StageStarted("distill", "Distillation"),
-        Metric("distill", "loss", 1.0),
-        Sample("distill", "a", "b", "c"),
-    ):
-        view.take(event)
+    view.take(StageStarted("distill", "Distillation"))
+    view.take(Metric("distill", "loss", 1.0))
+    view.take(Sample("distill", "a", "b", "c"))
     console = Console(width=columns, height=rows, record=True, file=io.StringIO())
     console.print(Frame(view, lambda: "RAM"))
     now, kept = console.export_text().splitlines(), screen(columns)

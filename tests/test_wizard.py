@@ -6,8 +6,10 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prompt_toolkit.application import create_app_session
@@ -301,14 +303,21 @@ def test_the_picked_strength_goes_to_chat_and_export(
     monkeypatch.chdir(tmp_path)
     run = rundir.open_run(shutil.copytree(walk.run, tmp_path / "runs" / walk.run.name))
     rate = {"refused": 1, "n": 4, "low": 0.05, "high": 0.7}
-    sets = dict.fromkeys(("harmful", "borderline", "harmless"), rate)
-    points = [{"strength": value, "score": 1.0, "kl_to_base": 0.1, **sets} for value in (0.0, 0.5, 1.0)]
+    sets: dict[str, Any] = dict.fromkeys(("harmful", "borderline", "harmless"), rate)
+    points: list[dict[str, Any]] = [
+        {"strength": value, "score": 1.0, "kl_to_base": 0.1, **sets} for value in (0.0, 0.5, 1.0)
+    ]
     dial = {"distill": run.manifest.stages["distill"].fingerprint, "points": points}
     (run.path / strength.FILE).write_text(json.dumps(dial), encoding="utf-8")
     asked: list[list[str]] = []
     told = io.StringIO()
+
+    def execute(line: Sequence[str]) -> int:
+        asked.append(list(line))
+        return 0
+
     program = Program(
-        execute=lambda line: asked.append(list(line)) or 0,  # type: ignore[func-returns-value]
+        execute=execute,
         run_settings=lambda line: run_settings(build_parser().parse_args(line)),
         open_settings=lambda path: open_settings(rundir.open_run(path)),
         exports={("--to", "merged"): "weights", ("--to", "adapter"): "the adapter"},

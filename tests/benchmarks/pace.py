@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def main() -> None:
     prompt_tokens = sum(batch.input_ids.shape[1] - batch.prefix for batch in encoded)
     refusal = policy.token_ids(work.config.direction.refusal_openings)
     reading = fastest(lambda: read(policy, prompts, refusal, lambda done: None))
-    lengths = {tokens: fastest(lambda n=tokens: policy.answers(prompts, n, _PROMPTS)) for tokens in (24, 96)}  # type: ignore[misc]
+    lengths = {tokens: fastest(partial(policy.answers, prompts, tokens, _PROMPTS)) for tokens in (24, 96)}
     shape = shape_from_config(read_config(work.model_folder))
     spent, trained = training_seconds(work, encoded, shape)
     token = reading / prompt_tokens

@@ -46,7 +46,8 @@ def test_doctor_tells_the_ways_cuda_fails_apart() -> None:
     names = ("NVIDIA driver", "torch build", "CUDA", "GPU memory")
 
     def told(**changes: Any) -> list[Check]:
-        seen = found(replace(CPU_MACHINE, **{"versions": none, **changes}))
+        named: dict[str, Any] = {"versions": none, **changes}
+        seen = found(replace(CPU_MACHINE, **named))
         return [seen[name] for name in names]
 
     driver, build, cuda, memory = told()
