@@ -71,7 +71,7 @@ SETTINGS: config.Values = {
     "distill.rollouts": 2,
     "distill.anchors": 28,
     "distill.completion_tokens": 8,
-    "distill.learning_rate": 2e-3,
+    "distill.learning_rate": 5e-3,
     "distill.rank": 8,
     "distill.lora_alpha": 16,
     "distill.reading": "discriminant",

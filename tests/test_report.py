@@ -30,6 +30,7 @@ KEYS = {
     "stages": dict,
     "peak_memory_bytes": int,
     "artifacts": dict,
+    "exports": list,
     "versions": dict,
     "config": dict,
 }

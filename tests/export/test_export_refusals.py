@@ -93,7 +93,7 @@ def revise(model: Path) -> None:
         (lambda model: (model / "model.safetensors").unlink(), "lacks weights"),
         (lambda model: (model / "config.json").unlink(), "has no config.json"),
         (lambda model: (model / "tokenizer.json").unlink(), "has no tokenizer"),
-        (cut, "model.safetensors is damaged or incomplete. Download the model again."),
+        (cut, "base model cannot be used"),
         (split, "lacks weights: model-00002-of-00002.safetensors"),
         (revise, "is not the base model that this run was made with"),
     ],
