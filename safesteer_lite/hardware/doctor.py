@@ -82,7 +82,7 @@ def _package_checks(machine: Machine) -> list[Check]:
         wanted = f"{name}{bound}" if bound is not None else name
         if version is None:
             optional = name == "unsloth"
-            remedy = f'Run: pip install "{wanted}"' + (" for faster training on CUDA (Linux)." if optional else ".")
+            remedy = f'Run: pip install "{wanted}"' + (" to train with Unsloth on CUDA (Linux)." if optional else ".")
             found.append(Check(name, None if optional else False, "not installed", remedy))
         elif bound is None:
             remedy = "Install safesteer-lite itself with pip, so that its version bounds are known."
