@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safesteer_lite import config, pipeline, report, rundir
@@ -220,6 +222,31 @@ def test_a_setting_redoes_what_depends_on_it(change: config.Values, redone: list
     assert set(pipeline.stage_fingerprints(planted.settings(Path("somewhere")), "other").values()).isdisjoint(
         old.values()
     )
+
+
+def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) -> None:
+    change = {
+        "distill.reading": "discriminant",
+        "distill.learning_rate": 2e-3,
+        "distill.steps": 3,
+        "distill.save_every": 1,
+        "evaluate.every": 3,
+    }
+    settings = planted.settings(model, change)
+    whole, broken = new_run(tmp_path / "whole", settings), new_run(tmp_path / "broken", settings)
+    pipeline.run(settings, whole, model, discard, last="distill")
+    asked = itertools.count(1)
+    with pytest.raises(Interrupted, match="after step 2"):
+        # It is asked four times around the stages before, and then after each step.
+        pipeline.run(settings, broken, model, discard, lambda: next(asked) == 6, last="distill")
+    pipeline.run(settings, broken, model, discard, last="distill")
+    found, expected = (
+        load_file(run.stage_folder("distill") / "adapter" / "adapter_model.safetensors") for run in (broken, whole)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # What is read was set and not trained, and what is written was trained.
+    assert all(float(value.abs().max()) > 0 for value in expected.values())
 
 
 def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter(done: RunFolder, model: Path) -> None:

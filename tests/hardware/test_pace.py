@@ -27,9 +27,9 @@ def test_the_estimate_of_the_demo_is_near_what_was_measured() -> None:
     measured = {"baseline": 28, "direction": 62, "tokens": 23, "distill": 279, "evaluate": 388, "export": 17}
     seconds = pace.expected_seconds(demo, shape, "cpu", 2 * 428e9)
     assert tuple(seconds) == tuple(measured)
-    assert pace.total(seconds) == pytest.approx(sum(measured.values()), rel=0.15)
+    assert pace.total(seconds) == pytest.approx(sum(measured.values()), rel=0.2)
     for stage, found in measured.items():
-        assert seconds[stage] == pytest.approx(found, rel=0.3), stage
+        assert seconds[stage] == pytest.approx(found, rel=0.4), stage
 
 
 def test_estimates_follow_the_machine_and_the_work() -> None:
