@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safesteer_lite.errors import ModelError
 from safesteer_lite.method.discriminant import reading_directions
 from safesteer_lite.method.model import Batch, Completions, Residual, base
 from safesteer_lite.models.plain import PlainModel, freeze_reading
@@ -53,6 +54,9 @@ def read_discriminants(
         ridge: see `method.discriminant.ridge_discriminants`.
         size: prompts a forward.
         done: called with the number of blocks that are ready.
+
+    Raises:
+        ModelError: a backend's blocks do not call their linear layers, so that nothing can be read from them.
     """
     model = policy.model
     rank = model.rank
@@ -83,6 +87,13 @@ def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Tex
         for modules, inputs in _run_block(model, text, layer):
             good_ends.setdefault(modules, []).append(_ends(inputs, text.mask, model.rank))
             tokens.setdefault(modules, []).append(inputs[text.sampled].float())
+    missed = set(model.adapted_modules(layer)) - {module for modules in bad_ends for module in modules}
+    if missed:
+        # Fused blocks may take a layer's weights without calling it; its A would stay random, and be frozen.
+        raise ModelError(
+            f"{len(missed)} linear layers of block {layer} do not show what they read.",
+            "Set model.backend=plain, or distill.reading=random.",
+        )
     for modules, ends in bad_ends.items():
         directions = reading_directions(
             torch.cat(ends), torch.cat(good_ends[modules]), torch.cat(tokens[modules]), ridge

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from safesteer_lite.errors import ModelError
 from safesteer_lite.method.discriminant import reading_directions
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.reading import read_discriminants
@@ -77,3 +78,13 @@ def test_only_what_the_adapter_writes_is_left_to_train(tiny_policy: tiny.Loader)
         student = policy.model.final(policy.model.start(batch))
         with policy.model.adapters_off():
             torch.testing.assert_close(student, policy.model.final(policy.model.start(batch)), rtol=0, atol=0)
+
+
+def test_a_backend_that_hides_what_a_layer_reads_is_refused(
+    tiny_policy: tiny.Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy(first_layer=3)
+    mlp: nn.Module = policy.model.layers[3].get_submodule("mlp")
+    monkeypatch.setattr(mlp, "forward", lambda hidden: hidden)
+    with pytest.raises(ModelError, match="3 linear layers of block 3 do not show what they read"):
+        read_discriminants(policy, HARMFUL, HARMLESS, 0.1, 8)
