@@ -112,7 +112,7 @@ class DistillConfig:
         "the paper",
         ("random", "discriminant"),
     )
-    reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "RESULTS.md, reading directions")
+    reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "RESULTS.md; others not compared by answers")
     first_layer: int = setting(0, "lowest adapted block", "one row in RESULTS.md; not compared")
     micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
     chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")

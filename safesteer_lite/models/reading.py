@@ -15,8 +15,8 @@ from safesteer_lite.method.model import Batch, Completions, Residual, base
 from safesteer_lite.models.plain import PlainModel, freeze_reading
 from safesteer_lite.models.policy import Done, Policy, ignore
 
-# Activations of harmless text that a second moment is taken of, at most: METHOD's sets have 5,000 to 10,000 tokens, and
-# the inverse is taken in a space of at most this many dimensions.
+# Activations of harmless text that a second moment is taken of, at most: the inverse is taken in a space of at most this
+# many dimensions. The rows in RESULTS.md used this many; no other number was tried.
 _TOKENS = 3000
 
 Modules = tuple[Any, ...]
