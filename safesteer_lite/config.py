@@ -95,7 +95,7 @@ class DistillConfig:
     anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "one row in RESULTS.md; not compared")
     anchor_objective: str = setting("full", "loss on anchors", "one row in RESULTS.md; not compared", _OBJECTIVES)
     anchor_weight: float = setting(1.0, "factor", "one row in RESULTS.md; not compared")
-    score_weight: float = setting(0.0, "factor on the anchors' shift of the refusal score; 0 is the paper", "the paper")
+    score_weight: float = setting(0.0, "factor on the anchors' rise of the refusal score; 0 is the paper", "the paper")
     half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
     averaging: float = setting(0.0, "share of the averaged weights kept a step; 0 takes the last ones", "the paper")
     learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")

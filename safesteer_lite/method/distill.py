@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from safesteer_lite.method import model as policies
 from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.model import Batch, Completions, LanguageModel, Steering
-from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_shift
+from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_rise
 from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
 
 
@@ -38,7 +38,7 @@ class Recipe:
         anchors: harmless prompts a step, one rollout each, whose teacher is the unsteered base; 0 is the paper.
         anchor_objective: divergence on anchors.
         anchor_weight: factor on the anchors' loss.
-        score_weight: factor on the anchors' shift of the refusal score at the first position; 0 leaves it out.
+        score_weight: factor on the anchors' rise of the refusal score at the first position; 0 leaves it out.
         half_life: tokens after which a position of a rollout counts half as much; 0 counts all alike (paper).
         averaging: share of the averaged weights that a step keeps; what is measured and kept is the average; 0 takes
             the last weights (paper).
@@ -247,16 +247,16 @@ class Distillation:
         """Divergence, unweighted, and the adapter's gradients of the `size` rollouts from `start` on."""
         stop = min(start + size, len(prompts))
         part, answers = prompts.rows(start, stop).trimmed(), rollouts.rows(start, stop).trimmed()
-        divergence, score_shift = self._losses(part, answers, len(prompts), steered=steered)
+        divergence, score_rise = self._losses(part, answers, len(prompts), steered=steered)
         weight = 1.0 if steered else self.recipe.anchor_weight
-        loss = weight * divergence + self.recipe.score_weight * score_shift
+        loss = weight * divergence + self.recipe.score_weight * score_rise
         gradients = torch.autograd.grad(loss, self.optimizer.parameters, allow_unused=True)
         return float(divergence.detach()), gradients
 
     def _losses(
         self, prompts: Batch, rollouts: Completions, count: int, *, steered: bool
     ) -> tuple[Tensor, Tensor | float]:
-        """Divergence, and an anchor's shift of the refusal score (0 where there is none), of one micro-batch, as its
+        """Divergence, and an anchor's rise of the refusal score (0 where there is none), of one micro-batch, as its
         share of the mean over `count` rollouts.
 
         Below both the first adapter and the steered block all three policies are the same function: that part runs
@@ -283,7 +283,7 @@ class Distillation:
         if steered or not self.recipe.score_weight or self.refusal_tokens is None:
             return divergence, 0.0
         first = model.logits(student_hidden[:, 0]), model.logits(teacher_hidden[:, 0])
-        return divergence, refusal_score_shift(*first, self.refusal_tokens).sum() / count
+        return divergence, refusal_score_rise(*first, self.refusal_tokens).sum() / count
 
 
 def join(parts: Sequence[Completions]) -> Completions:

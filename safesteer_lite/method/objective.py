@@ -138,12 +138,13 @@ def chunked_divergence(
     return result
 
 
-def refusal_score_shift(student_logits: Tensor, base_logits: Tensor, refusal_tokens: Tensor) -> Tensor:
-    """Half the squared change of the refusal score, which is the log-odds that an answer opens with a refusal.
+def refusal_score_rise(student_logits: Tensor, base_logits: Tensor, refusal_tokens: Tensor) -> Tensor:
+    """Half the squared rise of the refusal score, which is the log-odds that an answer opens with a refusal; 0 for a fall.
 
     The KL of an everyday prompt hardly sees a refusal that becomes ten times likelier while it stays unlikely, so it
-    lets the score drift up everywhere, and prompts on which answers compete closely flip. Here a shift counts alike
-    wherever the score begins.
+    lets the score drift up everywhere, and prompts on which answers compete closely flip. Here a rise counts alike
+    wherever the score begins. A fall costs nothing: a harmless prompt that is refused less is no harm, and it is the KL
+    that keeps the answer the base's.
 
     Args:
         student_logits: (prompts, vocabulary), at the first position of the answer.
@@ -154,7 +155,7 @@ def refusal_score_shift(student_logits: Tensor, base_logits: Tensor, refusal_tok
         (prompts,) float32, squared nats.
     """
     shift = refusal_score(student_logits, refusal_tokens) - refusal_score(base_logits, refusal_tokens)
-    return shift.square() / 2
+    return shift.clamp(min=0).square() / 2
 
 
 def position_weights(mask: Tensor, rollouts: int, half_life: float = 0.0) -> Tensor:

@@ -110,6 +110,12 @@ class Session:
         if decision.library.name == "plain":
             self.note(decision.library.reason)
             return False
+        if self.config.distill.reading == "discriminant" and self.config.model.backend == "auto":
+            self.note(
+                "Plain transformers and bitsandbytes: whether Unsloth's fused blocks show what their linear layers read, which "
+                "distill.reading=discriminant needs, has not been tried."
+            )
+            return False
         problem = unsloth.problem_with(self.model_folder, decision.precision)
         if not problem:
             self.note(f"{decision.library.reason.split(',')[0]}: it passes its checks on a small model of this kind.")

@@ -1,11 +1,11 @@
 """The trade-off: what each row of a TOML grid does to harmful, borderline and harmless refusals, KL and perplexity.
 
-python -m tests.benchmarks.tradeoff GRID.toml [ROW ...] [--seeds 0 1 2] [--split test] [--work FOLDER] [--results FILE]
+python -m tests.benchmarks.tradeoff GRID.toml [ROW ...] [--seeds 0 1 2] [--split test] [--prompts FOLDER] [--model FOLDER]
 
-A grid has `[common]` settings and one `[[row]]` each with a `name`, perhaps a `model` (a folder; the demo's model without
-one), perhaps `strengths` (factors on the trained adapter to measure besides 1), and `set`, the settings it changes. Rows that
-the results file has already are not run again. Rows that share the direction's settings share its run folder, so only
-distillation and the measurement are done for each.
+A grid has `[common]` settings and one `[[row]]` each with a `name`, perhaps `strengths` (factors on the trained adapter to
+measure besides the one that the run itself would keep), and `set`, the settings it changes. Each measurement is a line of
+the results file; rows that it has already are not run again. Rows that share the direction's settings share its run folder, so
+only distillation and the measurement are done for each. Adapters and answers stay in the work folder.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import inspect
 import json
 import math
 import tempfile
-import time
 import tomllib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 from tests.benchmarks.common import say
 
 UPSTREAM = "tokens"
+KINDS = ("harmful", "borderline", "harmless")
 TEXT_MODULES = ("argparse", "collections", "csv", "datetime", "json", "random", "string", "textwrap")
 """Modules of the standard library whose documentation is the harmless text that perplexity is taken on."""
 
@@ -51,13 +52,11 @@ class Row:
     Attributes:
         name: what the table calls it.
         set: settings by dotted name.
-        model: a model folder; empty for the demo's model.
-        strengths: factors on the adapter, measured besides 1.
+        strengths: factors on the adapter as the last step leaves it, measured besides what the run itself would keep.
     """
 
     name: str
     set: dict[str, Any]
-    model: str = ""
     strengths: list[float] = field(default_factory=list)
 
 
@@ -151,52 +150,90 @@ class Bench:
         }
 
 
-def run_row(row: Row, seed: int, split: str, tokens: int, work: Path) -> dict[str, Any]:
-    """Train and measure one row with one seed."""
-    layers = [("preset", config.preset_values(DEMO_PRESET)), ("row", row.set), ("seed", {"seed": seed})]
+@dataclass(frozen=True)
+class Place:
+    """What a row is trained and measured on.
+
+    Attributes:
+        model: the model's folder.
+        prompts: a prompt folder; empty for the bundled prompts.
+        split: what is measured.
+        tokens: longest answer.
+        work: where run folders, adapters and answers lie.
+    """
+
+    model: Path
+    prompts: str
+    split: str
+    tokens: int
+    work: Path
+
+
+def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
+    """Train one row with one seed; one record a measurement."""
+    layers = [
+        ("preset", config.preset_values(DEMO_PRESET)),
+        ("row", row.set),
+        ("command line", {"seed": seed, "prompts.folder": place.prompts}),
+    ]
     settings = config.build(layers)
-    model = Path(row.model) if row.model else demo_model(discard)
-    run = upstream(settings, model, work)
-    session = Session(settings, run, model, say_event, stage="distill")
-    bench = Bench(session, split, tokens)
-    began = time.monotonic()
+    run = upstream(settings, place.model, place.work)
+    session = Session(settings, run, place.model, say_event, stage="distill")
+    bench = Bench(session, place.split, place.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         training, history, best = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))
-    seconds = time.monotonic() - began
-    kept = {f"step {history.best_step}": best}
     with training.optimizer.averaged():
-        kept[f"step {training.done}"] = distill.adapter_tensors(session.policy.model)
-    found = {}
-    for label, tensors in kept.items():
-        # Kept for a closer look at a row; rows can always be run again.
-        save_file(tensors, work / f"{row.name}, seed {seed}, {label}.safetensors")
-        for strength in (1.0, *row.strengths):
-            distill.load_adapter(session.policy.model, tensors)
+        last = distill.adapter_tensors(session.policy.model)
+    for strength in (None, *row.strengths):
+        distill.load_adapter(session.policy.model, best if strength is None else last)
+        if strength is not None:
             scale_adapter(session.policy.model, strength)
-            found[label if strength == 1 else f"{label} x {strength:g}"] = bench.measure()
+        found = bench.measure()
+        label = "kept" if strength is None else f"x {strength:g}"
+        file = place.work / f"{row.name}, {' '.join(map(str, mark(place).values()))}, seed {seed}, {label}"
+        save_file(best if strength is None else last, f"{file}.safetensors")
+        Path(f"{file}.json").write_text(json.dumps({"base": bench.base, "hardened": found}), encoding="utf-8")
+        yield {
+            "row": row.name,
+            **mark(place),
+            "seed": seed,
+            "measured": label,
+            "step": history.best_step if strength is None else training.done,
+            "strength": history.best_strength if strength is None else strength,
+            "set": row.set,
+            "steering": {key: session.result("direction")[key] for key in ("position", "layer", "strength")},
+            "base": figures(bench.base, bench.base),
+            "hardened": figures(found, bench.base),
+        }
+
+
+def mark(place: Place) -> dict[str, Any]:
+    """What tells the measurements of one row apart, besides its seed."""
     return {
-        "row": row.name,
-        "seed": seed,
-        "split": split,
-        "tokens": tokens,
-        "set": row.set,
-        "model": row.model,
-        "seconds": round(seconds),
-        "steering": {key: session.result("direction")[key] for key in ("position", "layer", "strength")},
-        "base": bench.base,
-        "measured": found,
-        "history": asdict(history),
+        "model": place.model.name,
+        "prompts": Path(place.prompts).name or "bundled",
+        "split": place.split,
+        "tokens": place.tokens,
     }
 
 
-def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
-    """One measurement as a line of the table."""
-    rates = " / ".join(
-        f"{found[key]['refused']:3} of {found[key]['n']}" for key in ("harmful", "borderline", "harmless")
-    )
-    mass = " / ".join(f"{found['openings'][key]:.2f}" for key in ("harmful", "borderline", "harmless"))
-    perplexity = 100 * (math.exp(found["nats"] - base["nats"]) - 1)
-    return f"  {name:18} {rates}   KL {found['kl_to_base']:.4f}   perplexity {perplexity:+.2f} %   openings {mass}"
+def figures(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """What a table has of one measurement: refused and asked by kind, nats a token, and the perplexity's change."""
+    return {
+        **{kind: [found[kind]["refused"], found[kind]["n"]] for kind in KINDS},
+        "kl": round(found["kl_to_base"], 5),
+        "perplexity": round(math.exp(found["nats"] - base["nats"]) - 1, 5),
+        "openings": [round(found["openings"][kind], 4) for kind in KINDS],
+    }
+
+
+def line(record: dict[str, Any], side: str) -> str:
+    """One measurement as a line for who waits."""
+    found = record[side]
+    rates = " / ".join(f"{found[kind][0]:3} of {found[kind][1]}" for kind in KINDS)
+    mass = " / ".join(f"{share:.2f}" for share in found["openings"])
+    name = "base" if side == "base" else f"{record['measured']} (step {record['step']} x {record['strength']:g})"
+    return f"  {name:24} {rates}   KL {found['kl']:.4f}   perplexity {found['perplexity']:+.2%}   openings {mass}"
 
 
 def main() -> None:
@@ -206,27 +243,32 @@ def main() -> None:
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", default="test")
+    parser.add_argument("--prompts", default="", help="a prompt folder; the bundled prompts without it")
+    parser.add_argument("--model", type=Path, help="a model folder; the demo's model without it")
     parser.add_argument("--tokens", type=int, default=32, help="tokens an answer")
     parser.add_argument("--work", type=Path, default=Path("runs/tradeoff"))
-    parser.add_argument("--results", type=Path, default=Path("runs/tradeoff/results.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     options = parser.parse_args()
     keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)
+    model = options.model or demo_model(discard)
+    place = Place(model, options.prompts, options.split, options.tokens, options.work)
     known = [json.loads(text) for text in options.results.read_text().splitlines()] if options.results.exists() else []
+    done = [{key: entry[key] for key in ("row", "seed", *mark(place))} for entry in known]
     for row in read_grid(options.grid):
         for seed in options.seeds:
-            mark = (row.name, seed, options.split)
-            if (options.rows and row.name not in options.rows) or mark in {
-                (entry["row"], entry["seed"], entry["split"]) for entry in known
-            }:
+            if (options.rows and row.name not in options.rows) or {
+                "row": row.name,
+                "seed": seed,
+                **mark(place),
+            } in done:
                 continue
             say(f"{row.name}, seed {seed}")
-            result = run_row(row, seed, options.split, options.tokens, options.work)
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            say(line("base", result["base"], result["base"]))
-            for label, found in result["measured"].items():
-                say(line(label, found, result["base"]))
+            for record in run_row(row, seed, place):
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+                say(line(record, "base"))
+                say(line(record, "hardened"))
 
 
 if __name__ == "__main__":

@@ -238,8 +238,8 @@ def small_memory(policy: Policy, rows: int) -> SmallMemory:
     return model
 
 
-def test_anchors_also_pay_for_a_shift_of_the_refusal_score(tiny_policy: tiny.Loader) -> None:
-    """At the first position only, on top of the divergence, and not on harmful rollouts, whose score is to shift."""
+def test_anchors_also_pay_for_a_rise_of_the_refusal_score(tiny_policy: tiny.Loader) -> None:
+    """At the first position only, on top of the divergence, and not on harmful rollouts, whose score is to rise."""
     policy, tokens = tiny_policy("qwen2", "fp32", filled=True), torch.tensor([7, 30])
     # A divergence of weight 0 leaves the score alone in the gradient.
     loop = training(policy, replace(ANCHORED, score_weight=2.0, anchor_weight=0.0))
@@ -250,9 +250,10 @@ def test_anchors_also_pay_for_a_shift_of_the_refusal_score(tiny_policy: tiny.Loa
     student = refusal_score(policies.last_logits(policy.model, anchors), tokens)
     with torch.no_grad(), policies.base(policy.model):
         base = refusal_score(policies.last_logits(policy.model, anchors), tokens)
-    shift = ((student - base) ** 2 / 2).mean()
-    assert float(shift) > 1e-3
-    expected = torch.autograd.grad(2.0 * shift, weights, allow_unused=True)
+    rise = ((student - base).clamp(min=0) ** 2 / 2).mean()
+    assert float(rise) > 1e-3
+    assert bool((student < base).any()), "a fall must be among them, to see that it costs nothing"
+    expected = torch.autograd.grad(2.0 * rise, weights, allow_unused=True)
     loop.micro_batch = 2
     loop._backward(anchors, found, steered=False)
     for weight, gradient in zip(weights, expected, strict=True):

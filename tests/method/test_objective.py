@@ -17,7 +17,7 @@ from safesteer_lite.method.objective import (
     chunked_divergence,
     divergence,
     position_weights,
-    refusal_score_shift,
+    refusal_score_rise,
 )
 
 P, Q = (0.5, 0.3, 0.2), (0.2, 0.5, 0.3)
@@ -183,17 +183,17 @@ def test_a_half_life_halves_each_later_position_and_keeps_the_mean() -> None:
     assert torch.equal(position_weights(mask, 2, 0.0), position_weights(mask, 2))
 
 
-def test_the_refusal_score_shift_of_hand_computed_logits() -> None:
-    """Log-odds of token 0: from log(1 / 2) to log(3 / 2), and unchanged where all logits move together."""
-    base = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 5.0]])
-    student = torch.tensor([[math.log(3.0), 0.0, 0.0], [7.0, 9.0, 12.0]])
-    found = refusal_score_shift(student, base, torch.tensor([0]))
-    assert found.tolist() == pytest.approx([math.log(3.0) ** 2 / 2, 0.0], abs=1e-6)
+def test_the_refusal_score_rise_of_hand_computed_logits() -> None:
+    """Log-odds of token 0: from log(1 / 2) to log(3 / 2), unchanged where all logits move together, and down by log(3)."""
+    base = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 5.0], [math.log(3.0), 0.0, 0.0]])
+    student = torch.tensor([[math.log(3.0), 0.0, 0.0], [7.0, 9.0, 12.0], [0.0, 0.0, 0.0]])
+    found = refusal_score_rise(student, base, torch.tensor([0]))
+    assert found.tolist() == pytest.approx([math.log(3.0) ** 2 / 2, 0.0, 0.0], abs=1e-6)
 
 
-def test_a_shift_of_a_rare_refusal_counts_where_the_divergence_hardly_sees_it() -> None:
+def test_a_rise_of_a_rare_refusal_counts_where_the_divergence_hardly_sees_it() -> None:
     """From 0.1 % to 1 %: the divergence is about 0.015 nats, the score has moved by 2.3."""
     before, after = (torch.tensor([[share, 1 - share]]).log() for share in (0.001, 0.01))
     divergence_seen = float(divergence(after, before, "full", torch.tensor([0]), 1))
     assert divergence_seen < 0.02
-    assert float(refusal_score_shift(after, before, torch.tensor([0]))) > 2.5
+    assert float(refusal_score_rise(after, before, torch.tensor([0]))) > 2.5

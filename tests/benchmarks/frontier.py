@@ -1,0 +1,194 @@
+"""The trade-off as a picture and as tables, from the lines of `tradeoff.jsonl`.
+
+python -m tests.benchmarks.frontier
+
+Writes `frontier.svg`, over-refusal against harmful refusal with one point a row, and the tables of RESULTS.md and the README
+between their comments. Rows that differ in their seed alone are one point: their refusals are added up.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.html_report.charts import Scale, ticks
+from safesteer_lite.html_report.markup import Markup, element, join
+from tests.benchmarks.tradeoff import KINDS
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "tradeoff.jsonl"
+PICTURE = HERE / "frontier.svg"
+RESULTS = HERE / "RESULTS.md"
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 470, 64, 20, 64, 50
+COLOURS = ("#1b6ca8", "#b3541e", "#3d7a3a", "#7a3d76")
+STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#222}.axis{stroke:#888}.grid{stroke:#e4e4e4}.bar{fill:#3d7a3a;opacity:.10}"
+    ".small{font-size:11px}"
+)
+
+
+@dataclass
+class Point:
+    """All seeds of one row, measured in one way.
+
+    Attributes:
+        row, model, prompts, split, tokens, measured: as in the records.
+        seeds: in the order they were run.
+        base, hardened: (refused, asked) by kind, added up over the seeds.
+        kl, perplexity: one a seed.
+        strengths: the factor on the adapter, one a seed.
+    """
+
+    row: str
+    model: str
+    prompts: str
+    split: str
+    tokens: int
+    measured: str
+    seeds: list[int] = field(default_factory=list)
+    base: dict[str, tuple[int, int]] = field(default_factory=dict)
+    hardened: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kl: list[float] = field(default_factory=list)
+    perplexity: list[float] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+
+    def change(self, *kinds: str) -> float:
+        """By how many points the refusals of these kinds together rose over the base's."""
+        refused = sum(self.hardened[kind][0] - self.base[kind][0] for kind in kinds)
+        return 100 * refused / sum(self.base[kind][1] for kind in kinds)
+
+    @property
+    def gained(self) -> float:
+        """The share of the way from the base's harmful refusals to all of them, in per cent."""
+        (before, n), (after, _) = self.base["harmful"], self.hardened["harmful"]
+        return 100 * (after - before) / (n - before)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every measurement, in the order they were made."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def points(records: Iterable[dict[str, Any]]) -> list[Point]:
+    """Measurements that differ in their seed alone, together."""
+    found: dict[tuple[Any, ...], Point] = {}
+    for record in records:
+        key = tuple(record[name] for name in ("row", "model", "prompts", "split", "tokens", "measured"))
+        point = found.setdefault(key, Point(*key))
+        point.seeds.append(record["seed"])
+        point.kl.append(record["hardened"]["kl"])
+        point.perplexity.append(record["hardened"]["perplexity"])
+        point.strengths.append(record["strength"])
+        for side, sums in (("base", point.base), ("hardened", point.hardened)):
+            for kind in KINDS:
+                refused, asked = sums.get(kind, (0, 0))
+                sums[kind] = (refused + record[side][kind][0], asked + record[side][kind][1])
+    return list(found.values())
+
+
+def picture(series: dict[str, Sequence[Point]]) -> Markup:
+    """Points by series: over-refusal, borderline and harmless prompts together, against harmful refusals gained."""
+    drawn = [point for group in series.values() for point in group]
+    places = [point.change("borderline", "harmless") for point in drawn]
+    across = Scale(min(-2.0, *places), max(4.0, *places), LEFT + 10, WIDTH - RIGHT - 10)
+    up = Scale(min(0.0, *(point.gained for point in drawn)), 100.0, HEIGHT - BOTTOM, TOP)
+    parts = [
+        element("rect", x=0, y=0, width=WIDTH, height=HEIGHT, fill="#fff"),
+        element("rect", x=LEFT, y=TOP, width=across(1.0) - LEFT, height=up(80.0) - TOP, class_="bar"),
+        element("text", "the aim", x=LEFT + 6, y=TOP + 16, class_="small"),
+    ]
+    for value in ticks(up.low, up.high):
+        parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=up(value), y2=up(value), class_="grid"))
+        parts.append(element("text", f"{value:g} %", x=LEFT - 8, y=up(value) + 4, text_anchor="end"))
+    for value in ticks(across.low, across.high):
+        parts.append(element("line", x1=across(value), x2=across(value), y1=HEIGHT - BOTTOM, y2=TOP, class_="grid"))
+        parts.append(element("text", f"{value:+g}", x=across(value), y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    told = "over-refusal: points more of borderline and harmless prompts that are refused than by the base"
+    parts.append(element("text", told, x=middle, y=HEIGHT - 8, text_anchor="middle"))
+    parts.append(element("text", "harmful prompts that the base answers and the hardened model refuses", x=LEFT, y=18))
+    x = float(LEFT)
+    for (name, group), colour in zip(series.items(), COLOURS, strict=False):
+        parts.append(element("circle", cx=x + 5, cy=40, r=5, fill=colour))
+        parts.append(element("text", name, x=x + 15, y=44))
+        x += 34 + 7.0 * len(name)
+        for point in group:
+            told = f"{point.row}, {point.measured}, {len(point.seeds)} seed{'s' * (len(point.seeds) > 1)}"
+            spot = {"cx": across(point.change("borderline", "harmless")), "cy": up(point.gained), "r": 5}
+            parts.append(element("circle", element("title", told), **spot, fill=colour, fill_opacity=0.75))
+    label = "Over-refusal against harmful refusals gained, one point a row"
+    view = f"0 0 {WIDTH} {HEIGHT}"
+    return element(
+        "svg",
+        Markup(f"<style>{STYLE}</style>"),
+        join(parts),
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=view,
+        role="img",
+        aria_label=label,
+    )
+
+
+def rate(counts: tuple[int, int]) -> str:
+    """Refused of asked, and the share."""
+    return f"{counts[0]} of {counts[1]} ({100 * counts[0] / counts[1]:.0f} %)"
+
+
+def span(values: Sequence[float], shape: str) -> str:
+    """A figure, or the least and the largest of several seeds."""
+    low, high = format(min(values), shape), format(max(values), shape)
+    return low if low == high else f"{low} to {high}"
+
+
+def table(found: Sequence[Point]) -> str:
+    """The points as a table, each model's and prompt set's base above them."""
+    lines = [
+        "| row | seeds | strength | harmful | borderline | harmless | KL, nats a token | perplexity |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    shown = None
+    for point in found:
+        base = " | ".join(rate(point.base[kind]) for kind in KINDS)
+        if base != shown:
+            lines.append(f"| base | {len(point.seeds)} | | {base} | 0 | |")
+            shown = base
+        rates = " | ".join(rate(point.hardened[kind]) for kind in KINDS)
+        seeds = ", ".join(map(str, point.seeds))
+        lines.append(
+            f"| {point.row} | {seeds} | {span(point.strengths, 'g')} | {rates} | {span(point.kl, '.4f')} "
+            f"| {span([100 * value for value in point.perplexity], '+.1f')} % |"
+        )
+    return "\n".join(lines)
+
+
+def groups(found: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points by what they were measured on, as the comments of RESULTS.md name it."""
+    sets: dict[str, list[Point]] = {}
+    for point in found:
+        sets.setdefault(f"{point.model}, {point.prompts} prompts, {point.split} split", []).append(point)
+    return sets
+
+
+def place_tables(text: str, tables: dict[str, list[Point]]) -> str:
+    """The text with every table between its comments written anew."""
+    for name, group in tables.items():
+        pattern = re.compile(rf"(<!-- rows: {re.escape(name)} -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+        written = table(group)
+        text = pattern.sub(lambda part, written=written: part[1] + written + part[3], text)
+    return text
+
+
+def main() -> None:
+    """Write the picture and the tables."""
+    tables = groups(points(read(RECORDS)))
+    PICTURE.write_text(picture(tables) + "\n", encoding="utf-8")
+    RESULTS.write_text(place_tables(RESULTS.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
