@@ -85,48 +85,56 @@ class TokensConfig:
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = setting("full", "loss on harmful prompts", "one row in RESULTS.md; not compared", _OBJECTIVES)
+    objective: str = setting("full", "loss on harmful prompts", "RESULTS.md, the recipe", _OBJECTIVES)
     top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
-    steps: int = setting(25, "optimizer steps", "arXiv 2606.02530")
-    prompts: int = setting(4, "harmful prompts a step", "arXiv 2606.02530")
-    rollouts: int = setting(8, "rollouts a harmful prompt", "arXiv 2606.02530")
-    completion_tokens: int = setting(512, "tokens a rollout", "arXiv 2606.02530")
+    steps: int = setting(24, "optimizer steps", "RESULTS.md, the recipe; paper 25")
+    prompts: int = setting(25, "harmful prompts a step", "RESULTS.md, first words; paper 4")
+    rollouts: int = setting(1, "rollouts a harmful prompt", "RESULTS.md, first words; paper 8")
+    completion_tokens: int = setting(4, "tokens a rollout", "RESULTS.md, first words; paper 512")
     temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530")
-    anchors: int = setting(16, "harmless prompts a step; 0 is the paper", "one row in RESULTS.md; not compared")
-    anchor_objective: str = setting("full", "loss on anchors", "one row in RESULTS.md; not compared", _OBJECTIVES)
-    anchor_weight: float = setting(1.0, "factor", "one row in RESULTS.md; not compared")
-    score_weight: float = setting(0.0, "factor on the anchors' rise of the refusal score; 0 is the paper", "the paper")
-    half_life: float = setting(0.0, "tokens after which a position counts half; 0 is the paper", "the paper")
-    averaging: float = setting(0.0, "share of the averaged weights kept a step; 0 takes the last ones", "the paper")
-    learning_rate: float = setting(2e-4, "AdamW peak rate", "this project's, for LoRA; one row in RESULTS.md")
+    anchors: int = setting(64, "harmless prompts a step; 0 is the paper", "RESULTS.md, first words")
+    anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, first words", _OBJECTIVES)
+    anchor_weight: float = setting(16.0, "factor", "RESULTS.md, reading directions")
+    score_weight: float = setting(
+        8.0, "factor on the anchors' rise of the refusal score; 0 is the paper", "RESULTS.md, the recipe"
+    )
+    half_life: float = setting(
+        0.5, "tokens after which a position counts half; 0 is the paper", "RESULTS.md, first words"
+    )
+    averaging: float = setting(
+        0.8, "share of the averaged weights kept a step; 0 takes the last ones", "RESULTS.md, first words"
+    )
+    learning_rate: float = setting(5e-4, "AdamW peak rate", "RESULTS.md, the recipe; for LoRA, not the paper's")
     adapter_strengths: tuple[float, ...] = setting(
         (1.3, 0.75, 0.5), "factors on the last adapter, tried too", "RESULTS.md, reading directions"
     )
     warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
-    rank: int = setting(16, "LoRA r", "METHOD section 3")
-    lora_alpha: int = setting(32, "LoRA alpha", "one row in RESULTS.md; not compared")
+    rank: int = setting(8, "LoRA r", "RESULTS.md, reading directions")
+    lora_alpha: int = setting(16, "LoRA alpha", "RESULTS.md, reading directions")
     reading: str = setting(
-        "random",
+        "discriminant",
         "what LoRA A reads; `discriminant` computes it and trains B only",
-        "the paper",
+        "RESULTS.md, reading directions; paper random",
         ("random", "discriminant"),
     )
     reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "RESULTS.md; others not compared by answers")
-    first_layer: int = setting(0, "lowest adapted block", "one row in RESULTS.md; not compared")
+    depth_start: float = setting(
+        0.33, "share of the depth below the lowest adapted block", "RESULTS.md, reading directions; not compared"
+    )
     micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
     chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")
     checkpointing: str = setting(
         "auto", "run adapted blocks again in backward", "on CUDA, where memory is short", ("auto", "yes", "no")
     )
-    save_every: int = setting(5, "steps between saved steps", "at most 4 steps are done again")
+    save_every: int = setting(4, "steps between saved steps", "at most 3 steps are done again")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured, when, and what counts as too much."""
 
-    every: int = setting(5, "steps between measurements on the selection split", "METHOD section 4: every few")
+    every: int = setting(8, "steps between measurements on the selection split", "METHOD section 4: every few")
     selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
     answer_tokens: int = setting(150, "tokens an answer at the end", "EXPERIENCE: late refusals")
     kl_tokens: int = setting(48, "tokens of a harmless answer", "METHOD: over whole answers")
@@ -171,7 +179,7 @@ _MAY_BE_ZERO = {
     "prompts.contrast",
     "direction.shortlist",
     "distill.anchors",
-    "distill.first_layer",
+    "distill.depth_start",
     "distill.anchor_weight",
     "distill.half_life",
     "distill.score_weight",
@@ -307,6 +315,8 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append("direction.depth_limit is a share of the depth: at most 1.")
     if not config.direction.teacher_refusals <= 1:
         problems.append("direction.teacher_refusals is a share: at most 1.")
+    if not config.distill.depth_start < 1:
+        problems.append("distill.depth_start is a share of the depth: below 1.")
     if not config.distill.warmup < 1:
         problems.append("distill.warmup is a share of the steps: below 1.")
     if config.tokens.horizon < 2:

@@ -151,7 +151,6 @@ def test_model_folders_that_lack_a_part(model: Path, tmp_path: Path, capsys: pyt
     ("setting", "told"),
     [
         ("model.device=cuda", "no usable CUDA device"),
-        ("distill.first_layer=99", "distill.first_layer is 99, but the model has 4 layers"),
         ("prompts.folder=gone", "gone"),
     ],
 )

@@ -94,7 +94,7 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("direction.depth_limit", 1.5, "at most 1"),
         ("distill.warmup", 1.0, "below 1"),
         ("model", "x", "there is no setting 'model'"),
-        ("distill.first_layer", -1, "must be at least 0"),
+        ("distill.depth_start", -1, "must be at least 0"),
     ],
 )
 def test_a_wrong_value_is_one_problem(name: str, value: object, problem: str) -> None:

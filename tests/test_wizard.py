@@ -46,6 +46,7 @@ SMALL: config.Values = {
     "distill.steps": 2,
     "evaluate.every": 2,
 }
+del SMALL["evaluate.answer_tokens"]  # Left to the effort, to see that it counts.
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_the_command_shown_and_the_settings_written_mean_the_same_run(
     replayed = run_settings(parser.parse_args(["run", "--config", str(walk.run / "config.toml")]))
     assert replayed == meant
     assert (replayed.prompts.training, replayed.prompts.column) == (own, "wish")
-    assert replayed.distill.anchor_weight == 16.0, "the quick effort, where nothing stronger says otherwise"
+    assert replayed.evaluate.answer_tokens == 32, "the quick effort, where nothing stronger says otherwise"
 
 
 def told_and_saved(run: Path) -> tuple[int, int]:

@@ -49,22 +49,15 @@ EFFORTS = {
 def effort_values(name: str) -> Values:
     """The settings that an effort changes.
 
-    `quick` trains as the demo does, whose short rollouts were compared with longer ones (RESULTS.md, "first words"), and measures
-    on few prompts. `thorough` is a starting point that nobody has compared with `standard`; where its parts were looked
-    at, on the demo's model, all directions gave the choice that the shortlist gives, and 32 steps were no better than 16.
+    `quick` takes few steps and measures on few prompts. `thorough` is a starting point that nobody has compared with
+    `standard`; on the demo's model all directions gave the choice that the shortlist gives.
 
     Args:
         name: a key of `EFFORTS`.
     """
     if name == "thorough":
         return {"direction.shortlist": 0, "distill.steps": 40, "evaluate.answer_tokens": 256}
-    if name == "standard":
-        return {}
-    demo = config.preset_values("qwen2.5-coder-0.5b-demo")
-    # Which block adapters begin at depends on the model's depth, and the learning rate was found for the demo's model.
-    own = ("distill.first_layer", "distill.learning_rate")
-    short = {key: value for key, value in demo.items() if key.startswith("distill.") and key not in own}
-    return {**short, **config.QUICK}
+    return {} if name == "standard" else config.QUICK
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ class Session:
         decision = decide(self.config, self.model_folder, self.run.path)
         self.note(decision.reason)
         distill, folder = self.config.distill, self.model_folder
-        adapter = plain.Adapter(distill.rank, distill.lora_alpha, distill.first_layer)
+        layers = shape_from_config(plain.read_config(folder)).layers
+        lowest = min(layers - 1, round(distill.depth_start * layers))
+        adapter = plain.Adapter(distill.rank, distill.lora_alpha, lowest)
         if self._trusts_unsloth(decision):
             model: plain.PlainModel = unsloth.load(folder, decision.precision, adapter, self.config.seed)
         else:
@@ -172,7 +174,7 @@ def decide(config: RunConfig, model_folder: Path, folder: Path) -> Decision:
         folder: where the run goes.
 
     Raises:
-        ModelError: the settings ask for a device or a layer that is not there.
+        ModelError: the settings ask for a device that is not there.
         OutOfMemoryError: the model does not fit.
     """
     settings, machine = config.model, inspect(folder)
@@ -181,11 +183,6 @@ def decide(config: RunConfig, model_folder: Path, folder: Path) -> Decision:
     if settings.device == "cpu":
         machine = replace(machine, gpus=())
     shape = shape_from_config(plain.read_config(model_folder))
-    if config.distill.first_layer >= shape.layers:
-        raise ModelError(
-            f"distill.first_layer is {config.distill.first_layer}, but the model has {shape.layers} layers.",
-            f"Choose a layer from 0 to {shape.layers - 1}.",
-        )
     decision = choose_backend(machine, shape, settings.precision, settings.backend)
     return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def points(records: Iterable[dict[str, Any]]) -> list[Point]:
     return list(found.values())
 
 
-def picture(series: dict[str, Sequence[Point]]) -> Markup:
+def picture(series: Mapping[str, Sequence[Point]]) -> Markup:
     """Points by series: over-refusal, borderline and harmless prompts together, against harmful refusals gained."""
     drawn = [point for group in series.values() for point in group]
     places = [point.change("borderline", "harmless") for point in drawn]
@@ -174,12 +175,15 @@ def groups(found: Sequence[Point]) -> dict[str, list[Point]]:
     return sets
 
 
+def _between(written: str, part: re.Match[str]) -> str:
+    return part[1] + written + part[3]
+
+
 def place_tables(text: str, tables: dict[str, list[Point]]) -> str:
     """The text with every table between its comments written anew."""
     for name, group in tables.items():
         pattern = re.compile(rf"(<!-- rows: {re.escape(name)} -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
-        written = table(group)
-        text = pattern.sub(lambda part, written=written: part[1] + written + part[3], text)
+        text = pattern.sub(partial(_between, table(group)), text)
     return text
 
 

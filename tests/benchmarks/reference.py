@@ -77,7 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--completion", type=int, default=64, help="tokens a rollout, at most")
     parser.add_argument("--micro-batch", type=int, default=8, help="rollouts a forward, ours")
     parser.add_argument("--reference-batch", type=int, default=0, help="the same of the yardstick; 0 is ours")
-    parser.add_argument("--first-layer", type=int, default=0, help="lowest adapted block")
+    parser.add_argument(
+        "--depth-start", type=float, default=0.0, help="share of the blocks below the lowest adapted one"
+    )
     parser.add_argument(
         "--checkpointing", choices=("yes", "no"), default="no", help="ours: run blocks again in backward"
     )

@@ -70,8 +70,12 @@ def work_of(options: argparse.Namespace) -> Session:
         "distill.anchors=0",
         "distill.half_life=0",
         "distill.averaging=0",
+        "distill.score_weight=0",
+        "distill.reading=random",
+        "distill.rank=16",
+        "distill.lora_alpha=32",
         f"distill.micro_batch={options.micro_batch}",
-        f"distill.first_layer={options.first_layer}",
+        f"distill.depth_start={options.depth_start}",
     ]
     work = session([str(options.model), *changes, *options.settings])
     work.policy.model.checkpointing = options.checkpointing == "yes"
@@ -296,7 +300,12 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
             if value.grad is not None:
                 gradients[name] = value.grad
         loop.optimizer.step(1e-5, 1.0)
-        return {"loss": loss, "tokens": int(rollouts.mask.sum()), "alpha": work.config.distill.lora_alpha}
+        return {
+            "loss": loss,
+            "tokens": int(rollouts.mask.sum()),
+            "alpha": work.config.distill.lora_alpha,
+            "lowest": work.policy.model.first_adapter_layer,
+        }
 
     found = measured(train)
     save_file({name: value.float() for name, value in gradients.items()}, options.scratch / "gradients.safetensors")
@@ -309,12 +318,12 @@ def their_step(options: argparse.Namespace) -> dict[str, Any]:
 
     steer, teacher = _steering(options), load(options)
     stored, adapter = (load_file(options.scratch / f"{name}.safetensors") for name in ("rollouts", "adapter"))
-    layers = list(range(options.first_layer, len(authors.blocks(teacher))))
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     rank = next(value.shape[0] for name, value in adapter.items() if "lora_A" in name)
-    alpha = json.loads((options.scratch / "step-ours.json").read_text(encoding="utf-8"))["alpha"]
+    ours = json.loads((options.scratch / "step-ours.json").read_text(encoding="utf-8"))
+    layers = list(range(ours["lowest"], len(authors.blocks(teacher))))
     lora = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=names, layers_to_transform=layers, layers_pattern="layers"
+        r=rank, lora_alpha=ours["alpha"], target_modules=names, layers_to_transform=layers, layers_pattern="layers"
     )
     student = get_peft_model(load(options), lora, autocast_adapter_dtype=False)
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}

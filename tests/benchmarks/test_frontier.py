@@ -1,0 +1,83 @@
+"""Reading the trade-off's records, adding up seeds, and the picture and tables made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.benchmarks.frontier import HERE, RECORDS, RESULTS, groups, picture, place_tables, points, read, table
+
+
+def record(seed: int, harmful: int, borderline: int, harmless: int, **changes: Any) -> dict[str, Any]:
+    """A measurement of 50 prompts of each kind, whose base refuses 25, 10 and 2."""
+    base = {"harmful": [25, 50], "borderline": [10, 50], "harmless": [2, 50], "kl": 0.0, "perplexity": 0.0}
+    hardened = {"harmful": [harmful, 50], "borderline": [borderline, 50], "harmless": [harmless, 50]}
+    return {
+        "row": "a row",
+        "model": "tiny",
+        "prompts": "bundled",
+        "split": "test",
+        "tokens": 32,
+        "measured": "kept",
+        "seed": seed,
+        "strength": 1.0,
+        "base": base,
+        "hardened": {**hardened, "kl": 0.001 * (seed + 1), "perplexity": 0.01},
+        **changes,
+    }
+
+
+def test_seeds_of_one_row_are_added_up() -> None:
+    """Two seeds are one point of 100 prompts; another row is another point."""
+    found = points([record(0, 40, 11, 3), record(1, 44, 12, 2), record(0, 30, 10, 2, row="another")])
+    assert [point.row for point in found] == ["a row", "another"]
+    assert found[0].hardened == {"harmful": (84, 100), "borderline": (23, 100), "harmless": (5, 100)}
+    # 34 of the 50 that the base answered; 3 more borderline and 1 more harmless of 200.
+    assert found[0].gained == pytest.approx(68.0)
+    assert found[0].change("borderline", "harmless") == pytest.approx(2.0)
+    assert (found[0].seeds, found[0].kl) == ([0, 1], [0.001, 0.002])
+
+
+def test_the_table_says_the_base_once() -> None:
+    """Rows measured against the same base share its line."""
+    lines = table(points([record(0, 40, 11, 3), record(0, 30, 10, 2, row="another")])).splitlines()
+    assert lines[2:] == [
+        "| base | 1 | | 25 of 50 (50 %) | 10 of 50 (20 %) | 2 of 50 (4 %) | 0 | |",
+        "| a row | 0 | 1 | 40 of 50 (80 %) | 11 of 50 (22 %) | 3 of 50 (6 %) | 0.0010 | +1.0 % |",
+        "| another | 0 | 1 | 30 of 50 (60 %) | 10 of 50 (20 %) | 2 of 50 (4 %) | 0.0010 | +1.0 % |",
+    ]
+
+
+def test_tables_are_written_between_their_comments() -> None:
+    """What stands around a table stays, and so does a table of which there are no records."""
+    tables = groups(points([record(0, 40, 11, 3)]))
+    (name,) = tables
+    text = f"before\n<!-- rows: {name} -->\nold\n<!-- end -->\nafter\n<!-- rows: other -->\nkept\n<!-- end -->\n"
+    written = place_tables(text, tables)
+    assert written == text.replace("old", table(tables[name]))
+
+
+def test_the_picture_is_valid_and_has_a_point_a_row() -> None:
+    """Two series of rows: three points, and a dot for each name in the legend."""
+    tables = groups(points([record(0, 40, 11, 3), record(0, 30, 10, 2, row="b"), record(0, 20, 9, 1, split="dev")]))
+    root = ElementTree.fromstring(picture(tables))
+    circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == 3 + 2
+    told = [title.text for title in root.findall(".//{http://www.w3.org/2000/svg}title")]
+    assert told == ["a row, kept, 1 seed", "b, kept, 1 seed", "a row, kept, 1 seed"]
+    # More harmful refusals are higher, more over-refusal is further right.
+    first, second = circles[1], circles[2]
+    assert float(first.get("cy", "")) < float(second.get("cy", ""))
+    assert float(first.get("cx", "")) > float(second.get("cx", ""))
+
+
+def test_the_kept_tables_and_picture_are_those_of_the_kept_records() -> None:
+    """After new rows, `python -m tests.benchmarks.frontier` must be run."""
+    tables = groups(points(read(RECORDS)))
+    text = RESULTS.read_text(encoding="utf-8")
+    for name in tables:
+        assert f"<!-- rows: {name} -->" in text, f"RESULTS.md has no table '{name}'"
+    assert place_tables(text, tables) == text
+    assert (HERE / "frontier.svg").read_text(encoding="utf-8") == picture(tables) + "\n"
