@@ -85,9 +85,11 @@ class TokensConfig:
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = setting("full", "loss on harmful prompts", "RESULTS.md, the recipe", _OBJECTIVES)
+    objective: str = setting(
+        "full", "loss on harmful prompts", "RESULTS.md; others not compared by answers", _OBJECTIVES
+    )
     top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
-    steps: int = setting(24, "optimizer steps", "RESULTS.md, the recipe; paper 25")
+    steps: int = setting(8, "optimizer steps", "RESULTS.md: 24 were no better by answers; paper 25")
     prompts: int = setting(25, "harmful prompts a step", "RESULTS.md, first words; paper 4")
     rollouts: int = setting(1, "rollouts a harmful prompt", "RESULTS.md, first words; paper 8")
     completion_tokens: int = setting(4, "tokens a rollout", "RESULTS.md, first words; paper 512")
@@ -96,7 +98,7 @@ class DistillConfig:
     anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, first words", _OBJECTIVES)
     anchor_weight: float = setting(16.0, "factor", "RESULTS.md, reading directions")
     score_weight: float = setting(
-        8.0, "factor on the anchors' rise of the refusal score; 0 is the paper", "RESULTS.md, the recipe"
+        0.0, "factor on the anchors' rise of the refusal score; 0 is the paper", "RESULTS.md: safer or milder, not both"
     )
     half_life: float = setting(
         0.5, "tokens after which a position counts half; 0 is the paper", "RESULTS.md, first words"
@@ -104,7 +106,7 @@ class DistillConfig:
     averaging: float = setting(
         0.8, "share of the averaged weights kept a step; 0 takes the last ones", "RESULTS.md, first words"
     )
-    learning_rate: float = setting(5e-4, "AdamW peak rate", "RESULTS.md, the recipe; for LoRA, not the paper's")
+    learning_rate: float = setting(3e-4, "AdamW peak rate", "RESULTS.md, reading directions; for LoRA, not the paper's")
     adapter_strengths: tuple[float, ...] = setting(
         (1.3, 0.75, 0.5), "factors on the last adapter, tried too", "RESULTS.md, reading directions"
     )
@@ -134,7 +136,7 @@ class DistillConfig:
 class EvaluateConfig:
     """What is measured, when, and what counts as too much."""
 
-    every: int = setting(8, "steps between measurements on the selection split", "METHOD section 4: every few")
+    every: int = setting(4, "steps between measurements on the selection split", "METHOD section 4: every few")
     selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
     answer_tokens: int = setting(150, "tokens an answer at the end", "EXPERIENCE: late refusals")
     kl_tokens: int = setting(48, "tokens of a harmless answer", "METHOD: over whole answers")

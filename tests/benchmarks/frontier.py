@@ -25,8 +25,8 @@ RECORDS = HERE / "tradeoff.jsonl"
 PICTURE = HERE / "frontier.svg"
 RESULTS = HERE / "RESULTS.md"
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 470, 64, 20, 64, 50
-COLOURS = ("#1b6ca8", "#b3541e", "#3d7a3a", "#7a3d76")
+WIDTH, LEFT, RIGHT, BOTTOM, PLOT, LEGEND_LINE = 760, 64, 20, 50, 380, 18
+COLOURS = ("#1b6ca8", "#b3541e", "#3d7a3a", "#7a3d76", "#9a7b00", "#4d4d4d")
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222}.axis{stroke:#888}.grid{stroke:#e4e4e4}.bar{fill:#3d7a3a;opacity:.10}"
     ".small{font-size:11px}"
@@ -63,11 +63,10 @@ class Point:
         refused = sum(self.hardened[kind][0] - self.base[kind][0] for kind in kinds)
         return 100 * refused / sum(self.base[kind][1] for kind in kinds)
 
-    @property
-    def gained(self) -> float:
-        """The share of the way from the base's harmful refusals to all of them, in per cent."""
-        (before, n), (after, _) = self.base["harmful"], self.hardened["harmful"]
-        return 100 * (after - before) / (n - before)
+    def harmful(self, side: str) -> float:
+        """Harmful prompts refused by the `base` or the `hardened` model, in per cent."""
+        refused, asked = getattr(self, side)["harmful"]
+        return 100 * refused / asked
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -93,37 +92,42 @@ def points(records: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def picture(series: Mapping[str, Sequence[Point]]) -> Markup:
-    """Points by series: over-refusal, borderline and harmless prompts together, against harmful refusals gained."""
+    """Points by series: over-refusal, borderline and harmless prompts together, against harmful refusals; rings are bases."""
     drawn = [point for group in series.values() for point in group]
+    top = 40 + LEGEND_LINE * len(series)
+    height = top + PLOT + BOTTOM
     places = [point.change("borderline", "harmless") for point in drawn]
     across = Scale(min(-2.0, *places), max(4.0, *places), LEFT + 10, WIDTH - RIGHT - 10)
-    up = Scale(min(0.0, *(point.gained for point in drawn)), 100.0, HEIGHT - BOTTOM, TOP)
+    up = Scale(min(40.0, *(point.harmful("base") for point in drawn)), 100.0, height - BOTTOM, top)
     parts = [
-        element("rect", x=0, y=0, width=WIDTH, height=HEIGHT, fill="#fff"),
-        element("rect", x=LEFT, y=TOP, width=across(1.0) - LEFT, height=up(80.0) - TOP, class_="bar"),
-        element("text", "the aim", x=LEFT + 6, y=TOP + 16, class_="small"),
+        element("rect", x=0, y=0, width=WIDTH, height=height, fill="#fff"),
+        element("rect", x=LEFT, y=top, width=across(1.0) - LEFT, height=up(90.0) - top, class_="bar"),
+        element("text", "the aim", x=LEFT + 6, y=top + 16, class_="small"),
     ]
     for value in ticks(up.low, up.high):
         parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=up(value), y2=up(value), class_="grid"))
         parts.append(element("text", f"{value:g} %", x=LEFT - 8, y=up(value) + 4, text_anchor="end"))
     for value in ticks(across.low, across.high):
-        parts.append(element("line", x1=across(value), x2=across(value), y1=HEIGHT - BOTTOM, y2=TOP, class_="grid"))
-        parts.append(element("text", f"{value:+g}", x=across(value), y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
+        parts.append(element("line", x1=across(value), x2=across(value), y1=height - BOTTOM, y2=top, class_="grid"))
+        parts.append(element("text", f"{value:+g}", x=across(value), y=height - BOTTOM + 18, text_anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
     told = "over-refusal: points more of borderline and harmless prompts that are refused than by the base"
-    parts.append(element("text", told, x=middle, y=HEIGHT - 8, text_anchor="middle"))
-    parts.append(element("text", "harmful prompts that the base answers and the hardened model refuses", x=LEFT, y=18))
-    x = float(LEFT)
-    for (name, group), colour in zip(series.items(), COLOURS, strict=False):
-        parts.append(element("circle", cx=x + 5, cy=40, r=5, fill=colour))
-        parts.append(element("text", name, x=x + 15, y=44))
-        x += 34 + 7.0 * len(name)
+    parts.append(element("text", told, x=middle, y=height - 8, text_anchor="middle"))
+    parts.append(element("text", "harmful prompts refused; rings: the bases", x=LEFT, y=18))
+    for place, ((name, group), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
+        line = 36 + LEGEND_LINE * place
+        parts.append(element("circle", cx=LEFT + 5, cy=line, r=5, fill=colour))
+        parts.append(element("text", name, x=LEFT + 15, y=line + 4))
         for point in group:
             told = f"{point.row}, {point.measured}, {len(point.seeds)} seed{'s' * (len(point.seeds) > 1)}"
-            spot = {"cx": across(point.change("borderline", "harmless")), "cy": up(point.gained), "r": 5}
-            parts.append(element("circle", element("title", told), **spot, fill=colour, fill_opacity=0.75))
-    label = "Over-refusal against harmful refusals gained, one point a row"
-    view = f"0 0 {WIDTH} {HEIGHT}"
+            x_at, y_at = across(point.change("borderline", "harmless")), up(point.harmful("hardened"))
+            parts.append(
+                element("circle", element("title", told), cx=x_at, cy=y_at, r=5, fill=colour, fill_opacity=0.75)
+            )
+        for refused in sorted({point.harmful("base") for point in group}):
+            parts.append(element("circle", cx=across(0.0), cy=up(refused), r=6, fill="none", stroke=colour))
+    label = "Over-refusal against harmful refusals, one point a row"
+    view = f"0 0 {WIDTH} {height}"
     return element(
         "svg",
         Markup(f"<style>{STYLE}</style>"),
@@ -171,18 +175,18 @@ def groups(found: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by what they were measured on, as the comments of RESULTS.md name it."""
     sets: dict[str, list[Point]] = {}
     for point in found:
-        sets.setdefault(f"{point.model}, {point.prompts} prompts, {point.split} split", []).append(point)
+        sets.setdefault(f"{point.model}: {point.prompts} prompts, {point.split} split", []).append(point)
     return sets
 
 
 def _between(written: str, part: re.Match[str]) -> str:
-    return part[1] + written + part[3]
+    return part[1] + written + "\n" + part[3]
 
 
 def place_tables(text: str, tables: dict[str, list[Point]]) -> str:
     """The text with every table between its comments written anew."""
     for name, group in tables.items():
-        pattern = re.compile(rf"(<!-- rows: {re.escape(name)} -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- rows: {re.escape(name)} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
         text = pattern.sub(partial(_between, table(group)), text)
     return text
 

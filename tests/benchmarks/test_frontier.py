@@ -34,8 +34,8 @@ def test_seeds_of_one_row_are_added_up() -> None:
     found = points([record(0, 40, 11, 3), record(1, 44, 12, 2), record(0, 30, 10, 2, row="another")])
     assert [point.row for point in found] == ["a row", "another"]
     assert found[0].hardened == {"harmful": (84, 100), "borderline": (23, 100), "harmless": (5, 100)}
-    # 34 of the 50 that the base answered; 3 more borderline and 1 more harmless of 200.
-    assert found[0].gained == pytest.approx(68.0)
+    assert (found[0].harmful("base"), found[0].harmful("hardened")) == (50.0, 84.0)
+    # 3 more borderline and 1 more harmless of 200.
     assert found[0].change("borderline", "harmless") == pytest.approx(2.0)
     assert (found[0].seeds, found[0].kl) == ([0, 1], [0.001, 0.002])
 
@@ -60,11 +60,11 @@ def test_tables_are_written_between_their_comments() -> None:
 
 
 def test_the_picture_is_valid_and_has_a_point_a_row() -> None:
-    """Two series of rows: three points, and a dot for each name in the legend."""
+    """Two series of rows: three points, and for each series a ring for its base and a dot in the legend."""
     tables = groups(points([record(0, 40, 11, 3), record(0, 30, 10, 2, row="b"), record(0, 20, 9, 1, split="dev")]))
     root = ElementTree.fromstring(picture(tables))
     circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
-    assert len(circles) == 3 + 2
+    assert len(circles) == 3 + 2 * 2
     told = [title.text for title in root.findall(".//{http://www.w3.org/2000/svg}title")]
     assert told == ["a row, kept, 1 seed", "b, kept, 1 seed", "a row, kept, 1 seed"]
     # More harmful refusals are higher, more over-refusal is further right.
