@@ -160,7 +160,7 @@ def table(found: Sequence[Point]) -> str:
     for point in found:
         base = " | ".join(rate(point.base[kind]) for kind in KINDS)
         if base != shown:
-            lines.append(f"| base | {len(point.seeds)} | | {base} | 0 | |")
+            lines.append(f"| base | | | {base} | 0 | |")
             shown = base
         rates = " | ".join(rate(point.hardened[kind]) for kind in KINDS)
         seeds = ", ".join(map(str, point.seeds))

@@ -44,7 +44,7 @@ def test_the_table_says_the_base_once() -> None:
     """Rows measured against the same base share its line."""
     lines = table(points([record(0, 40, 11, 3), record(0, 30, 10, 2, row="another")])).splitlines()
     assert lines[2:] == [
-        "| base | 1 | | 25 of 50 (50 %) | 10 of 50 (20 %) | 2 of 50 (4 %) | 0 | |",
+        "| base | | | 25 of 50 (50 %) | 10 of 50 (20 %) | 2 of 50 (4 %) | 0 | |",
         "| a row | 0 | 1 | 40 of 50 (80 %) | 11 of 50 (22 %) | 3 of 50 (6 %) | 0.0010 | +1.0 % |",
         "| another | 0 | 1 | 30 of 50 (60 %) | 10 of 50 (20 %) | 2 of 50 (4 %) | 0.0010 | +1.0 % |",
     ]
