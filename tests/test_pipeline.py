@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -304,6 +305,10 @@ def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_show
     with pytest.raises(DirectionError) as single:
         pipeline.run(alone, run, model, discard)
     assert caught.value.message == single.value.message
+    # What the advice names does help.
+    hint = re.search(r"--set (direction.kl_limit)=([0-9.]+);", caught.value.hint)
+    assert hint
+    pipeline.run(planted.settings(model, {hint[1]: float(hint[2])}), run, model, discard, last="direction")
 
 
 def own_file(folder: Path, leaked: int, fresh: int) -> Path:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import floor
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def run(session: Session, publication: Publication) -> None:
     if chosen.failed:
         raise DirectionError(
             "No refusal direction met all criteria. The best were: " + "; ".join(map(describe, scored[:3])) + ".",
-            "The model may hardly refuse anything. Use more or clearer prompts, or another model.",
+            _advice(scored, config.kl_limit),
         )
     vector = vectors[chosen.position, chosen.layer]
     strength, trials = search_strength(session, vector, chosen.layer, coefficient, texts(selection.harmful))
@@ -107,6 +108,18 @@ def run(session: Session, publication: Publication) -> None:
         "trials": [asdict(trial) for trial in trials],
     }
     session.note(f"Chosen: {describe(chosen)}; strength {strength:g}.")
+
+
+def _advice(scored: Sequence[Candidate], kl_limit: float) -> str:
+    """What to do where no candidate met all criteria."""
+    best = scored[0].kl
+    if best is not None and all(entry.kl is None or entry.kl >= kl_limit for entry in scored):
+        return (
+            "Every one changes harmless answers too much when it is projected out, which is done to score directions only and "
+            f"never to your model. To accept the best: --set direction.kl_limit={floor(10 * best + 1) / 10:g}; "
+            "its teacher is tested afterwards."
+        )
+    return "The model may hardly refuse anything. Use more or clearer prompts, or another model."
 
 
 def describe(candidate: Candidate) -> str:
