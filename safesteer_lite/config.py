@@ -190,6 +190,10 @@ _MAY_BE_ZERO = {
 }
 _MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}
 
+_GONE = {
+    "distill.first_layer": "became distill.depth_start, a share of the depth: divide by the model's number of blocks"
+}
+
 Values = dict[str, Any]
 """Settings by dotted name, such as `distill.steps`."""
 
@@ -236,6 +240,9 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     seed: dict[str, Any] = {}
     for name, (origin, raw) in merged.items():
+        if name in _GONE:
+            problems.append(f"{origin}: {name} {_GONE[name]}.")
+            continue
         if name not in known:
             close = sorted(known, key=lambda other: _distance(name, other))[:3]
             problems.append(f"{origin}: there is no setting {name!r}; near it: {', '.join(close)}.")

@@ -35,6 +35,12 @@ def test_the_strongest_layer_wins_setting_by_setting() -> None:
     assert built.distill.rollouts == DistillConfig().rollouts
 
 
+def test_a_setting_that_was_renamed_says_what_it_became() -> None:
+    assert problems_of(("run.toml", {"distill.first_layer": 8})) == [
+        "run.toml: distill.first_layer became distill.depth_start, a share of the depth: divide by the model's number of blocks."
+    ]
+
+
 def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
     problems = problems_of(
         ("a.toml", {"distill.step": 3, "model.precision": "int8", "direction.strengths": [2.0, 1.0]}),
