@@ -49,14 +49,20 @@ EFFORTS = {
 def effort_values(name: str) -> Values:
     """The settings that an effort changes.
 
-    `quick` takes few steps and measures on few prompts. `thorough` is a starting point that nobody has compared with
-    `standard`; on the demo's model all directions gave the choice that the shortlist gives.
+    `quick` takes few steps and measures on few prompts. `thorough` trains as the row of RESULTS.md that refused
+    most harmful prompts (94 %, `standard` 86 to 90 %; borderline ones 38 and 32 %); all directions gave the choice that the
+    shortlist gives. One model, one seed.
 
     Args:
         name: a key of `EFFORTS`.
     """
     if name == "thorough":
-        return {"direction.shortlist": 0, "distill.steps": 40, "evaluate.answer_tokens": 256}
+        return {
+            "direction.shortlist": 0,
+            "distill.steps": 24,
+            "distill.learning_rate": 5e-4,
+            "evaluate.answer_tokens": 256,
+        }
     return {} if name == "standard" else config.QUICK
 
 
