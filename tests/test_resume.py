@@ -277,3 +277,46 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path) -> None:
         runs = list(pool.map(lambda _: rundir.create(tmp_path, "same", planned=pipeline.STAGE_NAMES), range(16)))
     assert len({run.path for run in runs}) == 16
     assert {path.name for path in tmp_path.iterdir()} == {run.path.name for run in runs}
+
+
+DEAF = """
+import hashlib
+from safesteer_lite.commands import training
+with training._stop_on_interrupt(lambda message: print(message, flush=True)) as stop_requested:
+    print("begun", flush=True)
+    {work}
+    print("asked:", stop_requested(), flush=True)
+"""
+
+
+def deaf(work: str) -> subprocess.Popen[str]:
+    """A program that does `work` where Ctrl-C asks it to stop."""
+    script = [sys.executable, "-c", DEAF.format(work=work)]
+    return subprocess.Popen(
+        script, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_second_interrupt_ends_a_program_that_python_cannot_interrupt() -> None:
+    """One call that computes for hours and never looks for signals, as a backward pass does for seconds."""
+    with deaf('hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)') as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said == ("", "Stopped. Go on with `safesteer-lite resume`.\n")
+
+
+def test_one_interrupt_lets_the_work_end() -> None:
+    with deaf('hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)') as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said == ("Stopping after this step; Ctrl-C again stops now. It can be resumed.\nasked: True\n", "")

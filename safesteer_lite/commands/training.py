@@ -6,7 +6,9 @@ import argparse
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +167,42 @@ def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool
         handlers[signal.SIGHUP] = hung_up
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda: bool(asked)
+        with _second_interrupt_ends():
+            yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _second_interrupt_ends(patience: float = 5.0) -> Iterator[None]:
+    """Inside, a second Ctrl-C ends the program even while torch computes.
+
+    Python hears of a signal only between two of its own instructions, and one call into torch can take a minute. What
+    is saved is whole at any moment, so the program may end wherever it stands, `patience` seconds after the signal.
+    """
+    over, (ear, mouth) = threading.Event(), socket.socketpair()
+
+    def listen() -> None:
+        heard = 0
+        while number := ear.recv(1):
+            heard += number[0] == signal.SIGINT
+            if heard == 2 and not over.wait(patience):
+                if sys.stdout.isatty():
+                    # Out of the live screen, with a cursor.
+                    os.write(1, b"\x1b[?1049l\x1b[?25h")
+                os.write(2, b"Stopped. Go on with `safesteer-lite resume`.\n")
+                os._exit(130)
+
+    mouth.setblocking(False)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        mouth.close()
+        listener.join()
+        ear.close()
