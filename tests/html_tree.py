@@ -13,8 +13,9 @@ class Node:
 
     tag: str
     attributes: dict[str, str | None]
-    parents: tuple[Node, ...]
-    children: list[Node | str] = field(default_factory=list)
+    # Told with its parents, each of which tells its children, a failed assertion would fill the memory.
+    parents: tuple[Node, ...] = field(repr=False)
+    children: list[Node | str] = field(default_factory=list, repr=False)
 
     @property
     def text(self) -> str:

@@ -241,7 +241,7 @@ def test_every_setting_stands_on_the_page(tree: Node) -> None:
     record = config.to_record(settings("plain"))
     wanted = [value for section in config.SECTIONS for value in record[section].values()] + [record["seed"]]
     assert shown == [json.dumps(value, ensure_ascii=False) for value in wanted]
-    assert ["stepsoptimizer steps", "25"] in rows(part(tree, "settings"))
+    assert ["stepsoptimizer steps", "8"] in rows(part(tree, "settings"))
     assert rows(part(tree, "versions"))[1:] == [["torch", "2.13 plain"]]
     assert [line[:2] for line in rows(part(tree, "timings"))[1:]] == [[s, f"{i} min"] for i, s in enumerate(STAGES, 1)]
 
