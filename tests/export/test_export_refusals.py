@@ -23,7 +23,7 @@ from safesteer_lite.stages import export
 from tests.export.test_export_files import finished_run, names
 from tests.export.tiny_lora import load_4bit
 
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+Q_PROJ = "base_model.model.model.layers.2.self_attn.q_proj.lora_"
 
 
 class Place(NamedTuple):
