@@ -174,12 +174,16 @@ def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool
             signal.signal(number, handler)
 
 
+# For Python to hear of the second Ctrl-C by itself, and to end with its own message.
+_PATIENCE_SECONDS = 5.0
+
+
 @contextmanager
-def _second_interrupt_ends(patience: float = 5.0) -> Iterator[None]:
+def _second_interrupt_ends() -> Iterator[None]:
     """Inside, a second Ctrl-C ends the program even while torch computes.
 
-    Python hears of a signal only between two of its own instructions, and one call into torch can take a minute. What
-    is saved is whole at any moment, so the program may end wherever it stands, `patience` seconds after the signal.
+    Python hears of a signal only between two of its own instructions, and a call into torch is one of them however long it
+    takes. What is saved is whole at any moment, so the program may end wherever it stands.
     """
     over, (ear, mouth) = threading.Event(), socket.socketpair()
 
@@ -187,7 +191,7 @@ def _second_interrupt_ends(patience: float = 5.0) -> Iterator[None]:
         heard = 0
         while number := ear.recv(1):
             heard += number[0] == signal.SIGINT
-            if heard == 2 and not over.wait(patience):
+            if heard == 2 and not over.wait(_PATIENCE_SECONDS):
                 if sys.stdout.isatty():
                     # Out of the live screen, with a cursor.
                     os.write(1, b"\x1b[?1049l\x1b[?25h")

@@ -63,7 +63,7 @@ def effort_values(name: str) -> Values:
             "distill.learning_rate": 5e-4,
             "evaluate.answer_tokens": 256,
         }
-    return {} if name == "standard" else config.QUICK
+    return {} if name == "standard" else dict(config.QUICK)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def picture(series: Mapping[str, Sequence[Point]]) -> Markup:
     told = "over-refusal: points more of borderline and harmless prompts that are refused than by the base"
     parts.append(element("text", told, x=middle, y=height - 8, text_anchor="middle"))
     parts.append(element("text", "harmful prompts refused; rings: the bases", x=LEFT, y=18))
-    for place, ((name, group), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
+    for place, ((name, group), colour) in enumerate(zip(series.items(), cycle(COLOURS), strict=False)):
         line = 36 + LEGEND_LINE * place
         parts.append(element("circle", cx=LEFT + 5, cy=line, r=5, fill=colour))
         parts.append(element("text", name, x=LEFT + 15, y=line + 4))

@@ -16,6 +16,9 @@ def test_every_effort_works_with_every_preset(effort: str) -> None:
     demo = config.build(
         [("preset", config.preset_values("qwen2.5-coder-0.5b-demo")), ("effort", pace.effort_values(effort))]
     )
+    # What a command adds to an effort's settings stays its own.
+    pace.effort_values(effort)["model.name"] = "another"
+    assert "model.name" not in pace.effort_values(effort)
     if effort == "quick":
         assert demo == config.build([("p", config.preset_values("qwen2.5-coder-0.5b-demo")), ("q", config.QUICK)])
 
