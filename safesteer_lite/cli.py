@@ -56,8 +56,14 @@ def wizard() -> int:
     from rich.console import Console
 
     from safesteer_lite import rundir
+    from safesteer_lite.wizard.ask import forget_typed_ahead
     from safesteer_lite.wizard.flow import start
     from safesteer_lite.wizard.program import Program
+
+    def execute(line: Sequence[str]) -> int:
+        code = main(line)
+        forget_typed_ahead()
+        return code
 
     parser = build_parser()
     exports = {
@@ -68,7 +74,7 @@ def wizard() -> int:
     }
     return start(
         Program(
-            execute=main,
+            execute=execute,
             run_settings=lambda line: run_settings(parser.parse_args(line)),
             open_settings=lambda path: open_settings(rundir.open_run(path)),
             exports=exports,

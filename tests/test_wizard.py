@@ -103,6 +103,8 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.answer("How thorough?", "1" + ENTER)
     terminal.answer("Start?", ENTER)
     terminal.expect("Stages, time taken or left")
+    # Pressed during the run, they mean nothing to the menu after it, where they would quit.
+    terminal.send("7" + ENTER)
     terminal.expect("Refusals on the test split", 180)
     terminal.answer("What now?", ENTER)
     terminal.answer("Read which answers?", ENTER)

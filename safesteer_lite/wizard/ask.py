@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,11 @@ import questionary
 from prompt_toolkit.application import Application
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
 from prompt_toolkit.keys import Keys
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import termios
 
 Answer = TypeVar("Answer")
 
@@ -85,6 +91,17 @@ def until_right(question: Callable[[], Answer], wrong: type[Exception], tell: Ca
             return question()
         except wrong as error:
             tell(error)
+
+
+def forget_typed_ahead() -> None:
+    """Drop the keys that were pressed while the program was busy: they were not meant for the next question."""
+    if not sys.stdin.isatty():
+        return
+    if sys.platform == "win32":
+        while msvcrt.kbhit():
+            msvcrt.getwch()
+    else:
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def _ask(question: questionary.Question) -> Any:
