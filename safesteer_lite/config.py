@@ -189,6 +189,8 @@ _MAY_BE_ZERO = {
     "seed",
 }
 _MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}
+# The other lists need an entry.
+_MAY_BE_EMPTY = {"distill.adapter_strengths"}
 
 _GONE = {
     "distill.first_layer": "became distill.depth_start, a share of the depth: divide by the model's number of blocks"
@@ -292,9 +294,11 @@ def _convert(raw: Any, default: Any, name: str, choices: tuple[str, ...]) -> Any
             raise ValueError(f"must be greater than 0, got {raw!r}")
         return number
     if isinstance(default, tuple):
-        items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
-        if not isinstance(items, (list, tuple)) or not items:
+        items = ([part.strip() for part in raw.split(",")] if raw.strip() else []) if isinstance(raw, str) else raw
+        if not isinstance(items, (list, tuple)):
             raise ValueError(f"expected a list, got {raw!r}")
+        if not items and name not in _MAY_BE_EMPTY:
+            raise ValueError(f"must not be empty, got {raw!r}")
         kind = type(default[0])
         try:
             found = tuple(kind(item) for item in items)

@@ -7,6 +7,7 @@ import time
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -73,7 +74,12 @@ class Lines:
         self._line(f"   {amounts}{left}", "dim")
 
     def _line(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        """One line of a log; at a terminal wrapped between words, below where its text begins."""
+        if not self.console.is_terminal:
+            self.console.print(Text(text, style), soft_wrap=True)
+            return
+        words = text.lstrip()
+        self.console.print(Padding(Text(words, style), (0, 0, 0, len(text) - len(words)), expand=False))
 
 
 class Json:

@@ -20,9 +20,10 @@ from rich.console import Console
 from safesteer_lite import config, pipeline, rundir
 from safesteer_lite.arguments import build_parser
 from safesteer_lite.commands.shared import open_settings, run_settings
-from safesteer_lite.errors import ModelError
+from safesteer_lite.errors import ExportError, ModelError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
+from safesteer_lite.export import convert
 from safesteer_lite.hardware import known
 from safesteer_lite.hardware.machine import Gpu, Machine
 from safesteer_lite.models.preview import look
@@ -323,7 +324,7 @@ def test_the_picked_strength_goes_to_chat_and_export(
         execute=execute,
         run_settings=lambda line: run_settings(build_parser().parse_args(line)),
         open_settings=lambda path: open_settings(rundir.open_run(path)),
-        exports={("--to", "merged"): "weights", ("--to", "adapter"): "the adapter"},
+        exports={("--to", "merged"): "weights", ("--to", "gguf"): "a file", ("--to", "adapter"): "the adapter"},
         runs=Path("runs"),
         console=Console(file=told, width=80),
     )
@@ -335,6 +336,10 @@ def test_the_picked_strength_goes_to_chat_and_export(
         results.chat()
         keys.send_text("1" + ENTER + ENTER + "2" + ENTER)
         results.export()
+        monkeypatch.setattr(convert, "find_spec", lambda name: None)
+        keys.send_text("2" + ENTER)
+        with pytest.raises(ExportError, match="not installed"):  # Before anything else is asked.
+            results.export()
     assert results.strength == 0.5 and "> 0" in told.getvalue()
     path = str(run.path)
     assert asked == [

@@ -112,6 +112,9 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
     console.print(f"Time {format_duration(seconds)}, peak memory {format_bytes(report['peak_memory_bytes'])}.")
     console.print(f"The hardened model: {folder.path / '06-export' / 'merged'}", soft_wrap=True)
     console.print(f"Every answer that changed: {folder.path / '05-evaluate' / 'flips.jsonl'}", soft_wrap=True)
+    console.print(
+        "To read answers, chat, turn its strength or export it to GGUF: `safesteer-lite` on a terminal.", soft_wrap=True
+    )
     return 0
 
 

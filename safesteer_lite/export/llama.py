@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ExportError
+from safesteer_lite.export.extra import INSTALL
 from safesteer_lite.export.verify import FailedCheck
 
 LIKELIEST = 200
@@ -45,7 +46,7 @@ class LlamaCpp:
         try:
             import xllamacpp
         except ImportError as error:
-            raise ExportError("llama.cpp is not installed.", "Run: pip install 'safesteer-lite[gguf]'") from error
+            raise ExportError("llama.cpp is not installed.", INSTALL) from error
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
         parameters.n_ctx, parameters.n_parallel = context, 1

@@ -14,6 +14,7 @@ import numpy
 from gguf import GGMLQuantizationType as Kind
 
 from safesteer_lite.errors import ExportError
+from safesteer_lite.export.extra import INSTALL
 
 Q4_K_M = "Q4_K_M"
 _BLOCK_COLUMNS = 256
@@ -115,7 +116,7 @@ def load_ggml() -> Any:
     name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
     found = next((path for folder in folders for path in sorted(folder.rglob(name))), None)
     if found is None:
-        raise ExportError("Quantising to Q4_K_M needs ggml.", "Run: pip install 'safesteer-lite[gguf]'")
+        raise ExportError("Quantising to Q4_K_M needs ggml.", INSTALL)
     try:
         library = ctypes.CDLL(str(found))
     except OSError as error:

@@ -14,6 +14,7 @@ from safesteer_lite.console import scorecard_table
 from safesteer_lite.errors import SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
+from safesteer_lite.export.convert import check_extra
 from safesteer_lite.hardware.units import format_estimate
 from safesteer_lite.stages import strength
 from safesteer_lite.wizard.ask import Back, Option, choose, until_right, write_path
@@ -125,6 +126,8 @@ class Results:
             if self.strength == 1 or "adapter" not in arguments
         ]
         kind = choose("Write what?", kinds)
+        if "gguf" in kind:
+            check_extra(kind)  # The quantisations are among its arguments.
         name = Path(self.settings.model.name).name
         default = f"{name}-safer" + (f"-{self.strength:g}" if self.strength != 1 else "")
         out = until_right(

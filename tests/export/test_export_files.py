@@ -148,7 +148,7 @@ def test_a_gguf_export_without_the_extra_is_refused_before_any_work(
     monkeypatch.setattr(convert, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match="not installed") as caught:
         export(run_of_tiny, tmp_path / "out", kind="gguf")
-    assert "pip install 'safesteer-lite[gguf]'" in caught.value.hint and names(tmp_path) == []
+    assert 'pip install "safesteer-lite[gguf]"' in caught.value.hint and names(tmp_path) == []
 
 
 @pytest.mark.usefixtures("no_extra_needed")
