@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -111,6 +112,25 @@ def scorecard_table(before: dict[str, object], after: dict[str, object]) -> Tabl
         table.add_row(name, str(new["n"]), rate_text(old), rate_text(new))
     kl = after["kl_to_base"]
     table.add_row("KL to base, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+    return table
+
+
+def dial_table(points: Sequence[dict[str, Any]]) -> Table:
+    """The strength dial: what each strength refuses, and its trade-off.
+
+    Args:
+        points: records as `stages.strength` makes them, weakest first.
+    """
+    table = Table(title="Strength dial, selection split: refused, with 95 % Wilson intervals", title_justify="left")
+    for heading in ("strength", "harmful", "borderline", "harmless", "KL", "score"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = max(points, key=lambda point: (point["score"], -point["strength"]))
+    for point in points:
+        rates = [_share_text(point[name]) for name in ("harmful", "borderline", "harmless")]
+        mark = "> " if point is best else ""
+        table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
+    sizes = ", ".join(str(points[0][name]["n"]) for name in ("harmful", "borderline", "harmless"))
+    table.caption = f"n = {sizes}; > marks the best trade-off"
     return table
 
 

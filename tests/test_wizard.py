@@ -20,6 +20,7 @@ from rich.console import Console
 from safesteer_lite import config, pipeline, rundir
 from safesteer_lite.arguments import build_parser
 from safesteer_lite.commands.shared import open_settings, run_settings
+from safesteer_lite.console import dial_table
 from safesteer_lite.errors import ExportError, ModelError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
@@ -32,7 +33,7 @@ from safesteer_lite.stages import strength
 from safesteer_lite.wizard.program import Program
 from safesteer_lite.wizard.questions import Answers
 from safesteer_lite.wizard.results import Results, show_answers
-from safesteer_lite.wizard.tables import dial_table, machine_table, plan_table
+from safesteer_lite.wizard.tables import machine_table, plan_table
 from tests import planted
 from tests.models.local_hub import HUB_ID, serving
 from tests.readme import not_shown, results_menu, transcript

@@ -94,9 +94,8 @@ def strength_command(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from safesteer_lite import report, rundir
-    from safesteer_lite.console import dump
+    from safesteer_lite.console import dial_table, dump
     from safesteer_lite.stages import strength
-    from safesteer_lite.wizard.tables import dial_table
 
     try:
         wanted = [float(part) for part in options.at.split(",")] if options.at else list(strength.STRENGTHS)

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from safesteer_lite import report, rundir
-from safesteer_lite.console import scorecard_table
+from safesteer_lite.console import dial_table, scorecard_table
 from safesteer_lite.errors import SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
@@ -19,7 +19,6 @@ from safesteer_lite.hardware.units import format_estimate
 from safesteer_lite.stages import strength
 from safesteer_lite.wizard.ask import Back, Option, choose, until_right, write_path
 from safesteer_lite.wizard.program import Program, as_command
-from safesteer_lite.wizard.tables import dial_table
 
 _WHERE = {"report": "report.html", "figures": "report.json", "model": "06-export/merged", "settings": "config.toml"}
 

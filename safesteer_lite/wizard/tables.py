@@ -1,10 +1,9 @@
-"""Tables and wordings that the wizard and the commands share."""
+"""The wizard's tables: the machine, and what a run should take."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -50,28 +49,3 @@ def plan_table(stages: Mapping[str, str], seconds: Mapping[str, float], outlook:
         table.add_row(title, format_estimate(seconds[name]), f"{format_bytes(outlook.memory_bytes[name])}{kind}")
     table.add_row("in all", format_estimate(pace.total(seconds)), f"disk {format_bytes(outlook.disk_bytes)}")
     return table
-
-
-def dial_table(points: Sequence[dict[str, Any]]) -> Table:
-    """The strength dial: what each strength refuses, and its trade-off.
-
-    Args:
-        points: records as `stages.strength` makes them, weakest first.
-    """
-    table = Table(title="Strength dial, selection split: refused, with 95 % Wilson intervals", title_justify="left")
-    for heading in ("strength", "harmful", "borderline", "harmless", "KL", "score"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    best = max(points, key=lambda point: (point["score"], -point["strength"]))
-    for point in points:
-        rates = [_share(point[name]) for name in ("harmful", "borderline", "harmless")]
-        mark = "> " if point is best else ""
-        table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
-    sizes = ", ".join(str(points[0][name]["n"]) for name in ("harmful", "borderline", "harmless"))
-    table.caption = f"n = {sizes}; > marks the best trade-off"
-    return table
-
-
-def _share(rate: dict[str, float]) -> str:
-    """`61 % (42-76)`, short enough for three of them in 80 columns."""
-    share = rate["refused"] / rate["n"] if rate["n"] else 0.0
-    return f"{100 * share:.0f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
