@@ -120,6 +120,9 @@ class DistillConfig:
         "RESULTS.md, reading directions; paper random",
         ("random", "discriminant"),
     )
+    reading_prompts: str = setting(
+        "answered", "harmful prompts it is computed from", "RESULTS.md, what the base answers", ("answered", "all")
+    )
     reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "RESULTS.md; others not compared by answers")
     depth_start: float = setting(
         0.33, "share of the depth below the lowest adapted block", "RESULTS.md, reading directions; not compared"

@@ -27,6 +27,7 @@ from safesteer_lite.models import plain
 from safesteer_lite.models.policy import Policy
 from safesteer_lite.prompts import bundled, data_files
 from safesteer_lite.rundir import RunFolder
+from safesteer_lite.stages import distill
 from safesteer_lite.stages.distill import ShownAnswers, recipe
 from safesteer_lite.stages.session import Session
 from tests import planted
@@ -248,6 +249,26 @@ def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) ->
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # What is read was set and not trained, and what is written was trained.
     assert all(float(value.abs().max()) > 0 for value in expected.values())
+
+
+@pytest.mark.parametrize(("which", "minimum"), [("answered", 8), ("answered", 1000), ("all", 8)])
+def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
+    which: str, minimum: int, run: RunFolder, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {"distill.reading": "discriminant", "distill.reading_prompts": which, "direction.minimum_prompts": minimum}
+    session = Session(planted.settings(model, change), run, model, discard, "distill")
+    read: list[str] = []
+
+    def note(policy: Policy, harmful: list[str], *others: Any) -> None:
+        read.extend(harmful)
+
+    monkeypatch.setattr(distill, "read_discriminants", note)
+    distill.prepare_adapter(session, None)
+    prompts = [*session.training_prompts(), *session.direction_prompts()[0]]
+    answered = [prompt.text for prompt in prompts if prompt.category not in planted.REFUSED_CATEGORIES]
+    assert 0 < len(answered) < len(prompts)
+    # Too few to read from are no better than all.
+    assert read == (answered if (which, minimum) == ("answered", 8) else [prompt.text for prompt in prompts])
 
 
 def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter(done: RunFolder, model: Path) -> None:

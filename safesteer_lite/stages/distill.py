@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safesteer_lite.checkpoints import Checkpoints
 from safesteer_lite.errors import Interrupted
+from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
@@ -101,7 +102,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     config, policy = session.config, session.policy
     anchors = session.anchor_prompts() if config.distill.anchors else []
     saved = checkpoints.newest_checkpoint()
-    _prepare_adapter(session, saved[1] if saved else None)
+    prepare_adapter(session, saved[1] if saved else None)
     training = Distillation(
         policy.model,
         load_steering(session),
@@ -143,7 +144,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     return training, history, best
 
 
-def _prepare_adapter(session: Session, saved: Path | None) -> None:
+def prepare_adapter(session: Session, saved: Path | None) -> None:
     """Before the first step, what the settings say the adapter reads; in a resumed run, what it read then."""
     settings, policy = session.config.distill, session.policy
     if settings.reading != "discriminant":
@@ -154,6 +155,8 @@ def _prepare_adapter(session: Session, saved: Path | None) -> None:
         return
     blocks = len(policy.model.layers) - policy.model.first_adapter_layer
     harmful = texts(session.training_prompts()) + texts(session.direction_prompts()[0])
+    if settings.reading_prompts == "answered":
+        harmful = _answered(session, harmful)
     harmless = texts(session.anchor_prompts())
     done = session.progress("reading directions of blocks", blocks)
     read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
@@ -161,6 +164,20 @@ def _prepare_adapter(session: Session, saved: Path | None) -> None:
         f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "
         "set, what it writes is trained."
     )
+
+
+def _answered(session: Session, harmful: list[str]) -> list[str]:
+    """The harmful prompts that the base answers, which are what training has to change; all, where those are too few."""
+    policy = session.policy
+    done = session.progress("harmful prompts answered", len(harmful))
+    with policy.model.adapters_off():
+        answers = policy.answers(harmful, session.config.evaluate.selection_tokens, ANSWER_BATCH, done)
+    answered = [text for text, answer in zip(harmful, answers, strict=True) if not judge(answer).refused]
+    if len(answered) < session.config.direction.minimum_prompts:
+        session.note(f"The base answers only {len(answered)} of {len(harmful)} harmful prompts: all of them are read.")
+        return harmful
+    session.note(f"The base answers {len(answered)} of {len(harmful)} harmful prompts: these are read.")
+    return answered
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

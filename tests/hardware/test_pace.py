@@ -26,13 +26,14 @@ def test_every_effort_works_with_every_preset(effort: str) -> None:
 def test_the_estimate_of_the_demo_is_near_what_was_measured() -> None:
     demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
     shape = known.KNOWN[demo.model.name].shape
-    # README, seed 0, on two cores; the probe found 428 billion operations a second on one of them (RESULTS.md, "Pace").
-    measured = {"baseline": 28, "direction": 62, "tokens": 23, "distill": 279, "evaluate": 388, "export": 17}
+    # The mean of the two runs of 2026-11-21, 17:19 and 18:58, on two cores, which differed by 14 % (RESULTS.md); the probe found
+    # 428 billion operations a second on one of them ("Pace").
+    measured = {"baseline": 26, "direction": 61, "tokens": 25, "distill": 300, "evaluate": 422, "export": 20}
     seconds = pace.expected_seconds(demo, shape, "cpu", 2 * 428e9)
     assert tuple(seconds) == tuple(measured)
     assert pace.total(seconds) == pytest.approx(sum(measured.values()), rel=0.2)
     for stage, found in measured.items():
-        assert seconds[stage] == pytest.approx(found, rel=0.4), stage
+        assert seconds[stage] == pytest.approx(found, rel=0.45), stage
 
 
 def test_estimates_follow_the_machine_and_the_work() -> None:
