@@ -137,5 +137,5 @@ def test_a_file_keeps_its_settings_and_its_values_within_the_blocks_steps(tmp_pa
 
 def test_without_ggml_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safesteer_lite.export.quantise.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"pip install 'safesteer-lite\[gguf\]'"):
+    with pytest.raises(ExportError, match=r'pip install "safesteer-lite\[gguf\]"'):
         quantise_file(tmp_path / "wide.gguf", tmp_path / "small.gguf")
