@@ -71,7 +71,8 @@ class LlamaCpp:
     def greedy(self, prompt: Sequence[int], tokens: int) -> Answer:
         """Answer a prompt given as token ids with at most `tokens` tokens, and tell the first distribution."""
         choice = self._complete(prompt, tokens, n_probs=LIKELIEST)["choices"][0]
-        steps = choice["logprobs"]["content"]
+        # None where the turn ends at once.
+        steps = (choice["logprobs"] or {}).get("content")
         if not steps:
             raise FailedCheck(f"{self._name} answers nothing in llama.cpp.", "Export again.")
         first = {entry["id"]: entry["logprob"] for entry in steps[0]["top_logprobs"] if entry["logprob"] is not None}
