@@ -37,8 +37,6 @@ _ALL_CANDIDATES = 100
 # launch its kernels, seconds a decoder block.
 _LAUNCH_SECONDS = 1e-3
 _ANSWER_BATCH = 64
-# The settings with which the base answers the harmful prompts before the first step.
-_LOOKS = ("discriminant", "answered")
 
 EFFORTS = {
     "quick": "few prompts, short answers: to see it work",
@@ -52,8 +50,8 @@ def effort_values(name: str) -> Values:
     """The settings that an effort changes.
 
     `quick` takes few steps and measures on few prompts. `thorough` trains as the row of RESULTS.md that refused
-    most harmful prompts (94 %, `standard` 86 to 90 %; borderline ones 38 and 32 %); all directions gave the choice that the
-    shortlist gives. One model, one seed.
+    most harmful prompts (94 %, `standard` 86 to 90 %; borderline ones 38 and 32 %) when both read all harmful prompts; with
+    those that the base answers it was not compared. All directions gave the choice that the shortlist gives. One model, one seed.
 
     Args:
         name: a key of `EFFORTS`.
@@ -99,14 +97,15 @@ def work(settings: RunConfig) -> dict[str, Work]:
     voted = _along(voters, tokens.horizon) * (1 + _TEACHER_SHARE)
     rows = distill.prompts * distill.rollouts + distill.anchors
     trained = Work(rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN)
-    looked = sets.train + sets.direction if (distill.reading, distill.reading_prompts) == _LOOKS else 0
+    reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
+    answered = sets.train + sets.direction if reads_answered else 0
     measured = -(-distill.steps // evaluate.every) + len(distill.adapter_strengths)
     return {
         "baseline": selection,
         "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, direction.teacher_tokens),
         "tokens": continued + voted,
         "distill": (_answers(rows, distill.completion_tokens) + trained) * distill.steps
-        + _answers(looked, evaluate.selection_tokens)
+        + _answers(answered, evaluate.selection_tokens)
         + _reference(sets.selection, evaluate.kl_tokens)
         + (selection + _along(sets.selection, evaluate.kl_tokens)) * measured,
         "evaluate": _answers(2 * sets.test + sets.borderline_test, evaluate.answer_tokens) * 2
