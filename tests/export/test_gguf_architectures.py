@@ -68,6 +68,8 @@ def save(folder: Path, kind: str) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # Norms of ones and biases of zeros would hide that one was left out.
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        # A turn that ends at once has no first token to compare.
+        model.get_output_embeddings().weight[list(tokenizer.get_added_vocab().values())] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
