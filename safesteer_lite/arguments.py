@@ -83,7 +83,7 @@ def _exporting(commands: Any) -> None:
     export.add_argument(
         "--original", metavar="MODEL", help="of such a base: its 16-bit original, a folder or a Hub id to fetch"
     )
-    export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
+    export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 2 (1)")
     export.add_argument("--base", type=Path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
     export.add_argument("--measure", type=int, default=0, metavar="N", help="measure on N test prompts a set (all)")
     export.add_argument("--push", metavar="NAME", help="upload to the model hub as NAME, private")
@@ -100,7 +100,7 @@ def _looking(commands: Any) -> None:
         commands, "strength", "measure a run's adapter at several strengths", "safesteer-lite strength RUN"
     )
     strength.add_argument("run", help="a run's name or folder")
-    strength.add_argument("--at", metavar="X,Y,...", help="factors on the adapter, 0 to 1.5 (0 to 1.5 in quarters)")
+    strength.add_argument("--at", metavar="X,Y,...", help="factors on the adapter, 0 to 2 (0 to 1.5 in quarters)")
     _output_options(strength)
 
     chat = _command(commands, "chat", "talk to a run's model", "safesteer-lite chat RUN --view compare")
@@ -109,7 +109,7 @@ def _looking(commands: Any) -> None:
         "--view", choices=("compare", "hardened", "base"), default="compare", help="who answers (compare)"
     )
     chat.add_argument("--compare", dest="view", action="store_const", const="compare", help="base and hardened")
-    chat.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 1.5 (1)")
+    chat.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 2 (1)")
     chat.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
     chat.add_argument("--tokens", type=int, default=400, help="tokens an answer, at most (400)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")

@@ -55,7 +55,7 @@ class Chat:
         console: where to speak.
         read: gives the user's next line; EOFError ends the chat.
         view: who answers, one of `VIEWS`.
-        strength: factor on the adapter, 0 to 1.5.
+        strength: factor on the adapter, 0 to 2.
         system: the system prompt; empty for the one that the chat template adds, if any.
         tokens: longest answer.
         temperature: 0 takes the likeliest token, as the scorecard's answers do.

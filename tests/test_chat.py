@@ -150,7 +150,7 @@ def test_commands(policy: Policy, run: RunFolder, tmp_path: Path, monkeypatch: p
         "/reset",
         "/system Be brief.",
         "/strength much",
-        "/strength 2",
+        "/strength 3",
         "/dance",
         "/help",
         "  ",
@@ -166,7 +166,7 @@ def test_commands(policy: Policy, run: RunFolder, tmp_path: Path, monkeypatch: p
         "folder.json cannot be written",
         "system prompt: Be brief.; 0 turns so far.",
         "much is not a number.",
-        "A strength of 2 is outside 0 to 1.5.",
+        "A strength of 3 is outside 0 to 2.",
         "There is no command /dance.",
         "/compare, /hardened, /base",
     ):
@@ -215,7 +215,7 @@ def test_the_dial_begins_at_the_base_and_is_kept(run: RunFolder, model: Path) ->
     (run.path / strength.FILE).write_text(json.dumps({**record, "distill": "other"}), encoding="utf-8")
     assert strength.saved(run) == []
     with pytest.raises(UsageError, match="outside 0 to"):
-        strength.dial(session, [1.6])
+        strength.dial(session, [2.1])
 
 
 def test_the_best_strength_is_the_weakest_of_equals() -> None:

@@ -81,8 +81,8 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         (["resume"], 2, "There is no unfinished run in runs"),
         (["resume", "nothing"], 1, "The run 'nothing' does not exist"),
         (["export", "nothing"], 1, "The run 'nothing' does not exist"),
-        (["export", "nothing", "--strength", "2"], 2, "--strength 2 is outside 0 to 1.5"),
-        (["export", "nothing", "--strength", "nan"], 2, "--strength nan is outside 0 to 1.5"),
+        (["export", "nothing", "--strength", "3"], 2, "--strength 3 is outside 0 to 2"),
+        (["export", "nothing", "--strength", "nan"], 2, "--strength nan is outside 0 to 2"),
         (["eval", "no-such-folder"], 1, "neither a folder nor the id"),
     ],
 )

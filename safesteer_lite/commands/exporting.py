@@ -22,8 +22,8 @@ def check_flags(options: argparse.Namespace) -> None:
     Raises:
         UsageError: a flag is out of range, or does not go with the others.
     """
-    if not 0 <= options.strength <= 1.5:
-        raise UsageError(f"--strength {options.strength:g} is outside 0 to 1.5.", "1 is the trained model, 0 the base.")
+    if not 0 <= options.strength <= 2:
+        raise UsageError(f"--strength {options.strength:g} is outside 0 to 2.", "1 is the trained model, 0 the base.")
     if options.quant and options.to != "gguf":
         raise UsageError("--quant is for GGUF files only.", "Add --to gguf.")
     if options.measure < 0:

@@ -81,7 +81,8 @@ _MERGING = (
     "original weights differ from the 4-bit ones that were trained, which --weights dequantised merges into instead"
 )
 _ROUNDING = (
-    "rounding to few bits undoes part of a small change, and a file with more of them (Q8_0, F16) keeps more of it"
+    "rounding to few bits undoes part of a small change: a file with more of them (Q8_0, F16) keeps more of it, and "
+    "--strength 1.5 or 2 makes the change larger"
 )
 
 

@@ -51,35 +51,48 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    with _hub_errors(name):
+    private = "" if public else " --private"
+    again = f"The files stay in {folder}; `hf upload {name} {folder} .{private}` uploads them without exporting anew."
+    with _hub_errors(name, again):
         repository = hub.create_repo(name, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from safesteer-lite")
     return str(repository)
 
 
 @contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """Turn what the hub and its client may say into errors that say what to do."""
+def _hub_errors(name: str, again: str = "") -> Iterator[None]:
+    """Turn what the hub and its client may say into errors that say what to do.
+
+    Args:
+        name: what was to be written to.
+        again: what the user can do once the cause is gone; empty before there are files.
+    """
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    def failed(message: str, hint: str) -> ExportError:
+        return ExportError(message, f"{hint} {again}".strip())
 
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise ExportError(
+        raise failed(
             f"Nothing was uploaded to {name}: there is no token for the model hub.",
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
         ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
-            raise ExportError(
+            raise failed(
                 f"The model hub refuses to let this token write to {name} ({status}).",
                 "Set HF_TOKEN to a token that may write there, or choose another name.",
             ) from error
-        raise ExportError(f"The model hub refused {name} ({status or error}).", "Try again later.") from error
+        raise failed(f"The model hub refused {name} ({status or error}).", "Try again later.") from error
     except (OfflineModeIsEnabled, OSError, httpx.HTTPError) as error:
-        raise ExportError(
+        raise failed(
             f"{name} could not be uploaded: the model hub cannot be reached.",
-            "Connect, unset HF_HUB_OFFLINE, and try again; exported files stay as they are.",
+            "Connect, unset HF_HUB_OFFLINE, and try again.",
         ) from error
+    except RuntimeError as error:
+        # What the client makes of a large file's upload that broke off.
+        raise failed(f"The upload to {name} broke off: {str(error).rstrip('.')}.", "Try again later.") from error
