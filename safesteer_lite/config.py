@@ -95,10 +95,18 @@ class DistillConfig:
     completion_tokens: int = setting(4, "tokens a rollout", "RESULTS.md, first words; paper 512")
     temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530")
     anchors: int = setting(64, "harmless prompts a step; 0 is the paper", "RESULTS.md, first words")
+    anchor_mix: str = setting(
+        "even",
+        "everyday and borderline anchors equally often, or `pooled`, each as it is",
+        "RESULTS.md, no dearer for harmless prompts",
+        ("even", "pooled"),
+    )
     anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, first words", _OBJECTIVES)
     anchor_weight: float = setting(16.0, "factor", "RESULTS.md, reading directions")
     score_weight: float = setting(
-        0.0, "factor on the anchors' rise of the refusal score; 0 is the paper", "RESULTS.md: safer or milder, not both"
+        8.0,
+        "factor on the anchors' rise of the refusal score; 0 is the paper",
+        "RESULTS.md, no dearer for harmless prompts",
     )
     half_life: float = setting(
         0.5, "tokens after which a position counts half; 0 is the paper", "RESULTS.md, first words"

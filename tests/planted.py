@@ -70,6 +70,7 @@ SETTINGS: config.Values = {
     "distill.depth_start": 0,
     "distill.anchor_weight": 1.0,
     "distill.score_weight": 0,
+    "distill.anchor_mix": "pooled",
     "distill.half_life": 0,
     "distill.averaging": 0,
     "distill.steps": 8,

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -269,6 +270,28 @@ def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
     assert 0 < len(answered) < len(prompts)
     # Too few to read from are no better than all.
     assert read == (answered if (which, minimum) == ("answered", 8) else [prompt.text for prompt in prompts])
+
+
+@pytest.mark.parametrize(
+    ("mix", "everyday", "contrast", "times"),
+    [
+        ("pooled", 4, 12, (1, 1)),
+        ("even", 4, 12, (3, 1)),
+        ("even", 28, 10, (1, 3)),
+        ("even", 12, 12, (1, 1)),
+        ("even", 12, 0, (1, 0)),
+    ],
+)
+def test_an_even_mix_draws_everyday_and_borderline_anchors_equally_often(
+    mix: str, everyday: int, contrast: int, times: tuple[int, int], run: RunFolder, model: Path
+) -> None:
+    change = {"distill.anchor_mix": mix, "prompts.direction": everyday, "prompts.contrast": contrast}
+    session = Session(planted.settings(model, change), run, model, discard, "distill")
+    anchors = Counter(prompt.text for prompt in distill.drawn_anchors(session))
+    assert {anchors[prompt.text] for prompt in session.direction_prompts()[1]} == {times[0]}
+    borderline = session.anchor_prompts()[everyday:]
+    assert len(borderline) == contrast and all(anchors[prompt.text] == times[1] for prompt in borderline)
+    assert len(anchors) == everyday + contrast
 
 
 def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter(done: RunFolder, model: Path) -> None:

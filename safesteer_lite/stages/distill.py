@@ -27,6 +27,7 @@ from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.models.plain import PlainModel, freeze_reading, read_config, save_adapter, scale_adapter
 from safesteer_lite.models.policy import Reference, reference_answers
 from safesteer_lite.models.reading import read_discriminants
+from safesteer_lite.prompts import Prompt
 from safesteer_lite.rundir import Publication
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
@@ -100,7 +101,7 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
 def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, History, dict[str, Tensor]]:
     """All steps: the training's state, what happened, and the best step's weights."""
     config, policy = session.config, session.policy
-    anchors = session.anchor_prompts() if config.distill.anchors else []
+    anchors = drawn_anchors(session) if config.distill.anchors else []
     saved = checkpoints.newest_checkpoint()
     prepare_adapter(session, saved[1] if saved else None)
     training = Distillation(
@@ -178,6 +179,17 @@ def _answered(session: Session, harmful: list[str]) -> list[str]:
         return harmful
     session.note(f"The base answers {len(answered)} of {len(harmful)} harmful prompts: these are read.")
     return answered
+
+
+def drawn_anchors(session: Session) -> list[Prompt]:
+    """What steps draw anchors from. In an `even` mix the smaller kind is repeated until it is about as many as the larger."""
+    anchors = session.anchor_prompts()
+    everyday = session.direction_prompts()[1]
+    borderline = anchors[len(everyday) :]
+    if session.config.distill.anchor_mix == "pooled" or not everyday or not borderline:
+        return anchors
+    fewer, more = sorted((everyday, borderline), key=len)
+    return fewer * round(len(more) / len(fewer)) + more
 
 
 def _rate(tokens: int, seconds: float) -> float | None:
