@@ -147,7 +147,9 @@ class DistillConfig:
 class EvaluateConfig:
     """What is measured, when, and what counts as too much."""
 
-    every: int = setting(4, "steps between measurements on the selection split", "METHOD section 4: every few")
+    every: int = setting(
+        8, "steps between measurements on the selection split", "RESULTS.md, no dearer for harmless prompts"
+    )
     selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
     answer_tokens: int = setting(150, "tokens an answer at the end", "EXPERIENCE: late refusals")
     kl_tokens: int = setting(48, "tokens of a harmless answer", "METHOD: over whole answers")
