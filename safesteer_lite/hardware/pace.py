@@ -62,6 +62,7 @@ def effort_values(name: str) -> Values:
             "direction.shortlist": 0,
             "distill.steps": 24,
             "distill.learning_rate": 5e-4,
+            "evaluate.every": 24,
             "evaluate.answer_tokens": 256,
         }
     return {} if name == "standard" else dict(config.QUICK)
