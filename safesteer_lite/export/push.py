@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,8 +52,8 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    private = "" if public else " --private"
-    again = f"The files stay in {folder}; `hf upload {name} {folder} .{private}` uploads them without exporting anew."
+    command = f"hf upload {name} {shlex.quote(str(folder))} ." + ("" if public else " --private")
+    again = f"The files stay in {folder}; `{command}` uploads them without exporting anew."
     with _hub_errors(name, again):
         repository = hub.create_repo(name, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from safesteer-lite")
