@@ -148,7 +148,9 @@ class EvaluateConfig:
     """What is measured, when, and what counts as too much."""
 
     every: int = setting(
-        8, "steps between measurements on the selection split", "RESULTS.md, no dearer for harmless prompts"
+        0,
+        "steps between measurements on the selection split; 0 measures the last step only",
+        "RESULTS.md, no dearer for harmless prompts",
     )
     selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
     answer_tokens: int = setting(150, "tokens an answer at the end", "EXPERIENCE: late refusals")
@@ -199,6 +201,7 @@ _MAY_BE_ZERO = {
     "distill.half_life",
     "distill.score_weight",
     "distill.averaging",
+    "evaluate.every",
     "seed",
 }
 _MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}
@@ -355,6 +358,8 @@ def _cross_checks(config: RunConfig) -> list[str]:
         )
     if config.direction.strengths and config.direction.strengths[0] <= 0:
         problems.append("direction.strengths must be above 0: directions are only ever added.")
+    if config.evaluate.stop_on_tax and not config.evaluate.every:
+        problems.append("evaluate.stop_on_tax needs evaluate.every: without it only the last step is measured.")
     return problems
 
 

@@ -74,7 +74,8 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
 )
 def test_values_become_the_type_of_their_setting(name: str, value: object, expected: object) -> None:
     section, _, key = name.partition(".")
-    found = getattr(getattr(config.build([("flag", {name: value})]), section), key)
+    built = config.build([("file", {"evaluate.every": 4}), ("flag", {name: value})])
+    found = getattr(getattr(built, section), key)
     assert (found, type(found)) == (expected, type(expected))
 
 
@@ -91,6 +92,8 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("distill.steps", float("inf"), "expected a"),
         ("distill.learning_rate", "-1", "must be greater than 0"),
         ("evaluate.stop_on_tax", "maybe", "expected true or false"),
+        ("evaluate.stop_on_tax", True, "needs evaluate.every"),
+        ("evaluate.every", -1, "must be at least 0"),
         ("direction.strengths", [], "must not be empty"),
         ("direction.strengths", "1,x", "expected a list of float"),
         ("direction.strengths", "-1,2", "must be above 0"),

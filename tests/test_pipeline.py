@@ -252,6 +252,17 @@ def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) ->
     assert all(float(value.abs().max()) > 0 for value in expected.values())
 
 
+@pytest.mark.parametrize(("every", "measured"), [(0, [3]), (2, [2, 3]), (3, [3])])
+def test_the_last_step_is_always_measured_and_earlier_ones_when_asked(
+    every: int, measured: list[int], model: Path, tmp_path: Path
+) -> None:
+    settings = planted.settings(model, {"distill.steps": 3, "evaluate.every": every})
+    run = new_run(tmp_path, settings)
+    pipeline.run(settings, run, model, discard, last="distill")
+    history = json.loads((run.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in history["measured"]] == measured
+
+
 @pytest.mark.parametrize(("which", "minimum"), [("answered", 8), ("answered", 1000), ("all", 8)])
 def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
     which: str, minimum: int, run: RunFolder, model: Path, monkeypatch: pytest.MonkeyPatch

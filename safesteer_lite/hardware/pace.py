@@ -62,7 +62,6 @@ def effort_values(name: str) -> Values:
             "direction.shortlist": 0,
             "distill.steps": 24,
             "distill.learning_rate": 5e-4,
-            "evaluate.every": 24,
             "evaluate.answer_tokens": 256,
         }
     return {} if name == "standard" else dict(config.QUICK)
@@ -101,7 +100,7 @@ def work(settings: RunConfig) -> dict[str, Work]:
     trained = Work(rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN)
     reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
     answered = sets.train + sets.direction if reads_answered else 0
-    measured = -(-distill.steps // evaluate.every) + len(distill.adapter_strengths)
+    measured = (-(-distill.steps // evaluate.every) if evaluate.every else 1) + len(distill.adapter_strengths)
     return {
         "baseline": selection,
         "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, direction.teacher_tokens),

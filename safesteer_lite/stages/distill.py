@@ -124,7 +124,8 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     session.progress("steps", config.distill.steps)(training.done)
     while training.done < config.distill.steps and not _stop(session, history):
         _one_step(session, training, history, shown)
-        due = training.done % config.evaluate.every == 0 or training.done == config.distill.steps
+        every = config.evaluate.every
+        due = training.done == config.distill.steps or (every > 0 and training.done % every == 0)
         if due:
             with training.optimizer.averaged():
                 if _measure(session, training.done, yardstick, history):
