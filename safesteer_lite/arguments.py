@@ -65,7 +65,7 @@ def _exporting(commands: Any) -> None:
     export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
     export.add_argument("run", help="a run's name or folder")
     export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged", help="what to write (merged)")
-    kinds = ("F16", "Q8_0", "Q4_K_M")
+    kinds = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
     export.add_argument(
         "--quant",
         action="extend",

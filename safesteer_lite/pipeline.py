@@ -196,7 +196,7 @@ def export_run(
         out: the folder to create.
         weights: base to merge into, `original` or `dequantised`.
         strength: factor on the adapter.
-        quants: the GGUF files to write, of `F16`, `Q8_0` and `Q4_K_M`.
+        quants: the GGUF files to write, names of `export.convert.QUANTS`.
         prompts: prompts of each test set to measure the files on; 0 is all.
         original: the folder of the 16-bit model that a 4-bit base was made from, to merge into.
 

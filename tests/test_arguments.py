@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from safesteer_lite import cli
 from safesteer_lite.arguments import build_parser
+from safesteer_lite.export.convert import QUANTS
 from tests.test_cli import commands
 
 
@@ -14,3 +15,8 @@ def test_every_command_that_the_parser_knows_can_be_carried_out() -> None:
 
 def test_a_line_without_a_command_names_none() -> None:
     assert not hasattr(build_parser().parse_args([]), "command")
+
+
+def test_every_quantisation_that_can_be_written_can_be_asked_for() -> None:
+    (quant,) = [action for action in commands()["export"]._actions if "--quant" in action.option_strings]
+    assert tuple(quant.choices or ()) == QUANTS

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from safesteer_lite.errors import DiskSpaceError, ExportError
 from safesteer_lite.export.extra import INSTALL
-from safesteer_lite.export.quantise import Q4_K_M, load_ggml, quantise_file
+from safesteer_lite.export.quantise import MIXES, load_ggml, quantise_file
 from safesteer_lite.export.verify import FailedCheck, chat_template
 
-QUANTS = ("F16", "Q8_0", Q4_K_M)
-"""What a GGUF file can be written as. The demo's model takes 994, 531 and 398 MB: Q4_K_M is a mix that depends on the model."""
+QUANTS = ("F16", "Q8_0", *MIXES)
+"""What a GGUF file can be written as, from the largest to the smallest."""
 
 # The converter writes these itself; 8-bit blocks come out byte for byte as llama.cpp's quantiser makes them.
 _DIRECT = {"F16": "f16", "Q8_0": "q8_0"}
@@ -38,7 +38,7 @@ def check_extra(quants: tuple[str, ...]) -> None:
             f"Writing GGUF files needs packages that are not installed ({', '.join(missing)}).",
             INSTALL,
         )
-    if Q4_K_M in quants:
+    if MIXES.keys() & set(quants):
         load_ggml()
 
 
@@ -66,8 +66,8 @@ def write_gguf(
         target: the file to write.
         quant: one of `QUANTS`.
         name: what the model calls itself in the file.
-        scratch: a folder for the 16-bit file that Q4_K_M is made from; a later call finds it there again.
-        progress: called with bytes done and bytes in all while quantising to Q4_K_M.
+        scratch: a folder for the 16-bit file that those of `MIXES` are made from; a later call finds it there again.
+        progress: called with bytes done and bytes in all while quantising to one of `MIXES`.
 
     Raises:
         ExportError: the converter failed, with what it said last.
@@ -81,7 +81,7 @@ def write_gguf(
         if not wide.exists():
             convert(folder, wide.with_suffix(".tmp"), "bf16", name)
             wide.with_suffix(".tmp").rename(wide)
-        quantise_file(wide, draft, progress)
+        quantise_file(wide, draft, quant, progress)
     draft.rename(target)
 
 

@@ -12,7 +12,7 @@ from safesteer_lite.errors import RunFolderError
 from safesteer_lite.rundir import RunFolder
 
 FILE = "artefacts.json"
-_ORDER = ("base", "adapter", "merged", "F16", "Q8_0", "Q4_K_M")
+_ORDER = ("base", "adapter", "merged", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 # Exports that agree in these were measured in the same way, and their rows stand in one table.
 _SAME = ("weights", "strength", "split", "answer_tokens")
 

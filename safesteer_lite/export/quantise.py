@@ -1,4 +1,4 @@
-"""Q4_K_M files from 16-bit GGUF files: llama.cpp's mix of types for dense models, and ggml's own kernel for the blocks."""
+"""GGUF files of 4 to 6 bits from 16-bit ones: llama.cpp's mix of types for dense models, and ggml's own kernel for the blocks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from gguf import GGMLQuantizationType as Kind
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.extra import INSTALL
 
-Q4_K_M = "Q4_K_M"
+MIXES = {"Q6_K": Kind.Q6_K, "Q5_K_M": Kind.Q5_K, "Q4_K_M": Kind.Q4_K}
+"""What is written here, with the type of most matrices in it."""
+
 _BLOCK_COLUMNS = 256
 # Types of 256 columns a block, and what llama.cpp takes in their place where the columns do not divide by 256.
-_NARROW = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0}
+_NARROW = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 _ROWS_AT_ONCE = 8192
 _LARGE_LLAMA_LAYERS = 80
 
@@ -40,14 +42,15 @@ def check_quantisable(config: Mapping[str, Any]) -> None:
         raise _refused(f"a Llama of {_LARGE_LLAMA_LAYERS} layers")
 
 
-def mix(tensors: Mapping[str, tuple[int, int]], layers: int) -> dict[str, Kind]:
-    """The type of each matrix in a Q4_K_M file of a dense model.
+def mix(tensors: Mapping[str, tuple[int, int]], layers: int, quant: str) -> dict[str, Kind]:
+    """The type of each matrix in a file of a dense model.
 
     Output weights and, in some layers, the value and down projections keep 6 bits, because errors there cost most.
 
     Args:
         tensors: (rows, columns) of each matrix, by its GGUF name; vectors stay in float32 and are not asked about.
         layers: how many blocks the model has.
+        quant: a key of `MIXES`.
 
     Raises:
         ExportError: the model is of a kind that llama.cpp mixes in another way.
@@ -58,15 +61,18 @@ def mix(tensors: Mapping[str, tuple[int, int]], layers: int) -> dict[str, Kind]:
         if "_exps" in name:
             raise _refused("a mixture of experts")
     tied = "output.weight" not in tensors
-    return {name: _kind_of(name, columns, layers, tied) for name, (_, columns) in tensors.items()}
+    return {name: _kind_of(name, columns, layers, tied, MIXES[quant]) for name, (_, columns) in tensors.items()}
 
 
-def quantise_file(source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Write a 16-bit GGUF file as Q4_K_M; every setting but the file's type is kept.
+def quantise_file(
+    source: Path, target: Path, quant: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Write a 16-bit GGUF file in fewer bits; every setting but the file's type is kept.
 
     Args:
         source: a GGUF file in 16 or 32 bits.
         target: the file to write.
+        quant: a key of `MIXES`.
         progress: called with bytes read and bytes in all, after each tensor.
 
     Raises:
@@ -77,10 +83,10 @@ def quantise_file(source: Path, target: Path, progress: Callable[[int, int], Non
     architecture = reader.fields["general.architecture"].contents()
     layers = int(reader.fields[f"{architecture}.block_count"].contents())
     matrices = {t.name: (int(t.shape[1]), int(t.shape[0])) for t in reader.tensors if len(t.shape) > 1}
-    kinds = mix(matrices, layers)
+    kinds = mix(matrices, layers, quant)
     writer = gguf.GGUFWriter(target, architecture)
     try:
-        _copy_settings(reader.fields.values(), writer)
+        _copy_settings(reader.fields.values(), writer, quant)
         for tensor in reader.tensors:
             if tensor.name not in kinds:
                 writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes)
@@ -116,7 +122,7 @@ def load_ggml() -> Any:
     name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
     found = next((path for folder in folders for path in sorted(folder.rglob(name))), None)
     if found is None:
-        raise ExportError("Quantising to Q4_K_M needs ggml.", INSTALL)
+        raise ExportError("Quantising to 4, 5 or 6 bits needs ggml.", INSTALL)
     try:
         library = ctypes.CDLL(str(found))
     except OSError as error:
@@ -128,8 +134,7 @@ def load_ggml() -> Any:
     return library
 
 
-def _kind_of(name: str, columns: int, layers: int, tied: bool) -> Kind:
-    kind = Kind.Q4_K
+def _kind_of(name: str, columns: int, layers: int, tied: bool, kind: Kind) -> Kind:
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         kind = Kind.Q6_K
     elif ".attn_v." in name or ".ffn_down." in name:
@@ -158,7 +163,7 @@ def _quantise(library: Any, data: Any, source: Kind, kind: Kind) -> Any:
     return out
 
 
-def _copy_settings(fields: Iterable[Any], writer: gguf.GGUFWriter) -> None:
+def _copy_settings(fields: Iterable[Any], writer: gguf.GGUFWriter, quant: str) -> None:
     """Every key of the source but those that the writer sets itself."""
     for field in fields:
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
@@ -166,11 +171,11 @@ def _copy_settings(fields: Iterable[Any], writer: gguf.GGUFWriter) -> None:
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), kind, inner)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant}"])
 
 
 def _refused(what: str) -> ExportError:
     return ExportError(
-        f"Q4_K_M is not written for {what}: llama.cpp mixes its types in a way that is not built here.",
+        f"No file of 4 to 6 bits is written for {what}: llama.cpp mixes its types in a way that is not built here.",
         "Choose --quant Q8_0 or F16, and quantise the F16 file with llama.cpp's own llama-quantize.",
     )

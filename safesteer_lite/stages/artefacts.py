@@ -32,8 +32,8 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session, decide, texts
 _WITNESS_PROMPTS, _WITNESS_TOKENS = 16, 32
 # Room for what llama.cpp may add around a prompt, in tokens.
 _SPARE_TOKENS = 16
-# Bytes a weight, to see whether the disk has room; with the 16-bit merge and the file Q4_K_M is made from.
-_BYTES_A_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, quantise.Q4_K_M: 0.9}
+# Bytes a weight, to see whether the disk has room; those of `MIXES` where no matrix divides into blocks of 256 columns.
+_BYTES_A_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q6_K": 1.07, "Q5_K_M": 1.0, "Q4_K_M": 0.9}
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,10 @@ def _check_first(session: Session, out: Path, request: Request) -> None:
     shares = 0.0
     if request.kind == "gguf":
         convert.check_extra(request.quants)
-        if quantise.Q4_K_M in request.quants:
+        shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants)
+        if quantise.MIXES.keys() & set(request.quants):
             quantise.check_quantisable(config)
-        shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants) + 2 * (quantise.Q4_K_M in request.quants)
+            shares += 2  # The 16-bit file that they are made from.
     tensors = checkpoint.read_checkpoint(request.original or session.model_folder).tensors.values()
     # Two bytes a weight; a 4-bit base has about four times as many weights as bytes say, and is merged at 16 bits.
     packed = "quantization_config" in config and request.original is None
