@@ -22,6 +22,8 @@ from safesteer_lite.html_report.markup import Markup, element, join
 from tests.benchmarks.tradeoff import KINDS
 
 HERE = Path(__file__).parent
+ONE_CHANGE = "one choice changed"
+"""The table of the recipe beside what becomes of it when one choice is made otherwise: one seed, at strength 1."""
 RECORDS = HERE / "tradeoff.jsonl"
 PICTURE = HERE / "frontier.svg"
 RESULTS = HERE / "RESULTS.md"
@@ -180,6 +182,23 @@ def groups(found: Sequence[Point]) -> dict[str, list[Point]]:
     return sets
 
 
+def one_change(records: Iterable[dict[str, Any]]) -> list[Point]:
+    """The recipe and its variants on the development set of the demo's model, as the first seed's last step leaves them."""
+
+    def fits(record: dict[str, Any]) -> bool:
+        place = (record["model"], record["prompts"], record["seed"], record["strength"])
+        return place == ("Qwen2.5-Coder-0.5B-Instruct", "development", 0, 1.0) and record["row"].startswith(
+            "the recipe"
+        )
+
+    return points(filter(fits, records))
+
+
+def all_tables(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
+    """Every table of RESULTS.md by its comment: what was measured on the same prompts together, and `ONE_CHANGE`."""
+    return {**groups(points(records)), ONE_CHANGE: one_change(records)}
+
+
 def _between(written: str, part: re.Match[str]) -> str:
     return part[1] + written + "\n" + part[3]
 
@@ -194,9 +213,9 @@ def place_tables(text: str, tables: dict[str, list[Point]]) -> str:
 
 def main() -> None:
     """Write the picture and the tables."""
-    tables = groups(points(read(RECORDS)))
-    PICTURE.write_text(picture(tables) + "\n", encoding="utf-8")
-    RESULTS.write_text(place_tables(RESULTS.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    records = read(RECORDS)
+    PICTURE.write_text(picture(groups(points(records))) + "\n", encoding="utf-8")
+    RESULTS.write_text(place_tables(RESULTS.read_text(encoding="utf-8"), all_tables(records)), encoding="utf-8")
 
 
 if __name__ == "__main__":

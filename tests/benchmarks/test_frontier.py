@@ -7,7 +7,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmarks.frontier import HERE, RECORDS, RESULTS, groups, picture, place_tables, points, read, table
+from tests.benchmarks.frontier import (
+    HERE,
+    ONE_CHANGE,
+    RECORDS,
+    RESULTS,
+    all_tables,
+    groups,
+    picture,
+    place_tables,
+    points,
+    read,
+    table,
+)
 
 
 def record(seed: int, harmful: int, borderline: int, harmless: int, **changes: Any) -> dict[str, Any]:
@@ -59,6 +71,19 @@ def test_tables_are_written_between_their_comments() -> None:
     assert written == text.replace("old", table(tables[name]))
 
 
+def test_one_choice_changed_is_the_recipe_and_its_variants_alone() -> None:
+    """Other rows, seeds, strengths, models and prompts have their place in the table of all rows."""
+    demo = {"model": "Qwen2.5-Coder-0.5B-Instruct", "prompts": "development", "row": "the recipe"}
+    variant = {**demo, "row": "the recipe without anchors"}
+    others = [{"model": "other"}, {"prompts": "public"}, {"row": "random A"}, {"seed": 1}, {"strength": 1.3}]
+    recipe = record(0, 40, 11, 3, **demo)
+    records = [recipe, *({**recipe, **other} for other in others)]
+    assert [point.row for point in all_tables([*records, record(0, 30, 9, 3, **variant)])[ONE_CHANGE]] == [
+        "the recipe",
+        "the recipe without anchors",
+    ]
+
+
 def test_the_picture_is_valid_and_has_a_point_a_row() -> None:
     """Two series of rows: three points, and for each series a ring for its base and a dot in the legend."""
     tables = groups(points([record(0, 40, 11, 3), record(0, 30, 10, 2, row="b"), record(0, 20, 9, 1, split="dev")]))
@@ -75,9 +100,9 @@ def test_the_picture_is_valid_and_has_a_point_a_row() -> None:
 
 def test_the_kept_tables_and_picture_are_those_of_the_kept_records() -> None:
     """After new rows, `python -m tests.benchmarks.frontier` must be run."""
-    tables = groups(points(read(RECORDS)))
+    tables = all_tables(read(RECORDS))
     text = RESULTS.read_text(encoding="utf-8")
     for name in tables:
         assert f"<!-- rows: {name} -->" in text, f"RESULTS.md has no table '{name}'"
     assert place_tables(text, tables) == text
-    assert (HERE / "frontier.svg").read_text(encoding="utf-8") == picture(tables) + "\n"
+    assert (HERE / "frontier.svg").read_text(encoding="utf-8") == picture(groups(points(read(RECORDS)))) + "\n"
