@@ -75,7 +75,7 @@ def test_one_choice_changed_is_the_recipe_and_its_variants_alone() -> None:
     """Other rows, seeds, strengths, models and prompts have their place in the table of all rows."""
     demo = {"model": "Qwen2.5-Coder-0.5B-Instruct", "prompts": "development", "row": "the recipe"}
     variant = {**demo, "row": "the recipe without anchors"}
-    others = [{"model": "other"}, {"prompts": "public"}, {"row": "random A"}, {"seed": 1}, {"strength": 1.3}]
+    others: list[dict[str, Any]] = [{"model": "other"}, {"prompts": "public"}, {"row": "random A"}, {"seed": 1}, {"strength": 1.3}]
     recipe = record(0, 40, 11, 3, **demo)
     records = [recipe, *({**recipe, **other} for other in others)]
     assert [point.row for point in all_tables([*records, record(0, 30, 9, 3, **variant)])[ONE_CHANGE]] == [
