@@ -23,7 +23,7 @@ VIEWS = ("compare", "hardened", "base")
 
 HELP = """/compare, /hardened, /base   who answers: both side by side, or one
 /system TEXT                 a system prompt; nothing takes it away; both start anew
-/strength X                  how strongly the adapter acts, 0 (the base) to 1.5
+/strength X                  how strongly the adapter acts, 0 (the base) to 2
 /reset                       forget the conversation
 /save [FILE]                 write the conversation as JSON
 /help, /quit                 Ctrl-C ends an answer early, Ctrl-D quits too"""

@@ -104,9 +104,9 @@ class DistillConfig:
     anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, first words", _OBJECTIVES)
     anchor_weight: float = setting(16.0, "factor", "RESULTS.md, reading directions")
     score_weight: float = setting(
-        8.0,
+        0.0,
         "factor on the anchors' rise of the refusal score; 0 is the paper",
-        "RESULTS.md, no dearer for harmless prompts",
+        "RESULTS.md, stronger than it was trained",
     )
     half_life: float = setting(
         0.5, "tokens after which a position counts half; 0 is the paper", "RESULTS.md, first words"
@@ -116,7 +116,9 @@ class DistillConfig:
     )
     learning_rate: float = setting(3e-4, "AdamW peak rate", "RESULTS.md, reading directions; for LoRA, not the paper's")
     adapter_strengths: tuple[float, ...] = setting(
-        (1.3, 0.75, 0.5), "factors on the last adapter, tried too", "RESULTS.md, reading directions"
+        (0.5, 2.0, 3.0),
+        "factors on the last adapter, tried too; of equally good ones the last is kept",
+        "RESULTS.md, stronger than it was trained",
     )
     warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
@@ -352,9 +354,9 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append("tokens.horizon must be at least 2: the first position is the prompt's last.")
     if list(config.direction.strengths) != sorted(config.direction.strengths):
         problems.append("direction.strengths must rise: the smallest sufficient one is taken.")
-    if not all(0 < strength <= 1.5 and strength != 1 for strength in config.distill.adapter_strengths):
+    if not all(0 < strength <= 3 and strength != 1 for strength in config.distill.adapter_strengths):
         problems.append(
-            "distill.adapter_strengths lie between 0 (the base) and 1.5; 1, the adapter as trained, is there anyway."
+            "distill.adapter_strengths lie between 0 (the base) and 3; 1, the adapter as trained, is there anyway."
         )
     if config.direction.strengths and config.direction.strengths[0] <= 0:
         problems.append("direction.strengths must be above 0: directions are only ever added.")

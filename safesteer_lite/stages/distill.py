@@ -319,7 +319,7 @@ def _measure(session: Session, step: int, yardstick: _Yardstick, history: Histor
     if whole:
         tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
         history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
-    # Of equal scores the later one has seen more or changes the model less: rates of 32 prompts tie often.
+    # Rates of 32 prompts tie often: of equal scores the later step has seen more, and `adapter_strengths` says which comes last.
     if score >= history.best_score:
         history.best_step, history.best_strength, history.best_score = step, strength, score
         return True

@@ -22,8 +22,8 @@ from safesteer_lite.html_report.markup import Markup, element, join
 from tests.benchmarks.tradeoff import KINDS
 
 HERE = Path(__file__).parent
-ONE_CHANGE = "one choice changed"
-"""The table of the recipe beside what becomes of it when one choice is made otherwise: one seed, at strength 1."""
+VARIANTS = "the recipe and its variants"
+"""The table of the recipe beside what becomes of it when a choice is made otherwise: one seed."""
 RECORDS = HERE / "tradeoff.jsonl"
 PICTURE = HERE / "frontier.svg"
 RESULTS = HERE / "RESULTS.md"
@@ -182,21 +182,20 @@ def groups(found: Sequence[Point]) -> dict[str, list[Point]]:
     return sets
 
 
-def one_change(records: Iterable[dict[str, Any]]) -> list[Point]:
-    """The recipe and its variants on the development set of the demo's model, as the first seed's last step leaves them."""
+def variants(records: Iterable[dict[str, Any]]) -> list[Point]:
+    """The recipe and its variants on the development set of the demo's model, with the first seed."""
+    demo = ("Qwen2.5-Coder-0.5B-Instruct", "development", 0)
 
     def fits(record: dict[str, Any]) -> bool:
-        place = (record["model"], record["prompts"], record["seed"], record["strength"])
-        return place == ("Qwen2.5-Coder-0.5B-Instruct", "development", 0, 1.0) and record["row"].startswith(
-            "the recipe"
-        )
+        place = (record["model"], record["prompts"], record["seed"])
+        return place == demo and record["row"].startswith("the recipe")
 
     return points(filter(fits, records))
 
 
 def all_tables(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
-    """Every table of RESULTS.md by its comment: what was measured on the same prompts together, and `ONE_CHANGE`."""
-    return {**groups(points(records)), ONE_CHANGE: one_change(records)}
+    """Every table of RESULTS.md by its comment: what was measured on the same prompts together, and `VARIANTS`."""
+    return {**groups(points(records)), VARIANTS: variants(records)}
 
 
 def _between(written: str, part: re.Match[str]) -> str:

@@ -9,9 +9,9 @@ import pytest
 
 from tests.benchmarks.frontier import (
     HERE,
-    ONE_CHANGE,
     RECORDS,
     RESULTS,
+    VARIANTS,
     all_tables,
     groups,
     picture,
@@ -71,14 +71,14 @@ def test_tables_are_written_between_their_comments() -> None:
     assert written == text.replace("old", table(tables[name]))
 
 
-def test_one_choice_changed_is_the_recipe_and_its_variants_alone() -> None:
-    """Other rows, seeds, strengths, models and prompts have their place in the table of all rows."""
+def test_the_table_of_variants_has_the_recipe_and_its_variants_alone() -> None:
+    """Other rows, seeds, models and prompts have their place in the table of all rows."""
     demo = {"model": "Qwen2.5-Coder-0.5B-Instruct", "prompts": "development", "row": "the recipe"}
     variant = {**demo, "row": "the recipe without anchors"}
-    others: list[dict[str, Any]] = [{"model": "other"}, {"prompts": "public"}, {"row": "random A"}, {"seed": 1}, {"strength": 1.3}]
+    others: list[dict[str, Any]] = [{"model": "other"}, {"prompts": "public"}, {"row": "random A"}, {"seed": 1}]
     recipe = record(0, 40, 11, 3, **demo)
     records = [recipe, *({**recipe, **other} for other in others)]
-    assert [point.row for point in all_tables([*records, record(0, 30, 9, 3, **variant)])[ONE_CHANGE]] == [
+    assert [point.row for point in all_tables([*records, record(0, 30, 9, 3, **variant)])[VARIANTS]] == [
         "the recipe",
         "the recipe without anchors",
     ]
