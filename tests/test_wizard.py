@@ -117,7 +117,7 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.answer("What now?", "5" + ENTER)
     terminal.answer("Write what?", ESCAPE)
     terminal.answer("What now?", "5" + ENTER)
-    terminal.answer("Write what?", "4" + ENTER)
+    terminal.answer("Write what?", "5" + ENTER)
     terminal.answer("Into which new folder?", CLEAR + ENTER)
     terminal.expect("That was empty.")
     terminal.answer("Into which new folder?", CLEAR + "own.csv" + ENTER)
