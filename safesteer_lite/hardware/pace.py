@@ -51,7 +51,7 @@ def effort_values(name: str) -> Values:
 
     `quick` takes few steps and measures on few prompts. `thorough` trains as the row of RESULTS.md that refused
     most harmful prompts (94 %, `standard` 86 to 90 %; borderline ones 38 and 32 %) when both read all harmful prompts; with
-    the reading and the anchors of today it was not compared. All directions gave the choice that the shortlist gives.
+    the reading, anchors and strengths of today it was not compared. All directions gave the choice that the shortlist gives.
     One model, one seed.
 
     Args:
