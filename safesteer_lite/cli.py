@@ -70,7 +70,7 @@ def wizard() -> int:
         ("--to", "merged"): "16-bit safetensors: for transformers, or to convert further",
         ("--to", "gguf", "--quant", "Q8_0"): "GGUF Q8_0, about half the size: for llama.cpp, Ollama, LM Studio",
         ("--to", "gguf", "--quant", "Q5_K_M"): "GGUF Q5_K_M, smaller; can cost safety, which is measured",
-        ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF Q4_K_M, smaller still; costs more of it",
+        ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF Q4_K_M, smaller still; can cost more of it",
         ("--to", "adapter"): "the LoRA adapter alone",
     }
     return start(
