@@ -34,6 +34,8 @@ SMALLEST = (80, 24)
 """Columns and rows that the layout needs; on less, plain lines are better."""
 
 _SETS = ("harmful", "borderline", "harmless")
+# How a metric's name goes on where the trained adapter was tried at another strength than it was trained at.
+_AT = " at strength "
 _KEPT_MESSAGES = 50
 # Drawing holds up the thread that feeds the model, and nothing here moves faster than the seconds.
 _FRAMES_A_SECOND = 1
@@ -93,6 +95,7 @@ class RunView:
         stages: by name, in order.
         loss, kl: every value so far.
         first, last: refusal shares by prompt set with their n, of the base and as last measured.
+        last_of: what was measured last: "now", or the strength that the trained adapter was tried at.
         sample: the newest prompt with its answers.
         messages: notes, metrics and warnings, oldest first.
         warnings: all warnings; they are told again when the screen has gone.
@@ -106,6 +109,7 @@ class RunView:
     kl: list[float] = field(default_factory=list)
     first: dict[str, tuple[float, int | None]] = field(default_factory=dict)
     last: dict[str, tuple[float, int | None]] = field(default_factory=dict)
+    last_of: str = "now"
     sample: Sample | None = None
     messages: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -147,9 +151,10 @@ class RunView:
         elif event.name == "KL to base":
             self.kl.append(event.value)
         name, _, rest = event.name.partition(" refused")
-        if name in _SETS and not rest.startswith(" at"):
+        if name in _SETS:
             known = self.first if event.step is None and rest != ", after" else self.last
             known[name] = (event.value, event.n)
+            self.last_of = f"x {rest.removeprefix(_AT)}" if rest.startswith(_AT) else "now"
             if rest == ", before":
                 # The test split begins: what was measured on the selection split does not belong beside it.
                 self.last.pop(name, None)
@@ -302,7 +307,7 @@ def _figures(view: RunView, plain: bool) -> Group:
     rates.add_column()
     for _ in ("base", "now"):
         rates.add_column(min_width=len("100 %"), justify="right")
-    rates.add_row("refused", "base", "now", "")
+    rates.add_row("refused", "base", view.last_of, "")
     for name in _SETS:
         before, now = view.first.get(name), view.last.get(name)
         n = (now or before or (0.0, None))[1]

@@ -146,6 +146,15 @@ def test_the_test_split_takes_the_place_of_the_selection_split(view: RunView) ->
     assert view.first["harmful"] == (0.5, 100) and view.last["harmful"] == (0.7, 100)
 
 
+def test_the_strengths_that_are_tried_are_shown_as_such(view: RunView) -> None:
+    view.take(Metric("distill", "harmful refused at strength 0.5", 0.9, 32, 8))
+    assert view.first["harmful"] != (0.9, 32) and view.last["harmful"] == (0.9, 32)
+    headings = next(line for line in frame(view, 80, 24) if "refused  " in line)
+    assert "base x 0.5" in headings and "now" not in headings
+    view.take(Metric("evaluate", "harmful refused, after", 0.7, 100))
+    assert any("base   now" in line for line in frame(view, 80, 24))
+
+
 def test_other_metrics_are_told_as_messages(view: RunView) -> None:
     view.take(Metric("direction", "teacher refusals at strength 2", 0.9, 32))
     assert view.messages[-1] == "teacher refusals at strength 2 90 % (n = 32)"
