@@ -41,7 +41,7 @@ _ANSWER_BATCH = 64
 EFFORTS = {
     "quick": "few prompts, short answers: to see it work",
     "standard": "the default settings",
-    "thorough": "more steps, all directions, longer answers",
+    "thorough": "all directions scored, longer answers judged",
 }
 """What `--effort` takes, with what it means."""
 
@@ -49,21 +49,16 @@ EFFORTS = {
 def effort_values(name: str) -> Values:
     """The settings that an effort changes.
 
-    `quick` takes few steps and measures on few prompts. `thorough` trains as the row of RESULTS.md that refused
-    most harmful prompts (94 %, `standard` 86 to 90 %; borderline ones 38 and 32 %) when both read all harmful prompts; with
-    the reading, anchors and strengths of today it was not compared. All directions gave the choice that the shortlist gives.
-    One model, one seed.
+    `quick` takes few steps and measures on few prompts. `thorough` trains as `standard` does, for more training did not make
+    a better model: 24 steps at a higher rate, and three times the prompts a step, refused more of everything (RESULTS.md,
+    "more training, more refusals"). It scores every direction, which gave the choice that the shortlist gives (one model, one
+    seed), and judges answers of 256 tokens, in which a late refusal is seen.
 
     Args:
         name: a key of `EFFORTS`.
     """
     if name == "thorough":
-        return {
-            "direction.shortlist": 0,
-            "distill.steps": 24,
-            "distill.learning_rate": 5e-4,
-            "evaluate.answer_tokens": 256,
-        }
+        return {"direction.shortlist": 0, "evaluate.answer_tokens": 256}
     return {} if name == "standard" else dict(config.QUICK)
 
 
