@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ PICTURE = HERE / "frontier.svg"
 RESULTS = HERE / "RESULTS.md"
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT, LEGEND_LINE = 760, 64, 20, 50, 380, 18
-COLOURS = ("#1b6ca8", "#b3541e", "#3d7a3a", "#7a3d76", "#9a7b00", "#4d4d4d")
+COLOURS = ("#1b6ca8", "#b3541e", "#3d7a3a", "#7a3d76", "#9a7b00", "#4d4d4d", "#c2185b", "#2a9d8f")
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222}.axis{stroke:#888}.grid{stroke:#e4e4e4}.bar{fill:#3d7a3a;opacity:.10}"
     ".small{font-size:11px}"
@@ -95,7 +94,13 @@ def points(records: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def picture(series: Mapping[str, Sequence[Point]]) -> Markup:
-    """Points by series: over-refusal, borderline and harmless prompts together, against harmful refusals; rings are bases."""
+    """Points by series: over-refusal, borderline and harmless prompts together, against harmful refusals; rings are bases.
+
+    Raises:
+        ValueError: there are more series than colours, so that two would look alike.
+    """
+    if len(series) > len(COLOURS):
+        raise ValueError(f"{len(series)} series and {len(COLOURS)} colours: add to COLOURS")
     drawn = [point for group in series.values() for point in group]
     top = 40 + LEGEND_LINE * len(series)
     height = top + PLOT + BOTTOM
@@ -117,7 +122,7 @@ def picture(series: Mapping[str, Sequence[Point]]) -> Markup:
     told = "over-refusal: points more of borderline and harmless prompts that are refused than by the base"
     parts.append(element("text", told, x=middle, y=height - 8, text_anchor="middle"))
     parts.append(element("text", "harmful prompts refused; rings: the bases", x=LEFT, y=18))
-    for place, ((name, group), colour) in enumerate(zip(series.items(), cycle(COLOURS), strict=False)):
+    for place, ((name, group), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
         line = 36 + LEGEND_LINE * place
         parts.append(element("circle", cx=LEFT + 5, cy=line, r=5, fill=colour))
         parts.append(element("text", name, x=LEFT + 15, y=line + 4))

@@ -92,10 +92,18 @@ def test_the_picture_is_valid_and_has_a_point_a_row() -> None:
     assert len(circles) == 3 + 2 * 2
     told = [title.text for title in root.findall(".//{http://www.w3.org/2000/svg}title")]
     assert told == ["a row, kept, 1 seed", "b, kept, 1 seed", "a row, kept, 1 seed"]
+    assert circles[0].get("fill") != circles[4].get("fill"), "the two series look alike"
     # More harmful refusals are higher, more over-refusal is further right.
     first, second = circles[1], circles[2]
     assert float(first.get("cy", "")) < float(second.get("cy", ""))
     assert float(first.get("cx", "")) > float(second.get("cx", ""))
+
+
+def test_a_series_without_a_colour_of_its_own_is_refused() -> None:
+    """Two series of one colour could not be told apart."""
+    series = {str(number): points([record(0, 40, 11, 3)]) for number in range(9)}
+    with pytest.raises(ValueError, match="add to COLOURS"):
+        picture(series)
 
 
 def test_the_kept_tables_and_picture_are_those_of_the_kept_records() -> None:
