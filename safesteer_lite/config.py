@@ -85,9 +85,7 @@ class TokensConfig:
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = setting(
-        "full", "loss on harmful prompts", "RESULTS.md; others not compared by answers", _OBJECTIVES
-    )
+    objective: str = setting("full", "loss on harmful prompts", "RESULTS.md, the recipe and its variants", _OBJECTIVES)
     top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
     steps: int = setting(8, "optimizer steps", "RESULTS.md: 24 were no better by answers; paper 25")
     prompts: int = setting(25, "harmful prompts a step", "RESULTS.md, first words; paper 4")
