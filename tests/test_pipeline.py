@@ -23,6 +23,7 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import DirectionError, ExportError, Interrupted, ModelError, PromptError, RunFolderError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
+from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.method.distill import prompts_at
 from safesteer_lite.models import plain
 from safesteer_lite.models.policy import Policy
@@ -371,6 +372,15 @@ def own_file(folder: Path, leaked: int, fresh: int) -> Path:
     path = folder / "own.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows), encoding="utf-8")
     return path
+
+
+def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder, model: Path) -> None:
+    events: list[Event] = []
+    pipeline.run(planted.settings(model, {"distill.steps": 3}), run, model, events.append, last="distill")
+    notes = [event.message for event in events if isinstance(event, Note)]
+    assert [note for note in notes if "way of training" in note] == [
+        f"The default way of training was measured on {measured_on(str(model))}."
+    ]
 
 
 def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Path, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def requests() -> list[Prompt]:
 @needs_terminal
 def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
     assert walk.code == 0 and "Traceback" not in walk.shown
+    assert "measured on" in walk.shown, "the user is not told that the way of training was measured on other models"
     assert sorted(path.name for path in (walk.folder / "safer").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from safesteer_lite.hardware.backend import Decision, Fit, choose_backend, fit, smallest_need
 from safesteer_lite.hardware.machine import Gpu, Machine
@@ -52,6 +53,23 @@ KNOWN = {
     ),
 }
 """By the name that the presets give the model."""
+
+MEASURED = ("Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct")
+"""Models on which the default way of training was measured (tests/benchmarks/RESULTS.md)."""
+
+
+def measured_on(name: str) -> str:
+    """For who trains another model than those: on which the way of training was measured, and what will tell.
+
+    Args:
+        name: a hub id or a folder.
+
+    Returns:
+        The end of a sentence; empty for a model of `MEASURED`.
+    """
+    if PurePath(name).name in MEASURED:
+        return ""
+    return f"{' and '.join(MEASURED)} alone: what it does to this model, its own before and after will tell"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.hardware import cuda
+from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
 from safesteer_lite.hardware.shape import shape_from_config
 from safesteer_lite.hardware.units import format_bytes
@@ -101,6 +102,8 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
 def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, History, dict[str, Tensor]]:
     """All steps: the training's state, what happened, and the best step's weights."""
     config, policy = session.config, session.policy
+    if elsewhere := measured_on(config.model.name):
+        session.note(f"The default way of training was measured on {elsewhere}.")
     anchors = drawn_anchors(session) if config.distill.anchors else []
     saved = checkpoints.newest_checkpoint()
     prepare_adapter(session, saved[1] if saved else None)

@@ -10,6 +10,7 @@ from rich.table import Table
 from safesteer_lite import rundir
 from safesteer_lite.errors import SafeSteerError
 from safesteer_lite.hardware import pace
+from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import inspect
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.rundir import RunSummary
@@ -139,6 +140,8 @@ def _confirm(questions: Questions) -> None:
     table.add_row("download", format_bytes(answers.look.download_bytes) if answers.look.download_bytes else "none")
     table.add_row("train on", answers.prompts or f"{settings.prompts.train} bundled harmful requests")
     table.add_row("effort", f"{answers.effort}: {settings.distill.steps} steps; {pace.EFFORTS[answers.effort]}")
+    if elsewhere := measured_on(settings.model.name):
+        table.add_row("measured on", elsewhere)
     for name, value in answers.settings.items():
         table.add_row(name, value)
     table.add_row("result", f"a folder under {program.runs}, with its config.toml")

@@ -40,3 +40,17 @@ def test_a_small_disk_is_told_before_the_download() -> None:
     found = known.outlook(replace(CPU_MACHINE, disk_free=10**9), small.shape, download=small.size)
     assert found.fit == "does not fit" and found.reason == "The disk is too small: 1.7 GB needed, 1.0 GB free."
     assert found.disk_bytes > small.size and set(found.memory_bytes) >= {"direction", "distill", "evaluate", "export"}
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct", "models/Qwen2.5-Coder-1.5B-Instruct/"]
+)
+def test_of_a_measured_model_nothing_is_told(name: str) -> None:
+    assert known.measured_on(name) == ""
+
+
+def test_who_trains_another_model_is_told_which_were_measured() -> None:
+    assert known.measured_on("Qwen/Qwen2.5-7B-Instruct") == (
+        "Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct alone: what it does to this model, "
+        "its own before and after will tell"
+    )
