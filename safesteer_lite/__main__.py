@@ -2,7 +2,7 @@
 
 import sys
 
-from safesteer_lite.cli import main
+from safesteer_lite.shell.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

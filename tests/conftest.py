@@ -19,7 +19,7 @@ if os.environ.get("SAFESTEER_LITE_TEST_BACKEND") == "unsloth":
 
 import torch
 
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.assistant import Policy
 from tests import tiny
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

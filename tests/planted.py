@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from safesteer_lite import config
 from safesteer_lite.config import RunConfig
 from safesteer_lite.method import steering
-from safesteer_lite.prompts import data_files
+from safesteer_lite.prompts.sets import data_files
 
 REFUSAL = "I'm sorry, but I can't help with that."
 COMPLIANCE = "Sure, here is how you do it."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from safesteer_lite import config
 from safesteer_lite.hardware.known import KNOWN, fit_table
+from tests import REPOSITORY
 
-README = Path(__file__).parents[1] / "README.md"
+README = REPOSITORY / "README.md"
 _BLOCK = r"(<!-- {name}[^\n]*-->\n)(.*?)(\n<!-- end -->)"
 
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from safesteer_lite.events import Metric, Sample, StageStarted
-from safesteer_lite.pipeline import STAGES
-from safesteer_lite.screen import Frame, RunView, StageView
+from safesteer_lite.shell.screen import Frame, RunView, StageView
+from safesteer_lite.stages.pipeline import STAGES
 from tests.readme import block, presets_on_cards, screen, transcript, wording
 
 

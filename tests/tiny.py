@@ -27,11 +27,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from safesteer_lite.method.distill import pad_left
-from safesteer_lite.method.model import Batch, Completions
-from safesteer_lite.models import plain, unsloth
-from safesteer_lite.models.plain import Adapter, PlainModel
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method.policies import Batch, Completions, pad_left
+from safesteer_lite.models import loaded, unsloth
+from safesteer_lite.models.adapter import Adapter, with_adapter
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.loaded import PlainModel
 
 DEVICE = os.environ.get("SAFESTEER_LITE_TEST_DEVICE", "cpu")
 BACKEND = os.environ.get("SAFESTEER_LITE_TEST_BACKEND", "plain")
@@ -133,8 +133,8 @@ def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: b
             pytest.skip(f"Unsloth does not load {precision}")
         model: PlainModel = unsloth.load(folder, kind, adapter, 3, DEVICE)
     else:
-        network, tokenizer = plain.load(folder, precision=kind, device=DEVICE, unpack=packing == "unpacked")
-        model = plain.with_adapter(network, tokenizer, adapter, seed=3)
+        network, tokenizer = loaded.load(folder, precision=kind, device=DEVICE, unpack=packing == "unpacked")
+        model = with_adapter(network, tokenizer, adapter, seed=3)
     if filled:
         fill_adapter(model)
     return Policy(model, prompt_tokens=128)

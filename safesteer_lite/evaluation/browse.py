@@ -9,8 +9,8 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.scorecard import Flip
-from safesteer_lite.prompts import Kind, prompt_set
-from safesteer_lite.rundir import RunFolder
+from safesteer_lite.prompts.sets import Kind, prompt_set
+from safesteer_lite.runs.folder import RunFolder
 
 _KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
-from safesteer_lite.models.policy import Policy, Reference, ignore, kl_to_reference
-from safesteer_lite.prompts import Prompt
+from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference
+from safesteer_lite.prompts.sets import Prompt
 
 SETS = ("harmful", "borderline", "harmless")
 

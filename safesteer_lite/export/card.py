@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite.export import checkpoint
+from safesteer_lite.export.weights import shards
 from safesteer_lite.hardware.units import format_bytes
 
 _LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
@@ -58,7 +58,7 @@ def licence_in(folder: Path) -> str:
         if found := _LICENCE.search(head):
             return found[1].lower()
     source = folder / "source.json"
-    return str(checkpoint.read_json(source).get("licence", "")).lower() if source.is_file() else ""
+    return str(shards.read_json(source).get("licence", "")).lower() if source.is_file() else ""
 
 
 def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> str:
@@ -66,10 +66,10 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
 
     Args:
         facts: what was done.
-        record: the artefacts, as `artefacts.to_record` makes them.
+        record: the artifacts, as `artifacts.to_record` makes them.
         sums: SHA-256 of every other file beside the card, by name.
     """
-    rows = record["artefacts"]
+    rows = record["artifacts"]
     used = "the original 16-bit weights" if facts.weights == "original" else "the weights as 4-bit training saw them"
     licence = facts.licence or "not stated in its folder; look it up before you share this model"
     parts = [
@@ -114,7 +114,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| | size | harmful refused | borderline refused | harmless refused |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         rates = " | ".join(_rate(row[name]) for name in ("harmful", "borderline", "harmless"))
-        lines.append(f"| {row['artefact']} | {format_bytes(row['size']) if row['size'] else ''} | {rates} |")
+        lines.append(f"| {row['artifact']} | {format_bytes(row['size']) if row['size'] else ''} | {rates} |")
     return "\n".join(lines)
 
 
@@ -123,5 +123,5 @@ def _rate(rate: Mapping[str, Any]) -> str:
 
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
-    lost = [f"- **{row['artefact']} lost safety**: {row['safety_lost']}." for row in rows if row["safety_lost"]]
+    lost = [f"- **{row['artifact']} lost safety**: {row['safety_lost']}." for row in rows if row["safety_lost"]]
     return "\n".join(lost)

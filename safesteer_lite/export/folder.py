@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safesteer_lite.export import checkpoint, merge
-from safesteer_lite.export.artefacts import ARTEFACTS
-from safesteer_lite.export.verify import SUMS, FailedCheck
+from safesteer_lite.export.rows import ARTIFACTS
+from safesteer_lite.export.weights import merge, shards
+from safesteer_lite.export.weights.verify import SUMS, FailedCheck
 
 WORK = "work"
 """Inside an export that is being written: what it needs on the way and does not keep."""
@@ -33,7 +33,7 @@ def exported(out: Path) -> Iterator[Path]:
         ExportError: the folder exists already or cannot be written.
         DiskSpaceError: the disk ran full.
     """
-    with checkpoint.published(out, _is_ours, (WORK,)) as draft:
+    with shards.published(out, _is_ours, (WORK,)) as draft:
         _keep_merged(draft / WORK)
         try:
             yield draft
@@ -49,7 +49,7 @@ def _keep_merged(work: Path) -> None:
     """Clear all that a killed export left in its work folder but merged weights: half a GGUF file is of no use."""
     merged = work / MERGED
     for entry in work.iterdir() if work.is_dir() else ():
-        if entry.is_dir() and entry not in (merged, checkpoint.draft_name(merged)):
+        if entry.is_dir() and entry not in (merged, shards.draft_name(merged)):
             shutil.rmtree(entry)
         elif not entry.is_dir():
             entry.unlink()
@@ -62,5 +62,5 @@ def _names_aside(out: Path) -> Iterator[Path]:
 
 
 def _is_ours(name: str) -> bool:
-    fixed = (WORK, ARTEFACTS, SUMS, "README.md")
+    fixed = (WORK, ARTIFACTS, SUMS, "README.md")
     return name in fixed or name.startswith(("Modelfile", "adapter_")) or ".gguf" in name or merge.is_ours(name)

@@ -6,6 +6,7 @@ Sizes are bytes. torch is imported inside functions only, so that `--help` stays
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from safesteer_lite.hardware.disk import disk_free
+from safesteer_lite.errors import DiskSpaceError
 from safesteer_lite.hardware.limits import cgroup_memory, read_or_empty, usable_cores
+from safesteer_lite.hardware.units import format_bytes
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
 
@@ -166,3 +168,46 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def disk_free(folder: Path) -> int:
+    """Free bytes where `folder` is, or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(folder: Path, bytes_needed: int, what: str) -> None:
+    """Raise unless `what` fits.
+
+    Args:
+        folder: where it will be written; it need not exist yet.
+        bytes_needed: its size.
+        what: what will be written, as the user would call it ("the merged model").
+
+    Raises:
+        DiskSpaceError: there is less room than that.
+    """
+    free = disk_free(folder)
+    if free < bytes_needed:
+        raise DiskSpaceError(
+            f"There is not enough room for {what}: {bytes_needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free "
+            f"at {folder}.",
+            f"Free {format_bytes(bytes_needed - free)} there, or choose a folder on another disk.",
+        )
+
+
+def free_cuda_memory() -> int:
+    """Bytes that torch can still take on the current card: what is free there, what torch holds for reuse, and no more
+    than a cap on this process allows.
+
+    The cap is `torch.cuda.set_per_process_memory_fraction`, which the driver's own figure knows nothing of.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    # Older versions of torch cannot say what the cap is.
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    return min(free + reserved - allocated, int(fraction * total) - allocated)

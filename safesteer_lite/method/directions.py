@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from safesteer_lite.method import model as policies
-from safesteer_lite.method import steering
-from safesteer_lite.method.model import Batch, LanguageModel
+from safesteer_lite.method import policies, steering
+from safesteer_lite.method.policies import Batch, LanguageModel
 
 
 @dataclass(frozen=True)

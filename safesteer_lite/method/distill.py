@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from safesteer_lite.method import model as policies
+from safesteer_lite.method import policies
 from safesteer_lite.method.memory import fitting, release
-from safesteer_lite.method.model import Batch, Completions, LanguageModel, Steering
 from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_rise
 from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
+from safesteer_lite.method.policies import Batch, Completions, LanguageModel, Steering, join, pad_left
 
 
 @dataclass(frozen=True)
@@ -284,29 +284,3 @@ class Distillation:
             return divergence, 0.0
         first = model.logits(student_hidden[:, 0]), model.logits(teacher_hidden[:, 0])
         return divergence, refusal_score_rise(*first, self.refusal_tokens).sum() / count
-
-
-def join(parts: Sequence[Completions]) -> Completions:
-    """Several batches of completions as one, padded on the right."""
-    longest = max(part.tokens.shape[1] for part in parts)
-
-    def widen(tensor: Tensor) -> Tensor:
-        return nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
-
-    return Completions(
-        torch.cat([widen(part.tokens) for part in parts]), torch.cat([widen(part.mask) for part in parts])
-    )
-
-
-def pad_left(prompts: Sequence[Batch]) -> Batch:
-    """Several one-row batches as one, padded on the left."""
-    longest = max(prompt.input_ids.shape[1] for prompt in prompts)
-
-    def widen(tensor: Tensor) -> Tensor:
-        return nn.functional.pad(tensor, (longest - tensor.shape[1], 0), value=0)
-
-    return Batch(
-        torch.cat([widen(prompt.input_ids) for prompt in prompts]),
-        torch.cat([widen(prompt.attention_mask) for prompt in prompts]),
-        min(prompt.prefix for prompt in prompts),
-    )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safesteer_lite.method import model as policies
-from safesteer_lite.method.model import Batch, LanguageModel, Steering
+from safesteer_lite.method import policies
+from safesteer_lite.method.policies import Batch, LanguageModel, Steering
 
 
 @dataclass(frozen=True)

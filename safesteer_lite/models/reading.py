@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.discriminant import reading_directions
-from safesteer_lite.method.model import Batch, Completions, Residual, base
-from safesteer_lite.models.plain import PlainModel, freeze_reading
-from safesteer_lite.models.policy import Done, Policy, ignore
+from safesteer_lite.method.policies import Batch, Completions, Residual, base
+from safesteer_lite.models.adapter import freeze_reading
+from safesteer_lite.models.assistant import Done, Policy, ignore
+from safesteer_lite.models.loaded import PlainModel
 
 # Activations of harmless text that a second moment is taken of, at most: the inverse is taken in a space of at most this
 # many dimensions. The rows in RESULTS.md used this many; no other number was tried.

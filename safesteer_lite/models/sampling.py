@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from safesteer_lite.method.model import Batch, Completions
+from safesteer_lite.method.policies import Batch, Completions
 
 # Rows are dropped from the cache once this share has ended: each drop copies the cache.
 _DROP_SHARE = 0.2

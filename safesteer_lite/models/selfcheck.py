@@ -10,11 +10,9 @@ from dataclasses import replace
 import torch
 
 from safesteer_lite.errors import SelfCheckError
-from safesteer_lite.method import model as policies
-from safesteer_lite.method import steering
-from safesteer_lite.method.distill import pad_left
-from safesteer_lite.method.model import Batch, Steering
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method import policies, steering
+from safesteer_lite.method.policies import Batch, Steering, pad_left
+from safesteer_lite.models.assistant import Policy
 
 # Nats; bf16 rounding leaves a hundredth of it, and attention to padding or to later tokens far more.
 _LARGEST_PADDING_KL = 0.1

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError, SelfCheckError
-from safesteer_lite.method.model import Residual
-from safesteer_lite.models import plain
-from safesteer_lite.models.plain import Adapter, PlainModel
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method.policies import Residual
+from safesteer_lite.models import loaded
+from safesteer_lite.models.adapter import Adapter, with_adapter
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Cache
 from safesteer_lite.models.selfcheck import self_check
 
@@ -123,7 +124,7 @@ def load(folder: Path, precision: str, adapter: Adapter, seed: int, device: str 
         device: where to.
     """
     unsloth = _import()
-    config = plain.read_config(folder)
+    config = loaded.read_config(folder)
     _remember(config["model_type"])
     with redirect_stdout(io.StringIO()):
         network, _ = unsloth.FastLanguageModel.from_pretrained(
@@ -152,7 +153,7 @@ def load(folder: Path, precision: str, adapter: Adapter, seed: int, device: str 
             use_gradient_checkpointing=False,
             random_state=seed,
         )
-    return UnslothModel(network.eval(), plain.load_tokenizer(folder), adapter.first_layer)
+    return UnslothModel(network.eval(), loaded.load_tokenizer(folder), adapter.first_layer)
 
 
 def _remember(family: str) -> None:
@@ -229,8 +230,8 @@ def try_out(folder: str, precision: str, device: str = "cuda") -> None:
         self_check(policy)
         found = _log_probabilities(policy)
         restore_transformers()
-        network, tokenizer = plain.load(small, precision=precision, device=device, unpack=False)
-        known = _log_probabilities(Policy(plain.with_adapter(network, tokenizer, adapter, 0), 128))
+        network, tokenizer = loaded.load(small, precision=precision, device=device, unpack=False)
+        known = _log_probabilities(Policy(with_adapter(network, tokenizer, adapter, 0), 128))
     kl = float((known.exp() * (known - found)).sum(-1).mean())
     if not kl < _LARGEST_KL:
         raise SelfCheckError(f"Unsloth's answers differ from those of transformers by {kl:.3f} nats")
@@ -250,7 +251,7 @@ def small_copy(folder: Path, out: Path) -> Path:
         del config.quantization_config
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
-    plain.load_tokenizer(folder).save_pretrained(out)
+    loaded.load_tokenizer(folder).save_pretrained(out)
     return out
 
 
@@ -258,7 +259,7 @@ def _log_probabilities(
     policy: Policy, prompts: Sequence[str] = ("Say hello.", "Why is the sky blue at noon?")
 ) -> Tensor:
     """What a policy expects after each prompt, (prompts, vocabulary) float32 on the CPU."""
-    from safesteer_lite.method.model import last_logits
+    from safesteer_lite.method.policies import last_logits
 
     with torch.no_grad():
         rows = [last_logits(policy.model, policy.encode(prompt)).log_softmax(-1) for prompt in prompts]

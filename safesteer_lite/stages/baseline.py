@@ -10,7 +10,7 @@ from typing import Any
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import Answers, measure
 from safesteer_lite.events import Metric
-from safesteer_lite.rundir import Publication
+from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 

@@ -20,9 +20,9 @@ from safesteer_lite.events import Metric
 from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations, Candidate
 from safesteer_lite.method.memory import fitting
-from safesteer_lite.method.model import Batch, Steering, teacher
-from safesteer_lite.models.policy import Policy
-from safesteer_lite.rundir import Publication
+from safesteer_lite.method.policies import Batch, Steering, teacher
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 
 _BATCH = 32

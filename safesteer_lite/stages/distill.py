@@ -12,24 +12,25 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safesteer_lite.checkpoints import Checkpoints
 from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
-from safesteer_lite.hardware import cuda
 from safesteer_lite.hardware.known import measured_on
+from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
 from safesteer_lite.hardware.shape import shape_from_config
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.method.distill import Distillation, Recipe, prompts_at
+from safesteer_lite.models.adapter import adapter_tensors, freeze_reading, load_adapter, save_adapter, scale_adapter
+from safesteer_lite.models.assistant import Reference, reference_answers
+from safesteer_lite.models.loaded import read_config
 from safesteer_lite.models.optimizer import optimizing_on
-from safesteer_lite.models.plain import PlainModel, freeze_reading, read_config, save_adapter, scale_adapter
-from safesteer_lite.models.policy import Reference, reference_answers
 from safesteer_lite.models.reading import read_discriminants
-from safesteer_lite.prompts import Prompt
-from safesteer_lite.rundir import Publication
+from safesteer_lite.prompts.sets import Prompt
+from safesteer_lite.runs.folder import Publication
+from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 from safesteer_lite.stages.tokens import load_tokens
@@ -205,7 +206,7 @@ def _fit_micro_batch(session: Session, training: Distillation) -> None:
     config, model = session.config, session.policy.model
     if model.device.type != "cuda":
         return
-    shape, free = shape_from_config(read_config(session.model_folder)), cuda.free_memory()
+    shape, free = shape_from_config(read_config(session.model_folder)), free_cuda_memory()
     element = model.decoder.embed_tokens.weight.element_size()
 
     def need(rollouts: int) -> int:
@@ -343,22 +344,6 @@ def baseline_card(session: Session) -> Scorecard:
         name: Rate.of(record[name]["refused"], record[name]["n"]) for name in ("harmful", "borderline", "harmless")
     }
     return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], 0.0)
-
-
-def adapter_tensors(model: PlainModel) -> dict[str, Tensor]:
-    """A copy of the adapter's weights by name."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.network.named_parameters()
-        if "lora_" in name
-    }
-
-
-def load_adapter(model: PlainModel, tensors: dict[str, Tensor]) -> None:
-    """Write weights, as `adapter_tensors` copies them, into the adapter."""
-    for name, parameter in model.network.named_parameters():
-        if name in tensors:
-            parameter.data.copy_(tensors[name])
 
 
 def _save(folder: Path, training: Distillation, history: History, best: dict[str, Tensor]) -> None:

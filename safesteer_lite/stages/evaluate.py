@@ -8,9 +8,9 @@ from dataclasses import asdict
 from safesteer_lite.evaluation.measure import Answers, PromptSets, all_flips, measure
 from safesteer_lite.evaluation.scorecard import Scorecard, verdict
 from safesteer_lite.events import Metric
-from safesteer_lite.models.plain import read_adapter
-from safesteer_lite.models.policy import Policy, reference_answers
-from safesteer_lite.rundir import Publication
+from safesteer_lite.models.adapter import read_adapter
+from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 
 

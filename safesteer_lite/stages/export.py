@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from safesteer_lite.events import Metric, Progress
-from safesteer_lite.export import checkpoint, merge, verify
-from safesteer_lite.export.original import describe_original
-from safesteer_lite.export.verify import FailedCheck
-from safesteer_lite.method.model import Batch, Completions
-from safesteer_lite.models import plain
-from safesteer_lite.models.plain import PlainModel, read_adapter, scale_adapter
-from safesteer_lite.models.policy import Policy, Reference, kl_to_reference, reference_answers
-from safesteer_lite.rundir import Publication
+from safesteer_lite.export.weights import merge, shards, verify
+from safesteer_lite.export.weights.original import describe_original
+from safesteer_lite.export.weights.verify import FailedCheck
+from safesteer_lite.method.policies import Batch, Completions
+from safesteer_lite.models import loaded
+from safesteer_lite.models.adapter import read_adapter, scale_adapter
+from safesteer_lite.models.assistant import Policy, Reference, kl_to_reference, reference_answers
+from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 
 # Greedy answers of the reload check, in tokens.
@@ -69,7 +70,7 @@ def merged(
         FailedCheck: they are written, and failed a check; the caller keeps them aside or removes them.
     """
     trained = trained_answers(session, adapter, strength)
-    stored_quantised = "quantization_config" in plain.read_config(session.model_folder)
+    stored_quantised = "quantization_config" in loaded.read_config(session.model_folder)
     quantised = session.config.model.precision == "nf4" or stored_quantised
     if stored_quantised and weights == "original" and original is None:
         about = describe_original(session.model_folder, session.config.model.name)
@@ -120,8 +121,8 @@ def merged(
 def _reopen(out: Path) -> None:
     """Make merged weights of a killed attempt a draft again: the merge knows what in it is whole, and what is its own."""
     if (out / merge.RECORD).is_file():
-        shutil.rmtree(checkpoint.draft_name(out), ignore_errors=True)
-        out.rename(checkpoint.draft_name(out))
+        shutil.rmtree(shards.draft_name(out), ignore_errors=True)
+        out.rename(shards.draft_name(out))
     elif out.exists():
         shutil.rmtree(out)
 
@@ -142,7 +143,7 @@ def reload_check(session: Session, folder: Path, trained: Trained) -> tuple[floa
     reference = on_cpu(trained.reference)
     # The head must be able to read the reference's hidden states, so both compute in the same type.
     precision = "fp32" if any(states.dtype == torch.float32 for states in reference.hidden) else "bf16"
-    network, tokenizer = plain.load(folder, precision=precision, device="cpu", unpack=False)
+    network, tokenizer = loaded.load(folder, precision=precision, device="cpu", unpack=False)
     policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens)
     answers = policy.answers(trained.prompts, _CHECK_TOKENS, ANSWER_BATCH)
     kl = kl_to_reference(policy, reference, session.config.distill.chunk)

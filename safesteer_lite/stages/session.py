@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite import prompts
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError, PromptError
 from safesteer_lite.evaluation.measure import PromptSets
@@ -15,11 +14,13 @@ from safesteer_lite.events import Emit, Note, Progress, Warned, discard
 from safesteer_lite.hardware.backend import Decision, choose_backend
 from safesteer_lite.hardware.machine import inspect
 from safesteer_lite.hardware.shape import shape_from_config
-from safesteer_lite.models import plain, unsloth
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models import loaded, unsloth
+from safesteer_lite.models.adapter import Adapter, with_adapter
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.selfcheck import self_check
-from safesteer_lite.prompts import Kind, Prompt
-from safesteer_lite.rundir import RunFolder
+from safesteer_lite.prompts import sets
+from safesteer_lite.prompts.sets import Kind, Prompt
+from safesteer_lite.runs.folder import RunFolder
 
 # Answers decoded at a time: more fill the matrix units no better, and each takes key-value cache.
 ANSWER_BATCH = 64
@@ -85,20 +86,20 @@ class Session:
         decision = decide(self.config, self.model_folder, self.run.path)
         self.note(decision.reason)
         distill, folder = self.config.distill, self.model_folder
-        layers = shape_from_config(plain.read_config(folder)).layers
+        layers = shape_from_config(loaded.read_config(folder)).layers
         lowest = min(layers - 1, round(distill.depth_start * layers))
-        adapter = plain.Adapter(distill.rank, distill.lora_alpha, lowest)
+        adapter = Adapter(distill.rank, distill.lora_alpha, lowest)
         if self._trusts_unsloth(decision):
-            model: plain.PlainModel = unsloth.load(folder, decision.precision, adapter, self.config.seed)
+            model: loaded.PlainModel = unsloth.load(folder, decision.precision, adapter, self.config.seed)
         else:
-            network, tokenizer = plain.load(
+            network, tokenizer = loaded.load(
                 folder,
                 precision=decision.precision,
                 device=decision.device,
                 unpack=decision.unpack,
                 compute=decision.compute_dtype,
             )
-            model = plain.with_adapter(network, tokenizer, adapter, self.config.seed)
+            model = with_adapter(network, tokenizer, adapter, self.config.seed)
         model.checkpointing = distill.checkpointing == "yes" or (
             distill.checkpointing == "auto" and decision.device == "cuda"
         )
@@ -162,7 +163,7 @@ class Session:
         return self._training
 
     def _take(self, kind: Kind, split: str, count: int) -> list[Prompt]:
-        return prompts.prompt_set(kind, split, count, self.config.prompts.folder)
+        return sets.prompt_set(kind, split, count, self.config.prompts.folder)
 
 
 def decide(config: RunConfig, model_folder: Path, folder: Path) -> Decision:
@@ -182,7 +183,7 @@ def decide(config: RunConfig, model_folder: Path, folder: Path) -> Decision:
         raise ModelError("There is no usable CUDA device.", "Set model.device=cpu, or see `safesteer-lite doctor`.")
     if settings.device == "cpu":
         machine = replace(machine, gpus=())
-    shape = shape_from_config(plain.read_config(model_folder))
+    shape = shape_from_config(loaded.read_config(model_folder))
     decision = choose_backend(machine, shape, settings.precision, settings.backend)
     return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
 
@@ -209,18 +210,18 @@ def own_prompts(config: RunConfig, note: Callable[[str], None]) -> list[Prompt]:
     settings = config.prompts
     if settings.training:
         place = Path(settings.training)
-        loaded = prompts.load_prompts(place, settings.column or None)
+        loaded = sets.load_prompts(place, settings.column or None)
         given, column, duplicates = loaded.prompts, loaded.column or "text", loaded.duplicates_removed
     else:
         place = Path(settings.folder)
-        given = prompts.prompt_set("harmful", "train", settings.train, settings.folder)
+        given = sets.prompt_set("harmful", "train", settings.train, settings.folder)
         column, duplicates = "prompt", 0
     held_out = [
         prompt
         for split in ("selection", "test")
-        for prompt in prompts.prompt_set("harmful", split, folder=settings.folder)
+        for prompt in sets.prompt_set("harmful", split, folder=settings.folder)
     ]
-    leaks = {leak.prompt.id for leak in prompts.check_leaks(given, held_out)}
+    leaks = {leak.prompt.id for leak in sets.check_leaks(given, held_out)}
     kept = [prompt for prompt in given if prompt.id not in leaks]
     note(
         f"{place.name}: {len(kept)} prompts from column {column}; {duplicates} duplicates "

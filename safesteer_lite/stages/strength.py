@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite.durable import write_atomically
 from safesteer_lite.errors import UsageError
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
 from safesteer_lite.events import Metric, Sample
-from safesteer_lite.models.plain import read_adapter, scale_adapter
-from safesteer_lite.models.policy import Policy, Reference, reference_answers
-from safesteer_lite.rundir import RunFolder
+from safesteer_lite.models.adapter import read_adapter, scale_adapter
+from safesteer_lite.models.assistant import Policy, Reference, reference_answers
+from safesteer_lite.runs.durable import write_atomically
+from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

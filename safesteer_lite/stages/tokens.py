@@ -12,7 +12,7 @@ from safesteer_lite.errors import DirectionError
 from safesteer_lite.method import tokens as method
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.tokens import VotePositions
-from safesteer_lite.rundir import Publication
+from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import Session, texts
 

@@ -6,11 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safesteer_lite import config, rundir
-from safesteer_lite.commands.shared import DEMO_PRESET
+from safesteer_lite import config
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
-from safesteer_lite.models.demo_download import demo_model
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.shell.commands.shared import DEMO_PRESET
+from safesteer_lite.sources.demo import demo_model
 from safesteer_lite.stages.session import Session
 
 
@@ -32,5 +33,5 @@ def session(arguments: list[str]) -> Session:
     flags = config.parse_assignments([text for text in arguments if "=" in text])
     settings = config.build([("preset", config.preset_values(DEMO_PRESET)), ("flag", flags)])
     keep_freed_memory()
-    run = rundir.create(Path(tempfile.mkdtemp()), "benchmark")
+    run = run_folders.create(Path(tempfile.mkdtemp()), "benchmark")
     return Session(settings, run, Path(folders[0]) if folders else demo_model(discard), notes, stage="direction")

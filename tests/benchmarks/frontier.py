@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite.html_report.charts import Scale, ticks
-from safesteer_lite.html_report.markup import Markup, element, join
+from safesteer_lite.report.charts import Scale, ticks
+from safesteer_lite.report.markup import Markup, element, join
 from tests.benchmarks.tradeoff import KINDS
 
 HERE = Path(__file__).parent

@@ -33,18 +33,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safesteer_lite.hardware import cuda, pace
+from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.backend import Decision
+from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.hardware.need import cache_bytes, estimate, largest_micro_batch, training_bytes, weights_bytes
 from safesteer_lite.hardware.shape import linear_parameters
-from safesteer_lite.method import directions, objective, tokens
-from safesteer_lite.method import model as policies
+from safesteer_lite.method import directions, objective, policies, tokens
 from safesteer_lite.method.distill import Distillation, Recipe
 from safesteer_lite.method.memory import fitting, release
-from safesteer_lite.method.model import Batch, Completions, Steering
-from safesteer_lite.models import plain, unsloth
+from safesteer_lite.method.policies import Batch, Completions, Steering
+from safesteer_lite.models import loaded, unsloth
+from safesteer_lite.models.adapter import Adapter, with_adapter
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.optimizer import optimizing_on
-from safesteer_lite.models.plain import Adapter, PlainModel
 from tests.benchmarks.common import say
 from tests.benchmarks.random_models import PRESETS, write
 
@@ -143,8 +144,8 @@ def load(folder: Path, backend: str, device: str) -> PlainModel:
     adapter = Adapter(_RANK, 2 * _RANK)
     if backend == "unsloth":
         return unsloth.load(folder, "nf4", adapter, 0, device)
-    network, tokenizer = plain.load(folder, precision="nf4", device=device, unpack=False)
-    return plain.with_adapter(network, tokenizer, adapter, 0)
+    network, tokenizer = loaded.load(folder, precision="nf4", device=device, unpack=False)
+    return with_adapter(network, tokenizer, adapter, 0)
 
 
 def run_case(name: str, backend: str, naive: bool, cap: int, folder: Path, device: str, sizes: Sizes) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def step(
             checkpointing=True,
         )
 
-    first = largest_micro_batch(16, cuda.free_memory(), need) if stages.device == "cuda" else 2
+    first = largest_micro_batch(16, free_cuda_memory(), need) if stages.device == "cuda" else 2
     loop = (Naive if naive else Distillation)(
         model,
         steer,

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from safesteer_lite.export import checkpoint
-from safesteer_lite.export.checkpoint import DTYPE_NAMES, NewTensor
+from safesteer_lite.export.weights import shards
+from safesteer_lite.export.weights.shards import DTYPE_NAMES, NewTensor
 from tests.benchmarks.common import say
 
 # Llama-3-8B's published config.json, as far as it tells sizes.
@@ -41,7 +41,7 @@ SHARD_BYTES = 5_000_000_000
 CHILD = """
 import sys
 from pathlib import Path
-from safesteer_lite.export.merge import merge_adapter
+from safesteer_lite.export.weights.merge import merge_adapter
 def peak():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
@@ -66,7 +66,7 @@ def random_tensor(name: str, size: tuple[int, ...], dtype: torch.dtype) -> NewTe
     """A tensor of random values, made when its turn comes."""
 
     def produce() -> Iterator[memoryview]:
-        yield checkpoint.tensor_bytes((torch.randn(size) * 0.02).to(dtype))
+        yield shards.tensor_bytes((torch.randn(size) * 0.02).to(dtype))
 
     return NewTensor(name, DTYPE_NAMES[dtype], size, dtype.itemsize * torch.Size(size).numel(), produce)
 
@@ -82,14 +82,14 @@ def write_base(folder: Path, shape: dict[str, int]) -> None:
     names = [f"model.layers.{layer}.{norm}" for layer in range(shape["num_hidden_layers"]) for norm in norms]
     tensors += [random_tensor(f"{name}.weight", (width,), bf16) for name in [*names, "model.norm"]]
     tensors.append(random_tensor("lm_head.weight", ends, bf16))
-    shards: list[list[NewTensor]] = [[]]
+    divided: list[list[NewTensor]] = [[]]
     for tensor in tensors:
-        if sum(other.size for other in shards[-1]) + tensor.size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
-    checkpoint.write_shards(folder, shards, lambda size: None)
+        if sum(other.size for other in divided[-1]) + tensor.size > SHARD_BYTES:
+            divided.append([])
+        divided[-1].append(tensor)
+    shards.write_shards(folder, divided, lambda size: None)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-    checkpoint.write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16", **shape}))
+    shards.write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16", **shape}))
 
 
 def write_adapter(folder: Path, shape: dict[str, int]) -> None:
@@ -100,9 +100,9 @@ def write_adapter(folder: Path, shape: dict[str, int]) -> None:
         key = f"base_model.model.{name}.lora_"
         tensors.append(random_tensor(f"{key}A.weight", (RANK, inputs), torch.float32))
         tensors.append(random_tensor(f"{key}B.weight", (outputs, RANK), torch.float32))
-    checkpoint.write_shard(folder / "adapter_model.safetensors", tensors, lambda size: None)
+    shards.write_shard(folder / "adapter_model.safetensors", tensors, lambda size: None)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
-    checkpoint.write_text(folder / "adapter_config.json", json.dumps(config))
+    shards.write_text(folder / "adapter_config.json", json.dumps(config))
 
 
 def size_of(folder: Path) -> int:
@@ -113,9 +113,9 @@ def size_of(folder: Path) -> int:
 def check_some(base: Path, adapter: Path, out: Path, shape: dict[str, int]) -> float:
     """The largest difference of the last matrix to a sum done in float64; half a unit of bfloat16 is what rounding makes."""
     name = list(matrices(shape))[-1][0]
-    factors = {tensor.name: tensor for tensor in checkpoint.read_shard(adapter / "adapter_model.safetensors")}
+    factors = {tensor.name: tensor for tensor in shards.read_shard(adapter / "adapter_model.safetensors")}
     down, up = (factors[f"base_model.model.{name}.lora_{part}.weight"].load().double() for part in "AB")
-    before, after = (checkpoint.read_checkpoint(place).tensors[f"{name}.weight"] for place in (base, out))
+    before, after = (shards.read_checkpoint(place).tensors[f"{name}.weight"] for place in (base, out))
     rows = slice(-64, None)
     exact = before.load()[rows].double() + 2 * up[rows] @ down
     return float(((after.load()[rows].double() - exact) / exact.abs().clamp_min(1e-6)).abs().max())
@@ -143,7 +143,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds = time.monotonic() - began
         imported, peak = (int(figure) for figure in done.stdout.split())
-        largest = max(tensor.size for tensor in checkpoint.read_checkpoint(base).tensors.values())
+        largest = max(tensor.size for tensor in shards.read_checkpoint(base).tensors.values())
         say(f"merged in {seconds:.0f} s: {seconds / (size / 1e9):.1f} s a GB")
         more = f"{imported / 1e9:.2f} GB are the imports: {(peak - imported) / 1e6:.0f} MB more"
         say(f"peak RSS {peak / 1e9:.2f} GB, of which {more}")

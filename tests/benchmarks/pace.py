@@ -20,9 +20,9 @@ import torch
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.shape import ModelShape, parameters, shape_from_config
 from safesteer_lite.method.distill import Distillation
-from safesteer_lite.method.model import Batch, Completions, Steering
-from safesteer_lite.models.plain import read_config
-from safesteer_lite.prompts import bundled
+from safesteer_lite.method.policies import Batch, Completions, Steering
+from safesteer_lite.models.loaded import read_config
+from safesteer_lite.prompts.sets import bundled
 from safesteer_lite.stages.direction import read
 from safesteer_lite.stages.distill import recipe
 from safesteer_lite.stages.session import Session, decide, texts

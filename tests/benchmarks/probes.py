@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from safesteer_lite.prompts import Kind, bundled
+from safesteer_lite.prompts.sets import Kind, bundled
 from safesteer_lite.stages.direction import read
 from safesteer_lite.stages.session import texts
 from tests.benchmarks.common import say, session

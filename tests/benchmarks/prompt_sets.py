@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from safesteer_lite.prompts import Kind, data_files
+from safesteer_lite.prompts.sets import Kind, data_files
 
 HELD_BACK = 264
 PUBLIC = 100

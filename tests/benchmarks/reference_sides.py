@@ -17,8 +17,8 @@ from torch import Tensor
 from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
 from safesteer_lite.method import directions as method
 from safesteer_lite.method import tokens as voting
-from safesteer_lite.method.distill import Distillation, pad_left
-from safesteer_lite.method.model import Batch, Completions, Steering, teacher
+from safesteer_lite.method.distill import Distillation
+from safesteer_lite.method.policies import Batch, Completions, Steering, pad_left, teacher
 from safesteer_lite.stages.direction import keep_clear, read, score
 from safesteer_lite.stages.distill import recipe
 from safesteer_lite.stages.session import Session, texts

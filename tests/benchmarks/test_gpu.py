@@ -11,8 +11,8 @@ import torch
 
 from safesteer_lite.hardware.need import weights_bytes
 from safesteer_lite.method.distill import Distillation
-from safesteer_lite.method.model import Steering
-from tests import tiny
+from safesteer_lite.method.policies import Steering
+from tests import REPOSITORY, tiny
 from tests.benchmarks import gpu
 from tests.benchmarks.random_models import PRESETS, write
 from tests.method.test_distill import RECIPE, SAFETY_TOKENS
@@ -31,7 +31,7 @@ def test_a_case_measures_every_stage(tmp_path: Path) -> None:
 
 def test_the_benchmark_leaves_transformers_for_unsloth_to_change() -> None:
     code = "import sys, tests.benchmarks.gpu; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
 def test_the_naive_objective_is_the_chunked_one(tiny_policy: tiny.Loader) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from safesteer_lite.method import directions as method
 from safesteer_lite.method import tokens as voting
 from safesteer_lite.method.distill import Distillation
-from safesteer_lite.method.model import Steering, teacher
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method.policies import Steering, teacher
+from safesteer_lite.models.assistant import Policy
 from tests import tiny
 from tests.benchmarks import plain_procedure as authors
 from tests.benchmarks.reference_sides import compare_gradients, spread

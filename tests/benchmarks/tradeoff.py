@@ -24,18 +24,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from safesteer_lite import config, pipeline, rundir
-from safesteer_lite.commands.shared import DEMO_PRESET
+from safesteer_lite import config
 from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.events import Event, Metric, Note, Warned, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
-from safesteer_lite.method.model import Batch
-from safesteer_lite.models import source
-from safesteer_lite.models.demo_download import demo_model
-from safesteer_lite.models.plain import scale_adapter
-from safesteer_lite.models.policy import Policy, reference_answers
-from safesteer_lite.rundir import Checkpoints, RunFolder
-from safesteer_lite.stages import distill
+from safesteer_lite.method.policies import Batch
+from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
+from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.folder import Checkpoints, RunFolder
+from safesteer_lite.shell.commands.shared import DEMO_PRESET
+from safesteer_lite.sources import resolve
+from safesteer_lite.sources.demo import demo_model
+from safesteer_lite.stages import distill, pipeline
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 from tests.benchmarks.common import say
 
@@ -77,9 +78,9 @@ def say_event(event: Event) -> None:
 
 def upstream(settings: config.RunConfig, model: Path, work: Path) -> RunFolder:
     """A run folder in which everything before distillation is done with these settings."""
-    name = pipeline.stage_fingerprints(settings, source.model_fingerprint(model))[UPSTREAM][:16]
+    name = pipeline.stage_fingerprints(settings, resolve.model_fingerprint(model))[UPSTREAM][:16]
     places = sorted(work.glob(f"{name}-*"))
-    run = rundir.open_run(places[0]) if places else rundir.create(work, name)
+    run = run_folders.open_run(places[0]) if places else run_folders.create(work, name)
     pipeline.run(settings, run, model, say_event, last=UPSTREAM)
     return run
 
@@ -183,9 +184,9 @@ def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         training, history, best = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))
     with training.optimizer.averaged():
-        last = distill.adapter_tensors(session.policy.model)
+        last = adapter_tensors(session.policy.model)
     for strength in (None, *row.strengths):
-        distill.load_adapter(session.policy.model, best if strength is None else last)
+        load_adapter(session.policy.model, best if strength is None else last)
         if strength is not None:
             scale_adapter(session.policy.model, strength)
         found = bench.measure()

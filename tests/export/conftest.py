@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.export.tiny_lora import save_adapter, save_base
+from tests.export.weights.tiny_lora import save_adapter, save_base
 
 torch.set_num_threads(1)
 

@@ -16,23 +16,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from safesteer_lite import config, pipeline, rundir
-from safesteer_lite.cli import main
-from safesteer_lite.console import artefacts_table
+from safesteer_lite import config
 from safesteer_lite.errors import ExportError
 from safesteer_lite.evaluation.measure import SETS, Answers
 from safesteer_lite.events import Event, Progress, Warned, discard
-from safesteer_lite.export import convert
-from safesteer_lite.export.convert import QUANTS
-from safesteer_lite.export.merge import merge_adapter
-from safesteer_lite.export.verify import FailedCheck, check_sums
-from safesteer_lite.models import plain
-from safesteer_lite.models.source import model_fingerprint
-from safesteer_lite.rundir import RunFolder
-from safesteer_lite.stages.artefacts import Request, export_files
+from safesteer_lite.export.gguf import convert
+from safesteer_lite.export.gguf.convert import QUANTS
+from safesteer_lite.export.weights.merge import merge_adapter
+from safesteer_lite.export.weights.verify import FailedCheck, check_sums
+from safesteer_lite.models.adapter import save_adapter
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.shell.cli import main
+from safesteer_lite.shell.lines import artifacts_table
+from safesteer_lite.sources.resolve import model_fingerprint
+from safesteer_lite.stages import pipeline
+from safesteer_lite.stages.exporting import Request, export_files
 from safesteer_lite.stages.session import Session
 from tests import tiny
-from tests.export.test_convert import write_file
+from tests.export.gguf.test_convert import write_file
 
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Sure, here it is."
 SETTINGS: config.Values = {
@@ -51,13 +53,13 @@ SETTINGS: config.Values = {
 def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
     """A run whose adapter is random, and whose stored answers are planted: the adapter refuses all that is harmful."""
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
-    run = rundir.create(parent, "tiny", versions={"torch": "2.13.0"})
+    run = run_folders.create(parent, "tiny", versions={"torch": "2.13.0"})
     run.write_config(config.to_toml(settings))
     session = Session(settings, run, model, discard, stage="export")
     student = session.policy.model
     tiny.fill_adapter(student, scale=0.002)
     with run.publish("distill", 4, "d") as publication:
-        plain.save_adapter(student, publication.path / "adapter")
+        save_adapter(student, publication.path / "adapter")
     session.drop_policy()
     mark = pipeline.stage_fingerprints(settings, model_fingerprint(model))["baseline"]
     with run.publish("baseline", 1, mark):
@@ -96,12 +98,12 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert names(out) == sorted(
         [
-            *("Modelfile", "README.md", "SHA256SUMS", "artefacts.json", "chat_template.jinja", "config.json"),
+            *("Modelfile", "README.md", "SHA256SUMS", "artifacts.json", "chat_template.jinja", "config.json"),
             *("generation_config.json", "merge.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         ]
     )
-    assert check_sums(out) == 10 and json.loads((out / "artefacts.json").read_text()) == record
-    base, adapter, merged = record["artefacts"]
+    assert check_sums(out) == 10 and json.loads((out / "artifacts.json").read_text()) == record
+    base, adapter, merged = record["artifacts"]
     assert (base["harmful"]["refused"], adapter["harmful"]["refused"], adapter["harmful"]["n"]) == (0, 4, 4)
     # The stored answers are planted, so the random model's own answers lose all of the planted safety.
     assert merged["harmful"]["refused"] == 0 and "4 of 4: 100 points lost" in merged["safety_lost"]
@@ -114,12 +116,12 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
 
 def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: Session, tmp_path: Path) -> None:
     few, _ = export(run_of_tiny, tmp_path / "few", kind="merged", prompts=2)
-    assert {row[name]["n"] for row in few["artefacts"][:2] for name in SETS} == {2}
+    assert {row[name]["n"] for row in few["artifacts"][:2] for name in SETS} == {2}
     half, events = export(run_of_tiny, tmp_path / "half", kind="merged", strength=0.5)
     assert half["strength"] == 0.5
     # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 11 prompts.
     answered = [event.done for event in events if isinstance(event, Progress) and "answers" in event.what]
-    assert max(answered) == 22 and half["artefacts"][1]["harmful"]["refused"] == 0
+    assert max(answered) == 22 and half["artifacts"][1]["harmful"]["refused"] == 0
 
 
 def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: Session, tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: 
     record, _ = export(run_of_tiny, tmp_path / "out", kind="merged")
     assert (tmp_path / "out" / "model.safetensors").stat().st_ino == before and not draft.exists()
     assert names(tmp_path / "out") == names(tmp_path / "whole") and check_sums(tmp_path / "out") == 10
-    figures = [[row[name] for row in found["artefacts"] for name in SETS] for found in (record, whole)]
+    figures = [[row[name] for row in found["artifacts"] for name in SETS] for found in (record, whole)]
     assert figures[0] == figures[1]
 
 
@@ -162,8 +164,8 @@ def test_a_file_that_lost_its_template_fails_the_export_and_is_kept_aside(
     kept = tmp_path / "out.failed-check"
     assert str(kept) in caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed-check"]
-    assert names(kept) == ["artefacts.json", "qwen2-safer-F16.gguf", "qwen2-safer-Q8_0.gguf"]
-    assert len(json.loads((kept / "artefacts.json").read_text())["problems"]) == 2
+    assert names(kept) == ["artifacts.json", "qwen2-safer-F16.gguf", "qwen2-safer-Q8_0.gguf"]
+    assert len(json.loads((kept / "artifacts.json").read_text())["problems"]) == 2
 
 
 @pytest.mark.usefixtures("no_extra_needed")
@@ -181,10 +183,10 @@ def test_a_converter_that_fails_leaves_nothing(
 
 def test_the_table_has_a_row_each_and_marks_what_was_lost(run_of_tiny: Session, tmp_path: Path) -> None:
     record, _ = export(run_of_tiny, tmp_path / "out", kind="merged")
-    table = artefacts_table(record)
+    table = artifacts_table(record)
     assert table.row_count == 3 and "merged lost safety" in str(table.caption)
-    record["artefacts"][-1]["safety_lost"] = ""
-    assert artefacts_table(record).caption is None
+    record["artifacts"][-1]["safety_lost"] = ""
+    assert artifacts_table(record).caption is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_the_table_has_a_row_each_and_marks_what_was_lost(run_of_tiny: Session, 
 def test_verify_names_what_is_wrong(
     tmp_path: Path, change: Callable[[Path], object], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safesteer_lite.export.verify import write_sums
+    from safesteer_lite.export.weights.verify import write_sums
 
     out = tmp_path / "out"
     out.mkdir()
@@ -250,11 +252,11 @@ def test_a_real_model_from_run_to_q4_k_m_answering_in_llama_cpp(tmp_path: Path) 
     changes = {"model.precision": "nf4", "evaluate.answer_tokens": 24, "prompts.test": 3, "prompts.borderline_test": 2}
     session = finished_run(tmp_path / "runs", model, changes)
     record, _ = export(session, tmp_path / "out", kind="gguf", quants=QUANTS)
-    assert [row["artefact"] for row in record["artefacts"]] == ["base", "adapter", "merged", *QUANTS]
-    wide, eight, six, five, four = (row["agreement"] for row in record["artefacts"][3:])
+    assert [row["artifact"] for row in record["artifacts"]] == ["base", "adapter", "merged", *QUANTS]
+    wide, eight, six, five, four = (row["agreement"] for row in record["artifacts"][3:])
     assert all(found["first_kl"] < 0.5 for found in (wide, eight, six, five)) and four["first_kl"] < 1.0
     assert wide["same_first"] >= 12
-    files = [tmp_path / "out" / row["file"] for row in record["artefacts"][3:]]
+    files = [tmp_path / "out" / row["file"] for row in record["artifacts"][3:]]
     assert [path.stat().st_size for path in files] == sorted((path.stat().st_size for path in files), reverse=True)
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(files[-1]).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= kinds or {"Q5_0", "Q8_0", "F32"} <= kinds

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safesteer_lite.cli import main
-from safesteer_lite.export.original import find_original
-from safesteer_lite.export.verify import check_sums
-from safesteer_lite.rundir import RunFolder
+from safesteer_lite.export.weights.original import find_original
+from safesteer_lite.export.weights.verify import check_sums
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.shell.cli import main
 from safesteer_lite.stages import export
 from tests.export.test_export_files import finished_run, names
-from tests.export.tiny_lora import load_4bit
+from tests.export.weights.tiny_lora import load_4bit
 
 Q_PROJ = "base_model.model.model.layers.2.self_attn.q_proj.lora_"
 
@@ -111,8 +111,8 @@ def test_a_base_that_was_renamed_is_used_where_it_is_now(place: Place, capsys: p
     moved = place.model.rename(place.model.with_name("renamed"))
     assert main(["export", str(place.run.path), "--base", str(moved), "--out", str(place.out)]) == 0
     assert check_sums(place.out) == 10
-    [export] = json.loads((place.run.path / "artefacts.json").read_text())["exports"]
-    assert [row["artefact"] for row in export["artefacts"]] == ["base", "adapter", "merged"]
+    [export] = json.loads((place.run.path / "artifacts.json").read_text())["exports"]
+    assert [row["artifact"] for row in export["artifacts"]] == ["base", "adapter", "merged"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_4_bit_base_is_merged_into_what_was_trained_or_into_its_original(
     assert main([*line, "--out", str(tmp_path / "packed")]) == 0
     assert "Merging into the dequantised weights, which are what was trained." in capsys.readouterr().out
     assert main([*line, "--original", str(tiny_folder("llama")), "--out", str(tmp_path / "wide")]) == 0
-    records = [json.loads((tmp_path / name / "artefacts.json").read_text()) for name in ("packed", "wide")]
+    records = [json.loads((tmp_path / name / "artifacts.json").read_text()) for name in ("packed", "wide")]
     assert [record["weights"] for record in records] == ["dequantised", "original"]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "wide"))
     key = "model.layers.0.mlp.up_proj.weight"

@@ -10,7 +10,7 @@ import pytest
 
 from safesteer_lite.errors import DiskSpaceError, ExportError
 from safesteer_lite.export.folder import exported
-from safesteer_lite.export.verify import FailedCheck
+from safesteer_lite.export.weights.verify import FailedCheck
 
 
 def names(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Exports leave their rows in the run folder, and the run's report shows one row an artefact."""
+"""Exports leave their rows in the run folder, and the run's report shows one row an artifact."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from safesteer_lite import report
-from safesteer_lite.cli import main
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.export import kept
-from safesteer_lite.export.artefacts import to_record
-from safesteer_lite.html_report import page
-from safesteer_lite.rundir import RunFolder
-from tests.export.test_artefacts import rows
-from tests.html_tree import Node, parsed
-from tests.html_tree import rows as lines
-from tests.test_html_report import part, planted_run, rendered, settings
+from safesteer_lite.export.rows import keep_rows, kept_rows, rows_record
+from safesteer_lite.report import page
+from safesteer_lite.report import record as report
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.shell.cli import main
+from tests.export.test_rows import rows
+from tests.report.html_tree import Node, parsed
+from tests.report.html_tree import rows as lines
+from tests.report.test_page import part, planted_run, rendered, settings
 
 ABOUT: dict[str, Any] = {
     **{"run": "r", "model": "owner/Tiny", "weights": "original", "strength": 1.0},
@@ -32,34 +31,34 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def names(run: RunFolder) -> list[list[str]]:
-    return [[row["artefact"] for row in export["artefacts"]] for export in kept.read(run)]
+    return [[row["artifact"] for row in export["artifacts"]] for export in kept_rows(run)]
 
 
 def test_rows_that_were_measured_in_the_same_way_stand_together_and_new_ones_replace_old(run: RunFolder) -> None:
-    assert kept.read(run) == []
+    assert kept_rows(run) == []
     *first, four = rows(58)
-    kept.keep(run, to_record([*first, four], ABOUT))
-    kept.keep(run, to_record(first, {**ABOUT, "strength": 0.5}))
+    keep_rows(run, rows_record([*first, four], ABOUT))
+    keep_rows(run, rows_record(first, {**ABOUT, "strength": 0.5}))
     assert names(run) == [["base", "adapter", "merged", "Q4_K_M"], ["base", "adapter", "merged"]]
     *first, four = rows(40)
-    kept.keep(run, to_record([first[0], first[1], four], ABOUT))
+    keep_rows(run, rows_record([first[0], first[1], four], ABOUT))
     assert names(run) == [["base", "adapter", "merged"], ["base", "adapter", "merged", "Q4_K_M"]]
-    assert kept.read(run)[1]["artefacts"][-1]["harmful"]["refused"] == 40
+    assert kept_rows(run)[1]["artifacts"][-1]["harmful"]["refused"] == 40
 
 
 def test_exports_of_an_earlier_training_are_not_shown(run: RunFolder) -> None:
-    kept.keep(run, to_record(rows(64), ABOUT))
+    keep_rows(run, rows_record(rows(64), ABOUT))
     with run.publish("distill", 4, "another training"):
         pass
-    assert kept.read(run) == []
+    assert kept_rows(run) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"distill": "mark of distill", "exports": [{}]}', "\\"])
 def test_a_damaged_file_is_named_and_the_next_export_writes_it_anew(run: RunFolder, text: str) -> None:
-    (run.path / "artefacts.json").write_text(text)
-    with pytest.raises(RunFolderError, match=r"artefacts\.json is damaged.*delete it"):
+    (run.path / "artifacts.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"artifacts\.json is damaged.*delete it"):
         report.build(run, settings("plain"))
-    kept.keep(run, to_record(rows(64), ABOUT))
+    keep_rows(run, rows_record(rows(64), ABOUT))
     assert names(run) == [["base", "adapter", "merged", "Q4_K_M"]]
 
 
@@ -67,11 +66,11 @@ def shown(run: RunFolder) -> Node:
     return part(parsed(rendered(run)), "exports")
 
 
-def test_the_report_has_a_row_an_artefact_and_lost_safety_in_red(
+def test_the_report_has_a_row_an_artifact_and_lost_safety_in_red(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "exports" not in {node.attributes["id"] for node in parsed(rendered(run)).all("section")}
-    kept.keep(run, to_record(rows(40), ABOUT))
+    keep_rows(run, rows_record(rows(40), ABOUT))
     found = shown(run)
     assert [line[:2] for line in lines(found)[1:]] == [
         ["base", "47 of 100 (38 to 57 %)"],
@@ -87,11 +86,11 @@ def test_the_report_has_a_row_an_artefact_and_lost_safety_in_red(
     assert "Q4_K_M lost safety" in told and told.endswith(f"{run.path / 'report.html'}\n")
     assert main(["report", str(run.path), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert [row["artefact"] for row in record["exports"][0]["artefacts"]][-1] == "Q4_K_M"
+    assert [row["artifact"] for row in record["exports"][0]["artifacts"]][-1] == "Q4_K_M"
 
 
 def test_no_loss_is_no_red(run: RunFolder) -> None:
-    kept.keep(run, to_record(rows(64), ABOUT))
+    keep_rows(run, rows_record(rows(64), ABOUT))
     assert not any(shown(run).all(tag, class_="lost") for tag in ("strong", "p"))
 
 

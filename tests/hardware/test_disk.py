@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import DiskSpaceError
-from safesteer_lite.hardware.disk import check_disk, disk_free
+from safesteer_lite.hardware.machine import check_disk, disk_free
 from tests.hardware.examples import GB
 
 

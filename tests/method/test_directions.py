@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safesteer_lite.method import directions, steering
-from safesteer_lite.method import model as policies
+from safesteer_lite.method import directions, policies, steering
 from safesteer_lite.method.directions import Activations, Candidate
-from safesteer_lite.method.model import Batch, Steering
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method.policies import Batch, Steering
+from safesteer_lite.models.assistant import Policy
 from tests import tiny
 
 REFUSING = 7

@@ -13,22 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safesteer_lite.method import model as policies
+from safesteer_lite.method import policies
 from safesteer_lite.method.directions import refusal_score
-from safesteer_lite.method.distill import (
-    Distillation,
-    Recipe,
-    StepResult,
-    join,
-    learning_rate_at,
-    pad_left,
-    prompts_at,
-)
-from safesteer_lite.method.model import Batch, Completions, LanguageModel, Residual, Steering
+from safesteer_lite.method.distill import Distillation, Recipe, StepResult, learning_rate_at, prompts_at
 from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
+from safesteer_lite.method.policies import Batch, Completions, LanguageModel, Residual, Steering, join, pad_left
+from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.optimizer import paged_adamw_8bit
-from safesteer_lite.models.plain import PlainModel
-from safesteer_lite.models.policy import Policy, kl_to_reference, reference_answers
 from tests import tiny
 
 SAFETY_TOKENS = torch.arange(20, 70)

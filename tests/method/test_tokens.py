@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safesteer_lite.method import model as policies
-from safesteer_lite.method import tokens
-from safesteer_lite.method.model import Batch, Steering
+from safesteer_lite.method import policies, tokens
+from safesteer_lite.method.policies import Batch, Steering
 from safesteer_lite.method.tokens import SafetyTokens, VotePositions
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.assistant import Policy
 from tests import tiny
 
 NOBODY: frozenset[int] = frozenset()

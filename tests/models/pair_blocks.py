@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.unsloth import UnslothModel
 
 Pair = tuple[Tensor, Tensor]

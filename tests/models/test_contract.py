@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from safesteer_lite.method import model as policies
-from safesteer_lite.method import steering
-from safesteer_lite.method.model import Batch, Steering
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method import policies, steering
+from safesteer_lite.method.policies import Batch, Steering
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from safesteer_lite.hardware import cuda
+from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.method.distill import Distillation
-from safesteer_lite.method.model import Steering
 from safesteer_lite.method.optimizer import MasterAdamW
+from safesteer_lite.method.policies import Steering
+from safesteer_lite.models.adapter import Adapter, with_adapter
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.optimizer import paged_adamw_8bit
-from safesteer_lite.models.policy import Policy
 from safesteer_lite.models.unsloth import problem_with
-from tests import tiny
+from tests import REPOSITORY, tiny
 from tests.method.test_distill import RECIPE, SAFETY_TOKENS
 
 pytestmark = pytest.mark.gpu
-REPOSITORY = Path(__file__).parents[2]
 has_unsloth = pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
 
 
@@ -50,20 +50,20 @@ def test_unsloth_passes_its_trial(architecture: str, tmp_path: Path) -> None:
 
 def on_card(folder: Path) -> Policy:
     """A tiny policy on the card."""
-    from safesteer_lite.models import plain
+    from safesteer_lite.models import loaded
 
-    network, tokenizer = plain.load(folder, precision="nf4", device="cuda", unpack=False)
-    return Policy(plain.with_adapter(network, tokenizer, plain.Adapter(4, 8), 3), 128)
+    network, tokenizer = loaded.load(folder, precision="nf4", device="cuda", unpack=False)
+    return Policy(with_adapter(network, tokenizer, Adapter(4, 8), 3), 128)
 
 
 def test_free_memory_knows_of_a_cap() -> None:
     total = torch.cuda.mem_get_info()[1]
     try:
         torch.cuda.set_per_process_memory_fraction(0.25)
-        assert 0 < cuda.free_memory() <= 0.25 * total
+        assert 0 < free_cuda_memory() <= 0.25 * total
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert cuda.free_memory() > 0.25 * total
+    assert free_cuda_memory() > 0.25 * total
 
 
 def test_paged_8bit_moments_survive_a_resume() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.discriminant import reading_directions
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.reading import read_discriminants
 from tests import tiny
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safesteer_lite.method import model as policies
-from safesteer_lite.method.model import Batch, Completions, Steering
+from safesteer_lite.method import policies
+from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.models import sampling
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.sampling import draw
 from tests import tiny
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from safesteer_lite.errors import SelfCheckError
-from safesteer_lite.method.model import Batch, Completions, Residual
-from safesteer_lite.models.plain import PlainModel
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.method.policies import Batch, Completions, Residual
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny
 

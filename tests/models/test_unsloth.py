@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.errors import ModelError, SelfCheckError
-from safesteer_lite.method import model as policies
-from safesteer_lite.method.model import Steering
+from safesteer_lite.method import policies
+from safesteer_lite.method.policies import Steering
 from safesteer_lite.models import unsloth
-from safesteer_lite.models.conversation import Reply
-from safesteer_lite.models.plain import Adapter
-from safesteer_lite.models.policy import Policy
+from safesteer_lite.models.adapter import Adapter
+from safesteer_lite.models.assistant import Policy, Reply
 from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.models.unsloth import PairCache
-from tests import tiny
+from tests import REPOSITORY, tiny
 from tests.models import pair_blocks
 from tests.models.pair_blocks import as_unsloth
-
-REPOSITORY = Path(__file__).parents[2]
 
 Pair = tuple[Policy, Policy]
 
@@ -123,7 +120,9 @@ def test_pairs_are_repeated_and_kept_like_transformers_own_cache() -> None:
 
 
 def test_importing_the_whole_program_leaves_transformers_for_unsloth_to_change() -> None:
-    code = "import sys, safesteer_lite.cli, safesteer_lite.pipeline; sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys, safesteer_lite.shell.cli, safesteer_lite.stages.pipeline; sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 

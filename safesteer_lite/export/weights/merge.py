@@ -1,0 +1,292 @@
+"""Merge a LoRA adapter into the base weights, a block of rows at a time, and go on where a killed merge stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safesteer_lite import __version__
+from safesteer_lite.errors import ExportError
+from safesteer_lite.export.weights import shards
+from safesteer_lite.export.weights.adapter import Update, read_adapter
+from safesteer_lite.export.weights.base import Source, Weights, read_sources
+from safesteer_lite.export.weights.shards import DTYPE_NAMES, DTYPES, FLOATS, NewTensor, few
+from safesteer_lite.export.weights.verify import SUMS
+from safesteer_lite.runs.durable import write_atomically
+from safesteer_lite.runs.manifest import fingerprint
+from safesteer_lite.sources.resolve import model_fingerprint
+
+RECORD = "merge.json"
+"""In a merged folder: what was merged, as a fingerprint, and the SHA-256 of each weight file that is whole."""
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written.
+
+    Attributes:
+        folder: the new model folder.
+        files: the names of its weight files.
+        tensors: how many tensors they hold.
+        merged: how many of them the adapter changed.
+        size: bytes of weights.
+        dtype: the type of the weight matrices.
+        strength: the factor on the adapter.
+        weights: which base weights were taken.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: int
+    merged: int
+    size: int
+    dtype: torch.dtype
+    strength: float
+    weights: Weights
+
+
+def merge_adapter(
+    base_folder: Path,
+    adapter_folder: Path,
+    out_folder: Path,
+    *,
+    strength: float = 1.0,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    weights: Weights = "original",
+    words: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MergeResult:
+    """Write the base model with `strength * scale * B @ A` added to every matrix that the adapter names.
+
+    The sums are done in float32 and rounded once. Tensors that nothing changes are copied byte for byte. The folder
+    appears under its name only when it is complete. If the process is killed, the same call goes on after the last
+    weight file that was finished, once its SHA-256 has been found right; after any error nothing stays.
+
+    Args:
+        base_folder: a Hugging Face model folder with safetensors.
+        adapter_folder: a peft LoRA adapter.
+        out_folder: the folder to create; must not exist.
+        strength: factor on the adapter; 0 gives the base, 1 the trained model.
+        dtype: the type of all floating-point tensors; `None` keeps a 16-bit checkpoint as it is, and turns a wider one
+            into bfloat16.
+        max_shard_bytes: begin a new file before one grows beyond this; `None` keeps the base's own division.
+        weights: `original` merges into the stored 16-bit weights, `dequantised` into what their 4-bit NF4 form holds,
+            which is what a 4-bit run trained on.
+        words: where tokenizer, chat template and generation settings come from; `None` takes the base's.
+        progress: called with bytes done and bytes in all, after each tensor.
+
+    Raises:
+        ExportError: base, adapter or folder cannot be used, or a merged value is not finite.
+        DiskSpaceError: not enough room for the result.
+    """
+    if not math.isfinite(strength):
+        raise ExportError(f"The adapter strength must be a finite number, not {strength}.")
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ExportError(f"Weights cannot be written as {dtype}.", "Use bfloat16, float16 or float32.")
+    config = shards.read_json(base_folder / "config.json")
+    sources = read_sources(shards.read_checkpoint(base_folder), config, weights)
+    updates = read_adapter(adapter_folder)
+    matrix_dtype, planned = _planned(sources, updates, config, strength, dtype)
+    divided = [part for shard in planned for part in _divide(shard, max_shard_bytes)]
+    total = sum(tensor.size for shard in divided for tensor in shard)
+    copies = [path for name in COPIED if (path := (words or base_folder) / name).is_file()]
+    # The headers, the index and the configuration are small beside this allowance.
+    shards.require_space(out_folder, total + sum(path.stat().st_size for path in copies) + (1 << 24))
+    record = _Record(_mark(base_folder, adapter_folder, (strength, str(dtype), max_shard_bytes, weights)))
+    record.take_over(shards.draft_name(out_folder))
+    done = 0
+
+    def written(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    with shards.published(out_folder, is_ours, {RECORD, *record.files} if record.files else ()) as draft:
+        for path in copies:
+            shards.copy_file(path, draft / path.name)
+        shards.write_text(draft / "config.json", _config_text(config, matrix_dtype))
+        files = shards.write_shards(draft, divided, written, tuple(record.files), partial(record.add, draft))
+    count = sum(map(len, divided))
+    return MergeResult(out_folder, tuple(files), count, len(updates), total, matrix_dtype, strength, weights)
+
+
+def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
+    """See that an adapter can be merged into a base, from the adapter and the headers of the base alone.
+
+    Raises:
+        ExportError: one of them cannot be read, or they do not belong together; the message names the tensors.
+    """
+    config = shards.read_json(base_folder / "config.json")
+    weights: Weights = "original" if "quantization_config" not in config else "dequantised"
+    sources = read_sources(shards.read_checkpoint(base_folder), config, weights)
+    _check_targets(read_adapter(adapter_folder), _by_name(sources), config)
+
+
+def _by_name(shards: Sequence[Sequence[Source]]) -> dict[str, Source]:
+    return {source.stored.name: source for shard in shards for source in shard}
+
+
+def _planned(
+    shards: Sequence[Sequence[Source]],
+    updates: Mapping[str, Update],
+    config: Mapping[str, Any],
+    strength: float,
+    dtype: torch.dtype | None,
+) -> tuple[torch.dtype, list[list[NewTensor]]]:
+    """The type of the matrices, and what to write in each of the base's files."""
+    sources = _by_name(shards)
+    _check_targets(updates, sources, config)
+    matrix_dtype = dtype or _matrix_dtype(sources)
+    # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose.
+    uniform = dtype or (None if _matrix_dtype(sources, raw=True) == matrix_dtype else matrix_dtype)
+    return matrix_dtype, [
+        [_plan(source, updates.get(source.stored.name), strength, uniform) for source in shard] for shard in shards
+    ]
+
+
+@dataclass
+class _Record:
+    """What `RECORD` holds.
+
+    Attributes:
+        mark: the fingerprint of everything that the weights depend on.
+        files: the SHA-256 of each weight file that is whole, by its name.
+    """
+
+    mark: str
+    files: dict[str, str] = field(default_factory=dict)
+
+    def take_over(self, draft: Path) -> None:
+        """Trust those files of a killed attempt at the same merge that are still what was written."""
+        try:
+            left = json.loads((draft / RECORD).read_text(encoding="utf-8"))
+            listed = (
+                {str(name): str(value) for name, value in left["files"].items()} if left["mark"] == self.mark else {}
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return
+        self.files = {
+            name: value
+            for name, value in listed.items()
+            if is_ours(name) and (draft / name).is_file() and shards.sha256(draft / name) == value
+        }
+
+    def add(self, draft: Path, name: str, sha256: str) -> None:
+        """Enter a file that is on the disk."""
+        self.files = dict(sorted({**self.files, name: sha256}.items()))
+        write_atomically(draft / RECORD, (json.dumps(vars(self), indent=2) + "\n").encode())
+
+
+def _mark(base_folder: Path, adapter_folder: Path, settings: tuple[Any, ...]) -> str:
+    adapter = [shards.sha256(adapter_folder / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
+    # Another build of torch may add in another order, and half of a model must not be rounded unlike the other half.
+    made_by = [__version__, torch.__version__]
+    return fingerprint(
+        {"base": model_fingerprint(base_folder), "adapter": adapter, "by": made_by, "as": list(settings)}
+    )
+
+
+def _check_targets(updates: Mapping[str, Update], sources: Mapping[str, Source], config: Mapping[str, Any]) -> None:
+    """Every update must have a matrix of its own, of the right shape."""
+    if unused := sorted(updates.keys() - sources.keys()):
+        raise ExportError(
+            f"The adapter changes {few(unused)}, which the base model does not hold.",
+            "Check that the adapter was trained on this base model.",
+        )
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    if config.get("tie_word_embeddings") and (tied := [name for name in updates if name.endswith(ends)]):
+        raise ExportError(f"The adapter changes {few(tied)}, which this model shares between input and output.")
+    for name, update in updates.items():
+        expected = (update.up.shape[0], update.down.shape[1])
+        if sources[name].shape != expected:
+            raise ExportError(
+                f"{name} has shape {sources[name].shape}, and the adapter's update has {expected}.",
+                "Check that the adapter was trained on this base model.",
+            )
+        if sources[name].dtype not in FLOATS:
+            raise ExportError(f"{name} is stored as {sources[name].dtype}.", "Give the original 16-bit model.")
+
+
+def _matrix_dtype(sources: Mapping[str, Source], raw: bool = False) -> torch.dtype:
+    """The type that most matrix elements have; unless `raw`, bfloat16 in place of anything wider than 16 bits."""
+    counts: Counter[str] = Counter()
+    for source in sources.values():
+        if source.dtype in FLOATS and len(source.shape) >= 2:
+            counts[source.dtype] += math.prod(source.shape)
+    if not counts:
+        raise ExportError("The base model holds no weight matrices.")
+    dtype = DTYPES[counts.most_common(1)[0][0]]
+    return dtype if raw or dtype.itemsize == 2 else torch.bfloat16
+
+
+def _plan(source: Source, update: Update | None, strength: float, uniform: torch.dtype | None) -> NewTensor:
+    """What to write for one tensor of the base: its own bytes, or its new values."""
+    stored = source.stored
+    dtype = DTYPE_NAMES[uniform] if uniform is not None and source.dtype in FLOATS else source.dtype
+    update = None if update is None or strength == 0 else replace(update, scale=update.scale * strength)
+    if update is None and dtype == stored.dtype and not source.statistics and not source.round_to_nf4:
+        return NewTensor(stored.name, dtype, stored.shape, stored.size, stored.chunks)
+    size = math.prod(source.shape) * DTYPES[dtype].itemsize
+    return NewTensor(stored.name, dtype, source.shape, size, partial(_values, source, update, DTYPES[dtype]))
+
+
+def _values(source: Source, update: Update | None, dtype: torch.dtype) -> Iterator[memoryview]:
+    for first, values in source.blocks():
+        if update is not None:
+            up = update.up[first : first + len(values)]
+            values = values.float().addmm_(up, update.down, alpha=update.scale)
+        values = values.to(dtype)
+        if not shards.is_finite(values):
+            raise ExportError(
+                f"{source.stored.name} holds values that {dtype} cannot express.", "Use bfloat16, or a lower strength."
+            )
+        yield shards.tensor_bytes(values)
+
+
+def _divide(shard: list[NewTensor], max_bytes: int | None) -> Iterator[list[NewTensor]]:
+    """Split one shard's tensors, in order, into parts of at most `max_bytes` (a larger tensor gets its own part)."""
+    part: list[NewTensor] = []
+    for tensor in shard:
+        if part and max_bytes is not None and sum(other.size for other in part) + tensor.size > max_bytes:
+            yield part
+            part = []
+        part.append(tensor)
+    yield part
+
+
+def _config_text(config: Mapping[str, Any], dtype: torch.dtype) -> str:
+    """The base's configuration without a trace of quantisation, and with the type that the weights really have."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    for key in [key for key in ("dtype", "torch_dtype") if key in plain] or ["dtype"]:
+        plain[key] = str(dtype).removeprefix("torch.")
+    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a merge writes files of this name."""
+    fixed = (*COPIED, "config.json", shards.WEIGHTS, shards.INDEX, RECORD, f"{RECORD}.tmp", SUMS)
+    return name in fixed or _SHARD.fullmatch(name) is not None

@@ -1,0 +1,251 @@
+"""Prove that written weights are whole: what a converter silently accepts and a user meets as a broken model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.errors import ExportError
+from safesteer_lite.export.weights import shards
+from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint
+
+SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+class FailedCheck(ExportError):
+    """What was written is not what it should be. The files may be kept to look at, and must not be used."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What `check_files` found; every check passed.
+
+    Attributes:
+        architecture: the transformers class that loads the folder.
+        files: how many weight files there are.
+        tensors: how many tensors they hold.
+        parameters: how many numbers those hold.
+        size: bytes of weights.
+        dtype: the type of the weight matrices, as safetensors writes it.
+        vocabulary_rows: rows of the input embedding.
+        tokenizer_length: the highest token id plus one.
+    """
+
+    architecture: str
+    files: int
+    tensors: int
+    parameters: int
+    size: int
+    dtype: str
+    vocabulary_rows: int
+    tokenizer_length: int
+
+
+def check_files(
+    folder: Path,
+    base_folder: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FileReport:
+    """Check a merged model folder, one tensor at a time.
+
+    Args:
+        folder: what was written.
+        base_folder: the model it was made from; its tokenizer and chat template must be the same bytes.
+        progress: called with bytes read and bytes in all, after each tensor.
+
+    Raises:
+        FailedCheck: something is wrong; the message lists everything that is.
+    """
+    weights = shards.read_checkpoint(folder)
+    config = shards.read_json(folder / "config.json")
+    problems: list[str] = []
+    if "quantization_config" in config:
+        problems.append("config.json still has a quantization_config")
+    architecture = _check_architecture(config, problems)
+    _check_values(weights, problems, progress)
+    dtype = _check_dtype(weights, config, problems)
+    length = _check_tokenizer(folder, base_folder, problems)
+    rows = _check_vocabulary(folder, weights, config, length, problems) if architecture else 0
+    _check_template(folder, base_folder, problems)
+    if problems:
+        raise FailedCheck(
+            f"{folder} failed {len(problems)} of its checks: {'; '.join(problems)}.",
+            "Do not use these weights; export again from a complete base model.",
+        )
+    parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
+    size = sum(tensor.size for tensor in weights.tensors.values())
+    return FileReport(architecture, len(weights.shards), len(weights.tensors), parameters, size, dtype, rows, length)
+
+
+def write_sums(folder: Path) -> Path:
+    """Write SHA256SUMS for all files of a folder, as `sha256sum --check` reads it.
+
+    Returns:
+        The file written.
+    """
+    lines = [f"{value}  {name}\n" for name, value in sums_of(folder).items()]
+    path = folder / SUMS
+    shards.write_text(path, "".join(lines))
+    return path
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder but the sums, by its name with forward slashes."""
+    return {name: shards.sha256(folder / name) for name in _names(folder)}
+
+
+def check_sums(folder: Path) -> int:
+    """Check every file of a folder against its SHA256SUMS.
+
+    Returns:
+        How many files there are.
+
+    Raises:
+        ExportError: files were changed, are missing, or are not listed; the message names them all.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder / SUMS} cannot be read: {error}.", "Name a folder that `export` wrote.") from error
+    matches = [_LINE.fullmatch(line) for line in lines if line]
+    if not all(matches):
+        raise ExportError(f"{folder / SUMS} is not a list of SHA-256 sums.", "Export again.")
+    listed = {match[2]: match[1] for match in matches if match}
+    present = set(_names(folder))
+    problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
+    problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
+    problems += [
+        f"{name} has changed"
+        for name in sorted(present & listed.keys())
+        if shards.sha256(folder / name) != listed[name]
+    ]
+    if problems:
+        raise ExportError(f"{folder} is not as it was written: {'; '.join(problems)}.", "Export again.")
+    return len(listed)
+
+
+def _check_architecture(config: dict[str, Any], problems: list[str]) -> str:
+    """The architecture's name, or an empty string if transformers has no such class."""
+    import transformers
+
+    named = config.get("architectures") or [""]
+    name = str(named[0])
+    found = getattr(transformers, name, None) if name else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return name
+    problems.append(f"config.json names the architecture {name!r}, which transformers does not have")
+    return ""
+
+
+def _check_values(weights: Checkpoint, problems: list[str], progress: Callable[[int, int], None]) -> None:
+    total, done = sum(tensor.size for tensor in weights.tensors.values()), 0
+    for tensor in weights.tensors.values():
+        if tensor.dtype in FLOATS and not shards.is_finite(tensor.load()):
+            problems.append(f"{tensor.name} holds NaN or infinite values")
+        done += tensor.size
+        progress(done, total)
+
+
+def _check_dtype(weights: Checkpoint, config: dict[str, Any], problems: list[str]) -> str:
+    """Matrices must have 16 bits and the configuration must say so; vectors may be wider, as some norms are."""
+    matrices = [tensor for tensor in weights.tensors.values() if len(tensor.shape) >= 2]
+    problems += [
+        f"{tensor.name} is stored as {tensor.dtype}" for tensor in matrices if tensor.dtype not in ("BF16", "F16")
+    ]
+    counts: Counter[str] = Counter()
+    for tensor in matrices:
+        counts[tensor.dtype] += tensor.size
+    dtype = counts.most_common(1)[0][0] if counts else ""
+    actual = str(DTYPES.get(dtype, "")).removeprefix("torch.")
+    problems += [
+        f"config.json says {key} = {config[key]}, and the weights are {actual or 'missing'}"
+        for key in ("dtype", "torch_dtype")
+        if key in config and config[key] != actual
+    ]
+    return dtype
+
+
+def _check_tokenizer(folder: Path, base_folder: Path | None, problems: list[str]) -> int:
+    """The highest token id plus one, over the vocabulary and all added tokens; 0 if there is no tokenizer."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        problems.append("tokenizer.json is missing")
+        return 0
+    if base_folder is not None and not _same_bytes(path, base_folder / "tokenizer.json"):
+        problems.append("tokenizer.json differs from the base model's")
+    from tokenizers import Tokenizer
+
+    try:
+        ids = list(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values())
+    except Exception as error:  # The tokenizers library raises bare Exception for a malformed file.
+        problems.append(f"tokenizer.json cannot be loaded ({error})")
+        return 0
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        ids += [int(index) for index in shards.read_json(settings).get("added_tokens_decoder", {})]
+    return max(ids, default=-1) + 1
+
+
+def _check_vocabulary(
+    folder: Path, weights: Checkpoint, config: dict[str, Any], length: int, problems: list[str]
+) -> int:
+    """All parameters of the architecture present in their shapes, and one embedding row for each token."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        problems.append(f"config.json does not describe a model ({error})")
+        return 0
+    # named_parameters lists a parameter that the model shares (a tied LM head) once, and once is how it is stored.
+    expected = dict(model.named_parameters())
+    if missing := sorted(expected.keys() - weights.tensors.keys()):
+        problems.append(f"tensors are missing: {shards.few(missing)}")
+    for name, parameter in expected.items():
+        stored = weights.tensors.get(name)
+        if stored is not None and stored.shape != tuple(parameter.shape):
+            problems.append(f"{name} has shape {stored.shape}, and config.json asks for {tuple(parameter.shape)}")
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, parameter in expected.items() if parameter is embedding)
+    rows = weights.tensors[name].shape[0] if name in weights.tensors else 0
+    if rows < length:
+        problems.append(f"{name} has {rows} rows for {length} tokens")
+    return rows
+
+
+def _check_template(folder: Path, base_folder: Path | None, problems: list[str]) -> None:
+    template = chat_template(folder)
+    if not template:
+        problems.append("there is no chat template")
+    elif base_folder is not None and template != chat_template(base_folder):
+        problems.append("the chat template differs from the base model's")
+
+
+def chat_template(folder: Path) -> bytes | None:
+    """The template's bytes from where transformers would find it: its own file, then the tokenizer's configuration."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_bytes()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and (template := shards.read_json(folder / name).get("chat_template")):
+            return template.encode() if isinstance(template, str) else json.dumps(template).encode()
+    return None
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """All files below a folder but the sums, sorted, with forward slashes on every system."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    yield from sorted(name for name in files if name != SUMS)

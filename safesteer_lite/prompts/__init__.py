@@ -1,0 +1,1 @@
+"""Prompt sets, bundled and the user's own."""

@@ -1,0 +1,96 @@
+"""`report.json`: the machine-readable result of a run, made from its manifest; and `report.html`, the same for people.
+
+Schema version 1. Top level: `schema`, `run`, `created`, `finished`, `model`, `seed`, `verdict`, `scorecard`,
+`selection`, `direction`, `tokens`, `stages`, `peak_memory_bytes`, `artifacts`, `exports`, `versions`, `config`.
+`scorecard.before` and `scorecard.after` hold `harmful`, `borderline`, `harmless` = {refused, n, low, high} (test
+split, 95 % Wilson bounds as shares) and `kl_to_base` (nats a token). `stages.<name>` holds `seconds` and the stage's `result`.
+`artifacts` maps a path in the run folder to its `size` (bytes) and `sha256`. `exports` lists what `export` measured: `weights`,
+`strength`, `split`, `answer_tokens` and `artifacts`, one row each (base, adapter, merged, GGUF files) with rates as above,
+`agreement` with the trained model and `safety_lost`, a sentence or empty. Parts of unfinished runs are null.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.config import RunConfig, to_record
+from safesteer_lite.export.rows import kept_rows
+from safesteer_lite.report import page
+from safesteer_lite.runs.folder import RunFolder
+
+SCHEMA = 1
+
+
+def build(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """The report of a run, finished or not."""
+    manifest = run.manifest
+    results = {name: record.result for name, record in manifest.stages.items()}
+    evaluated = results.get("evaluate", {})
+    return {
+        "schema": SCHEMA,
+        "run": run.path.name,
+        "created": manifest.created,
+        "finished": bool(manifest.planned) and all(name in manifest.stages for name in manifest.planned),
+        "model": config.model.name,
+        "seed": config.seed,
+        "verdict": evaluated.get("verdict"),
+        "scorecard": evaluated.get("scorecard"),
+        "selection": {
+            "before": results.get("baseline", {}).get("scorecard"),
+            "measured": results.get("distill", {}).get("measured"),
+        },
+        "direction": results.get("direction"),
+        "tokens": results.get("tokens"),
+        "stages": {
+            name: {"seconds": record.seconds, "result": record.result} for name, record in manifest.stages.items()
+        },
+        "peak_memory_bytes": max((result.get("peak_memory_bytes", 0) for result in results.values()), default=0),
+        "artifacts": {
+            f"{record.folder}/{name}": {"size": artifact.size, "sha256": artifact.sha256}
+            for record in manifest.stages.values()
+            for name, artifact in record.artifacts.items()
+        },
+        "exports": kept_rows(run),
+        "versions": manifest.versions,
+        "config": to_record(config),
+    }
+
+
+def write(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Write `report.json` and `report.html`, and return what the first holds.
+
+    Raises:
+        RunFolderError: a file that the page is made from is damaged, or the folder cannot be written.
+        DiskSpaceError: the disk is full.
+    """
+    record = build(run, config)
+    path = run.path / "report.json"
+    draft = path.with_suffix(".json.tmp")
+    draft.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    draft.replace(path)
+    page.write(run, record)
+    return record
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The report in a run folder."""
+    record: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return record
+
+
+def peak_memory() -> int:
+    """Bytes: the largest memory this process has held, on the GPU if it used one, else in RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows has no such module; psutil knows the peak there.
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,1 @@
+"""Everything that paints or asks; nothing below imports it."""

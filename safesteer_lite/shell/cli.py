@@ -1,0 +1,104 @@
+"""The command line: finds the command, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
+from safesteer_lite.shell.arguments import build_parser
+from safesteer_lite.shell.commands import exporting, machine, results, training
+from safesteer_lite.shell.commands.shared import on_terminal, open_settings, run_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "command"):
+        if not on_terminal():
+            parser.print_help()
+            return 2
+        options.command = ""
+    try:
+        return COMMANDS[options.command](options) if options.command else wizard()
+    except KeyboardInterrupt:
+        return _complain("Stopped.", "Whatever was published or saved stays; `safesteer-lite resume` goes on.", 130)
+    except Interrupted as error:
+        return _complain(error.message, error.hint or "Go on with `safesteer-lite resume`.", 130)
+    except UsageError as error:
+        return _complain(error.message, error.hint, 2)
+    except SafeSteerError as error:
+        return _complain(error.message, error.hint, 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (MemoryError, OSError) as error:
+        return _complain(
+            f"The system said: {error or 'out of memory'}.", "Free memory or disk, then `safesteer-lite resume`.", 1
+        )
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+            raise
+        return _complain(
+            "Out of memory.", "Lower distill.micro_batch or distill.chunk, then `safesteer-lite resume`.", 1
+        )
+
+
+def _complain(message: str, hint: str, code: int) -> int:
+    print(f"safesteer-lite: {message}" + (f"\n  {hint}" if hint else ""), file=sys.stderr)  # noqa: T201
+    return code
+
+
+def wizard() -> int:
+    """No command at all: questions, the run, its results."""
+    from rich.console import Console
+
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.wizard.ask import forget_typed_ahead
+    from safesteer_lite.shell.wizard.flow import start
+    from safesteer_lite.shell.wizard.program import Program
+
+    def execute(line: Sequence[str]) -> int:
+        code = main(line)
+        forget_typed_ahead()
+        return code
+
+    parser = build_parser()
+    exports = {
+        ("--to", "merged"): "16-bit safetensors: for transformers, or to convert further",
+        ("--to", "gguf", "--quant", "Q8_0"): "GGUF Q8_0, about half the size: for llama.cpp, Ollama, LM Studio",
+        ("--to", "gguf", "--quant", "Q5_K_M"): "GGUF Q5_K_M, smaller; can cost safety, which is measured",
+        ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF Q4_K_M, smaller still; can cost more of it",
+        ("--to", "adapter"): "the LoRA adapter alone",
+    }
+    return start(
+        Program(
+            execute=execute,
+            run_settings=lambda line: run_settings(parser.parse_args(line)),
+            open_settings=lambda path: open_settings(run_folders.open_run(path)),
+            exports=exports,
+            runs=run_folders.RUNS_FOLDER,
+            console=Console(highlight=False),
+        )
+    )
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": training.run_command,
+    "demo": training.demo_command,
+    "resume": training.resume_command,
+    "eval": results.eval_command,
+    "export": exporting.export_command,
+    "verify": exporting.verify_command,
+    "strength": results.strength_command,
+    "chat": results.chat_command,
+    "report": results.report_command,
+    "runs": results.runs_command,
+    "presets": machine.presets_command,
+    "doctor": machine.doctor_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

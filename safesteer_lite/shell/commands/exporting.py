@@ -1,0 +1,168 @@
+"""The commands `export` and `verify`: what they check at once, what they do, how they tell it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safesteer_lite.errors import ExportError, ModelError, UsageError
+from safesteer_lite.shell.commands.shared import open_settings, resolve, sink
+
+if TYPE_CHECKING:
+    from safesteer_lite.config import RunConfig
+    from safesteer_lite.events import Emit
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Refuse what the command line alone shows to be wrong.
+
+    Raises:
+        UsageError: a flag is out of range, or does not go with the others.
+    """
+    if not 0 <= options.strength <= 2:
+        raise UsageError(f"--strength {options.strength:g} is outside 0 to 2.", "1 is the trained model, 0 the base.")
+    if options.quant and options.to != "gguf":
+        raise UsageError("--quant is for GGUF files only.", "Add --to gguf.")
+    if options.measure < 0:
+        raise UsageError(f"--measure {options.measure} is negative.", "0 measures on all test prompts.")
+    if options.original and options.weights == "dequantised":
+        raise UsageError("--original and --weights dequantised exclude each other.", "Leave one of them out.")
+    if options.public and not options.push:
+        raise UsageError("--public is for uploads only.", "Add --push NAME.")
+
+
+def export_command(options: argparse.Namespace) -> int:
+    """`export`: the adapter, merged weights or GGUF files, to a folder of the user's choice; uploaded only if asked."""
+    from safesteer_lite.export.push import check_push
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.stages.pipeline import export_run
+
+    check_flags(options)
+    folder, emit = run_folders.open_run(options.run, options.runs), sink(options)
+    if options.out and options.out.exists():
+        raise _taken(options.out)
+    name = check_push(options.push) if options.push else ""
+    settings = open_settings(folder)
+    model_folder = _base_of(settings, options.base, emit)
+    weights, original = _weights_of(options, settings, model_folder, emit)
+    kind = f"{options.to}-{weights}-{options.strength:g}" if weights else options.to
+    out = options.out or folder.path / f"export-{kind}"
+    if out.exists():
+        raise _taken(out)
+    record = export_run(
+        settings,
+        folder,
+        model_folder,
+        emit,
+        options.to,
+        out,
+        weights,
+        options.strength,
+        quants=tuple(dict.fromkeys(options.quant or ["Q8_0"])),
+        prompts=options.measure,
+        original=original,
+    )
+    _show(options, out, record)
+    if name:
+        _push(options, out, name)
+    return 0
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """`verify`: whether an exported folder is as it was written."""
+    from safesteer_lite.export.weights.verify import check_sums
+
+    count = check_sums(options.folder)
+    _line(options, {"event": "Verified", "files": count}, f"{count} files are whole.")
+    return 0
+
+
+def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Path:
+    """The folder of a run's base model: where it was, or where the user says it is now."""
+    if place:
+        # An absolute path is never taken for the name of a model on the hub.
+        settings = replace(settings, model=replace(settings.model, name=str(place.resolve())))
+    try:
+        return resolve(settings, emit)
+    except ModelError as error:
+        raise ModelError(
+            f"The run's base model cannot be used: {error.message}",
+            f"{error.hint} If it lies elsewhere now, name its folder with --base.".strip(),
+        ) from error
+
+
+def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Path, emit: Emit) -> tuple[str, Path | None]:
+    """What to merge into, and where the 16-bit original of a 4-bit base lies; fetched only if the user named it.
+
+    Raises:
+        UsageError: an original was named that is not needed.
+        ExportError: original weights are asked for and not here, or are those of another model.
+        ModelError: the original that was named cannot be had.
+    """
+    from safesteer_lite.events import Note
+    from safesteer_lite.export.weights import original
+
+    name = settings.model.name
+    if options.to == "adapter":
+        return "", None
+    if not original.is_quantised(base):
+        if options.original:
+            raise UsageError("The run's base has its 16-bit weights, so there is no other original.", "Leave it out.")
+        return options.weights or "original", None
+    folder: Path | None = None
+    if options.original:
+        place = Path(options.original).expanduser()
+        wanted = str(place.resolve()) if place.exists() else options.original
+        folder = resolve(replace(settings, model=replace(settings.model, name=wanted, revision="")), emit)
+    elif options.weights == "original":
+        found = original.find_original(base, name)
+        if found is None or found.folder is None:
+            raise ExportError(
+                f"Original weights are not at hand. {original.describe_original(base, name)}",
+                original.ways_out(base, name),
+            )
+        folder = found.folder
+    if folder is None:
+        emit(
+            Note(
+                "export",
+                f"Merging into the dequantised weights, which are what was trained. {original.describe_original(base, name)}",
+            )
+        )
+        return "dequantised", None
+    original.check_same_model(base, folder)
+    emit(Note("export", f"Merging into the 16-bit original of the 4-bit base: {options.original or folder.name}."))
+    return "original", folder
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"{out} exists already.", "Name a folder that does not exist with --out.")
+
+
+def _show(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> None:
+    if record and options.json:
+        _line(options, {"event": "Artifacts", **record}, "")
+    elif record:
+        from rich.console import Console
+
+        from safesteer_lite.shell.lines import artifacts_table
+
+        Console(highlight=False).print(artifacts_table(record))
+    _line(options, {"event": "Exported", "path": str(out)}, str(out))
+
+
+def _push(options: argparse.Namespace, out: Path, name: str) -> None:
+    from safesteer_lite.export.push import push
+
+    address = push(out, name, options.public)
+    _line(options, {"event": "Pushed", "address": address}, address)
+
+
+def _line(options: argparse.Namespace, record: dict[str, Any], text: str) -> None:
+    """One line of the result, for machines or for people."""
+    from safesteer_lite.shell.lines import dump
+
+    sys.stdout.write((dump(record).replace("\n", " ") if options.json else text) + "\n")

@@ -1,0 +1,179 @@
+"""The commands that look at what was trained: `runs`, `report`, `eval`, `strength` and `chat`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safesteer_lite import config
+from safesteer_lite.errors import ModelError, UsageError
+from safesteer_lite.shell.commands.shared import on_terminal, open_settings, resolve, settings_of, sink
+
+if TYPE_CHECKING:
+    from safesteer_lite.events import Emit
+    from safesteer_lite.runs.folder import RunFolder
+    from safesteer_lite.stages.session import Session
+
+
+def runs_command(options: argparse.Namespace) -> int:
+    """`runs`: one line a run."""
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.lines import dump
+
+    entries = run_folders.list_runs(options.runs)
+    if options.json:
+        rows = [{**vars(entry), "path": str(entry.path)} for entry in entries]
+        sys.stdout.write(dump(rows) + "\n")
+        return 0
+    if not entries:
+        sys.stdout.write(f"There are no runs in {options.runs}.\n")
+    for entry in entries:
+        state = entry.damage or (
+            "finished" if entry.finished else f"stopped after {entry.stages[-1] if entry.stages else 'nothing'}"
+        )
+        sys.stdout.write(f"{entry.name}  {entry.created[:16]}  {state}\n")
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """`report`: a run's report.json and report.html, written again."""
+    from rich.console import Console
+
+    from safesteer_lite.report import record as report
+    from safesteer_lite.report.page import FILE
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.lines import artifacts_table, dump
+
+    folder = run_folders.open_run(options.run, options.runs)
+    with folder.lock():
+        record = report.write(folder, open_settings(folder))
+    if options.json:
+        sys.stdout.write(dump({"event": "Report", **record}).replace("\n", " ") + "\n")
+        return 0
+    for export in record["exports"]:
+        Console(highlight=False).print(artifacts_table(export))
+    sys.stdout.write(f"{folder.path / FILE}\n")
+    return 0
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    """`eval`: a run's adapter, or any model as it is."""
+    from rich.console import Console
+
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.lines import dump, scorecard_table
+    from safesteer_lite.stages import pipeline
+
+    emit = sink(options)
+    is_run = (Path(options.target) / "manifest.json").is_file() or (
+        options.runs / options.target / "manifest.json"
+    ).is_file()
+    folder = run_folders.open_run(options.target, options.runs) if is_run else None
+    layers: list[tuple[str, config.Values]] = []
+    if folder:
+        layers.append((str(folder.config_path), settings_of(folder)))
+    elif options.target in config.preset_names():
+        layers.append((f"preset {options.target}", config.preset_values(options.target)))
+    else:
+        layers.append(("command", {"model.name": options.target}))
+    layers.append(("environment", config.from_environment(os.environ)))
+    layers.append(("flag", config.parse_assignments(options.set)))
+    settings = config.build(layers)
+    cards = pipeline.evaluate_model(settings, folder, resolve(settings, emit), emit)
+    if options.json:
+        sys.stdout.write(dump({"event": "Evaluation", **cards}).replace("\n", " ") + "\n")
+    else:
+        Console(highlight=False).print(scorecard_table(cards["before"], cards["after"]))
+    return 0
+
+
+def strength_command(options: argparse.Namespace) -> int:
+    """`strength`: the adapter of a run at several strengths."""
+    from rich.console import Console
+
+    from safesteer_lite.report import record as report
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.lines import dial_table, dump
+    from safesteer_lite.stages import strength
+
+    try:
+        wanted = [float(part) for part in options.at.split(",")] if options.at else list(strength.STRENGTHS)
+    except ValueError:
+        raise UsageError(f"--at {options.at} is not a list of numbers.", "For example: --at 0.5,1,1.5") from None
+    for value in wanted:
+        strength.check_strength(value)
+    folder = run_folders.open_run(options.run, options.runs)
+    session = _session(folder, sink(options), "strength")
+    with folder.lock():
+        points = strength.to_records(strength.dial(session, wanted))
+        if (folder.path / "report.json").is_file():
+            report.write(folder, session.config)  # The report shows the dial.
+    if options.json:
+        sys.stdout.write(dump({"event": "Strengths", "points": points}).replace("\n", " ") + "\n")
+    else:
+        Console(highlight=False).print(dial_table(points))
+    return 0
+
+
+def chat_command(options: argparse.Namespace) -> int:
+    """`chat`: base and hardened model of a run."""
+    from rich.console import Console
+
+    from safesteer_lite.events import Event, Progress, Warned
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.chat import Chat
+    from safesteer_lite.shell.lines import Lines
+    from safesteer_lite.stages.strength import check_strength
+
+    check_strength(options.strength)
+    if options.tokens < 1 or not options.temperature >= 0:
+        raise UsageError("--tokens must be at least 1, --temperature at least 0.", "Leave them out for the defaults.")
+    folder, console = run_folders.open_run(options.run, options.runs), Console(highlight=False)
+    adapter = folder.stage_folder("distill") / "adapter"
+    with suppress(ImportError):
+        import readline  # noqa: F401  (makes the arrow keys work in `input`)
+    read = (lambda: input("> ")) if on_terminal() else input
+    lines = Lines(console)
+
+    def only_what_takes_time(event: Event) -> None:
+        if isinstance(event, Progress | Warned):
+            lines(event)
+
+    session = _session(folder, only_what_takes_time, "chat")
+    with console.status("Loading the model"):
+        policy = session.policy
+    system, tokens, temperature = options.system, options.tokens, options.temperature
+    chat = Chat(policy, adapter, console, read, options.view, options.strength, system, tokens, temperature)
+    chat.talk()
+    return 0
+
+
+def _session(folder: RunFolder, emit: Emit, stage: str) -> Session:
+    """A trained run's model, ready to be loaded.
+
+    Raises:
+        RunFolderError: the run has no adapter yet.
+        ModelError: the base model is not the one that the run was made with; a chat is only warned.
+    """
+    from safesteer_lite.events import Warned
+    from safesteer_lite.hardware.allocator import keep_freed_memory
+    from safesteer_lite.sources.resolve import model_fingerprint
+    from safesteer_lite.stages.pipeline import stage_fingerprints
+    from safesteer_lite.stages.session import Session
+
+    folder.stage_folder("distill")
+    settings = open_settings(folder)
+    model_folder = resolve(settings, emit)
+    wanted = stage_fingerprints(settings, model_fingerprint(model_folder))["baseline"]
+    if folder.manifest.stages["baseline"].fingerprint != wanted:
+        doubt = f"{model_folder} is not the base model that this run was made with, or its prompts have changed."
+        # Whoever chats sees what he gets; figures of another model would be kept, and believed.
+        if stage != "chat":
+            raise ModelError(doubt, "Give the run its own base model back.")
+        emit(Warned(stage, doubt))
+    keep_freed_memory()
+    return Session(settings, folder, model_folder, emit, stage=stage)

@@ -1,0 +1,122 @@
+"""What several commands share: settings from flags and files, the base model, the sink."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safesteer_lite import config
+from safesteer_lite.errors import RunFolderError, UsageError
+
+if TYPE_CHECKING:
+    from safesteer_lite.config import RunConfig
+    from safesteer_lite.events import Emit
+    from safesteer_lite.runs.folder import RunFolder
+
+
+DEMO_PRESET = "qwen2.5-coder-0.5b-demo"
+
+
+def on_terminal() -> bool:
+    """Whether somebody can be asked and shown a screen."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def sink(options: argparse.Namespace) -> Emit:
+    """Plain lines for people, or JSON Lines for machines."""
+    from rich.console import Console
+
+    from safesteer_lite.shell.lines import Json, Lines
+
+    return Json(sys.stdout) if options.json else Lines(Console(highlight=False))
+
+
+def settings_from(options: argparse.Namespace, preset: str, file: Path | None, extra: config.Values) -> RunConfig:
+    """All layers of settings, the weakest first."""
+    layers: list[tuple[str, config.Values]] = []
+    values: config.Values = {}
+    if file:
+        values, named = config.read_toml(file)
+        preset = preset or named
+    if preset:
+        layers.append((f"preset {preset}", config.preset_values(preset)))
+    if file:
+        layers.append((str(file), values))
+    layers.append(("command", extra))
+    layers.append(("environment", config.from_environment(os.environ)))
+    flags = config.parse_assignments(options.set)
+    if options.seed is not None:
+        flags["seed"] = options.seed
+    if options.prompts:
+        flags["prompts.training"] = str(options.prompts)
+    if options.column:
+        flags["prompts.column"] = options.column
+    layers.append(("flag", flags))
+    settings = config.build(layers)
+    # Kept whole, so that a run can be resumed from another folder.
+    own = settings.prompts
+    own = replace(own, training=_whole_path(own.training), folder=_whole_path(own.folder))
+    return replace(settings, prompts=own)
+
+
+def _whole_path(place: str) -> str:
+    return str(Path(place).resolve()) if place else ""
+
+
+def effort(options: argparse.Namespace) -> config.Values:
+    """The settings that `--effort` means."""
+    from safesteer_lite.hardware.pace import effort_values
+
+    return effort_values(options.effort) if options.effort else {}
+
+
+def run_settings(options: argparse.Namespace) -> RunConfig:
+    """The settings that a `run` command line means.
+
+    Raises:
+        UsageError: it names no model, or its settings have problems.
+    """
+    if not options.model and not options.config:
+        raise UsageError("There is no model to run.", "Name a preset, a Hub id or a folder, or give --config FILE.")
+    preset, extra = "", effort(options)
+    if options.model in config.preset_names():
+        preset = options.model
+    elif options.model:
+        extra["model.name"] = options.model
+    settings = settings_from(options, preset, options.config, extra)
+    if not settings.model.name:
+        raise UsageError("The settings name no model.", "Set model.name, or name a preset, a Hub id or a folder.")
+    return settings
+
+
+def resolve(settings: RunConfig, emit: Emit) -> Path:
+    """The folder of the base model that the settings name, fetched if need be."""
+    from safesteer_lite.sources.demo import DEMO, demo_model
+    from safesteer_lite.sources.resolve import resolve_model
+
+    if settings.model.name == DEMO.name:
+        return demo_model(emit)
+    return resolve_model(settings.model.name, settings.model.revision or None, emit)
+
+
+def settings_of(folder: RunFolder) -> config.Values:
+    """The settings a run was started with, by dotted name.
+
+    Raises:
+        RunFolderError: the run has lost its config.toml.
+    """
+    if not folder.config_path.is_file():
+        raise RunFolderError(
+            f"The run {folder.path.name} has no config.toml, so its settings are not known.",
+            "Put the file back, or start a new run.",
+        )
+    return config.read_toml(folder.config_path)[0]
+
+
+def open_settings(folder: RunFolder) -> RunConfig:
+    """The settings a run was started with."""
+    return config.build([(str(folder.config_path), settings_of(folder))])

@@ -1,0 +1,215 @@
+"""The commands that train: `run`, `demo` and `resume`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safesteer_lite import config
+from safesteer_lite.errors import SafeSteerError, UsageError
+from safesteer_lite.shell.commands.shared import (
+    DEMO_PRESET,
+    effort,
+    open_settings,
+    resolve,
+    run_settings,
+    settings_from,
+    sink,
+)
+
+if TYPE_CHECKING:
+    from safesteer_lite.config import RunConfig
+    from safesteer_lite.events import Emit
+    from safesteer_lite.runs.folder import RunFolder
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """`run`: a preset, a model or a configuration file."""
+    return _start(options, run_settings(options))
+
+
+def demo_command(options: argparse.Namespace) -> int:
+    """`demo`: the small real model, downloaded once, or any local one."""
+    extra = effort(options)
+    if options.model:
+        extra["model.name"] = str(Path(options.model).resolve())
+    if options.quick:
+        extra.update(config.QUICK)
+    return _start(options, settings_from(options, DEMO_PRESET, None, extra))
+
+
+def resume_command(options: argparse.Namespace) -> int:
+    """`resume`: the named run, or the newest unfinished one."""
+    from safesteer_lite.runs import folder as run_folders
+
+    if options.run:
+        folder = run_folders.open_run(options.run, options.runs)
+    else:
+        unfinished = [entry for entry in run_folders.list_runs(options.runs) if not entry.finished and not entry.damage]
+        if not unfinished:
+            raise UsageError(f"There is no unfinished run in {options.runs}.", "Name one, or start one with `run`.")
+        folder = run_folders.open_run(max(unfinished, key=lambda entry: entry.created).path)
+    settings = open_settings(folder)
+    emit = sink(options)
+    return _work(options, settings, folder, resolve(settings, emit), emit)
+
+
+def _start(options: argparse.Namespace, settings: RunConfig) -> int:
+    """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
+    from safesteer_lite.hardware.machine import package_versions
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.stages.pipeline import STAGE_NAMES
+    from safesteer_lite.stages.session import check_prompts, decide
+
+    check_prompts(settings)
+    emit = sink(options)
+    model_folder = resolve(settings, emit)
+    decide(settings, model_folder, Path.cwd())
+    folder = run_folders.create(
+        options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=package_versions()
+    )
+    try:
+        folder.write_config(config.to_toml(settings))
+    except SafeSteerError:
+        # A run without settings could not be resumed: it would only be in the way.
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    return _work(options, settings, folder, model_folder, emit)
+
+
+def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit) -> int:
+    """Run to the end, and show the result."""
+    from rich.console import Console
+
+    from safesteer_lite.hardware.units import format_bytes, format_duration
+    from safesteer_lite.shell.lines import dump, scorecard_table
+    from safesteer_lite.stages import pipeline
+
+    try:
+        painter = _painter(options, settings, folder, model_folder, emit)
+        with painter as (paint, say), _stop_on_interrupt(say) as stop_requested:
+            report = pipeline.run(settings, folder, model_folder, paint, stop_requested)
+    except SafeSteerError as error:
+        if not error.hint:
+            error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
+        raise
+    if options.json:
+        sys.stdout.write(dump({"event": "Report", **report}).replace("\n", " ") + "\n")
+        return 0
+    console = Console(highlight=False)
+    console.print(scorecard_table(report["scorecard"]["before"], report["scorecard"]["after"]))
+    console.print(report["verdict"], soft_wrap=not console.is_terminal)
+    seconds = sum(stage["seconds"] for stage in report["stages"].values())
+    console.print(f"Time {format_duration(seconds)}, peak memory {format_bytes(report['peak_memory_bytes'])}.")
+    console.print(f"The hardened model: {folder.path / '06-export' / 'merged'}", soft_wrap=True)
+    console.print(f"Every answer that changed: {folder.path / '05-evaluate' / 'flips.jsonl'}", soft_wrap=True)
+    console.print(
+        "To read answers, chat, turn its strength or export it to GGUF: `safesteer-lite` on a terminal.", soft_wrap=True
+    )
+    return 0
+
+
+@contextmanager
+def _painter(
+    options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit
+) -> Iterator[tuple[Emit, Callable[[str], None]]]:
+    """The live screen where there is a terminal for it, else `emit`; with what answers the user meanwhile."""
+    from rich.console import Console
+
+    from safesteer_lite.hardware.pace import expected_seconds, probe
+    from safesteer_lite.hardware.shape import shape_from_config
+    from safesteer_lite.models.loaded import read_config
+    from safesteer_lite.shell.screen import Screen, fits_terminal
+    from safesteer_lite.stages import pipeline
+    from safesteer_lite.stages.session import decide
+
+    console = Console(highlight=False)
+    if options.json or options.plain or not fits_terminal(console):
+        yield emit, lambda message: print(f"\n{message}", file=sys.stderr)  # noqa: T201
+        return
+    with console.status("Measuring how fast this machine is"):
+        decision = decide(settings, model_folder, folder.path)
+        shape = shape_from_config(read_config(model_folder))
+        seconds = expected_seconds(settings, shape, decision.device, probe(decision))
+    stages = [(stage.name, stage.title) for stage in pipeline.STAGES]
+    with Screen(console, folder.path.name, stages, seconds) as screen:
+        yield screen, screen.say
+
+
+@contextmanager
+def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks the run to stop after the step, and the second stops it at once.
+
+    Closing the terminal asks it to stop too; from then on nobody reads what it says.
+    """
+    asked: list[bool] = []
+
+    def interrupted(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        say("Stopping after this step; Ctrl-C again stops now. It can be resumed.")
+
+    def hung_up(number: int, frame: object) -> None:
+        asked.append(True)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nowhere, stream)
+
+    handlers: dict[int, Any] = {signal.SIGINT: interrupted}
+    if hasattr(signal, "SIGHUP"):  # Windows has none: it ends the program with its window.
+        handlers[signal.SIGHUP] = hung_up
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        with _second_interrupt_ends():
+            yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# For Python to hear of the second Ctrl-C by itself, and to end with its own message.
+_PATIENCE_SECONDS = 5.0
+
+
+@contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """Inside, a second Ctrl-C ends the program even while torch computes.
+
+    Python hears of a signal only between two of its own instructions, and a call into torch is one of them however long it
+    takes. What is saved is whole at any moment, so the program may end wherever it stands.
+    """
+    over, (ear, mouth) = threading.Event(), socket.socketpair()
+
+    def listen() -> None:
+        heard = 0
+        while number := ear.recv(1):
+            heard += number[0] == signal.SIGINT
+            if heard == 2 and not over.wait(_PATIENCE_SECONDS):
+                if sys.stdout.isatty():
+                    # Out of the live screen, with a cursor.
+                    os.write(1, b"\x1b[?1049l\x1b[?25h")
+                os.write(2, b"Stopped. Go on with `safesteer-lite resume`.\n")
+                os._exit(130)
+
+    mouth.setblocking(False)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        mouth.close()
+        listener.join()
+        ear.close()

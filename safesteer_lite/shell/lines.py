@@ -1,0 +1,177 @@
+"""Plain lines for a terminal or a file: what happens, how far it is, how long it will take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from safesteer_lite.events import (
+    Event,
+    Metric,
+    Note,
+    Progress,
+    StageDone,
+    StageSkipped,
+    StageStarted,
+    Warned,
+    write_json_line,
+)
+from safesteer_lite.hardware.units import format_bytes, format_duration
+
+# A line of progress at most this often, in seconds: often enough to see that it lives, seldom enough to read a log.
+_EVERY = 15.0
+_QUIET_METRICS = {"loss", "anchor loss"}
+
+
+class Lines:
+    """A sink that prints events as lines, with an estimate of the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._began: dict[tuple[str, str], tuple[float, int]] = {}
+        self._shown = 0.0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StageStarted(_, title):
+                self._line(f"== {title}", "bold")
+            case StageSkipped(stage, reason):
+                self._line(f"== {stage}: {reason}")
+            case StageDone(stage, seconds):
+                self._line(f"   {stage} took {format_duration(seconds)}")
+            case Note(_, message):
+                self._line(f"   {message}")
+            case Warned(_, message):
+                self._line(f"   Warning: {message}", "yellow")
+            case Metric(_, name, value, n, step) if name not in _QUIET_METRICS:
+                self._line("   " + metric_text(name, value, n, step))
+            case Progress():
+                self._progress(event)
+            case _:
+                pass
+
+    def _progress(self, event: Progress) -> None:
+        now = time.monotonic()
+        began, first = self._began.setdefault((event.stage, event.what), (now, event.done))
+        if now - self._shown < _EVERY and event.done < event.total:
+            return
+        if event.done >= event.total and now - began < _EVERY:
+            return
+        self._shown = now
+        left = ""
+        if event.done > first and event.done < event.total:
+            seconds = (now - began) / (event.done - first) * (event.total - event.done)
+            left = f", about {format_duration(seconds)} left"
+        amounts = f"{event.done} of {event.total} {event.what}"
+        if event.what.startswith("bytes"):
+            amounts = f"{format_bytes(event.done)} of {format_bytes(event.total)}{event.what.removeprefix('bytes')}"
+        self._line(f"   {amounts}{left}", "dim")
+
+    def _line(self, text: str, style: str = "") -> None:
+        """One line of a log; at a terminal wrapped between words, below where its text begins."""
+        if not self.console.is_terminal:
+            self.console.print(Text(text, style), soft_wrap=True)
+            return
+        words = text.lstrip()
+        self.console.print(Padding(Text(words, style), (0, 0, 0, len(text) - len(words)), expand=False))
+
+
+class Json:
+    """A sink that prints events as JSON Lines, for machines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __call__(self, event: Event) -> None:
+        write_json_line(self.stream, event)
+
+
+def metric_text(name: str, value: float, n: int | None, step: int | None) -> str:
+    """One metric in words; shares of refusals as a percentage with their n."""
+    where = f"step {step}: " if step is not None else ""
+    share = "refus" in name
+    amount = f"{100 * value:.0f} %" if share else f"{value:.4f}"
+    return f"{where}{name} {amount}" + (f" (n = {n})" if n is not None else "")
+
+
+def scorecard_table(before: dict[str, object], after: dict[str, object]) -> Table:
+    """The scorecard before and after, with n and 95 % intervals."""
+    table = Table(title="Refusals on the test split (95 % Wilson intervals)", title_justify="left")
+    for heading in ("prompts", "n", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "prompts" else "right")
+    for name in ("harmful", "borderline", "harmless"):
+        old, new = before[name], after[name]
+        assert isinstance(old, dict) and isinstance(new, dict)
+        table.add_row(name, str(new["n"]), rate_text(old), rate_text(new))
+    kl = after["kl_to_base"]
+    table.add_row("KL to base, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+    return table
+
+
+def dial_table(points: Sequence[dict[str, Any]]) -> Table:
+    """The strength dial: what each strength refuses, and its trade-off.
+
+    Args:
+        points: records as `stages.strength` makes them, weakest first.
+    """
+    table = Table(title="Strength dial, selection split: refused, with 95 % Wilson intervals", title_justify="left")
+    for heading in ("strength", "harmful", "borderline", "harmless", "KL", "score"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = max(points, key=lambda point: (point["score"], -point["strength"]))
+    for point in points:
+        rates = [_share_text(point[name]) for name in ("harmful", "borderline", "harmless")]
+        mark = "> " if point is best else ""
+        table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
+    sizes = ", ".join(str(points[0][name]["n"]) for name in ("harmful", "borderline", "harmless"))
+    table.caption = f"n = {sizes}; > marks the best trade-off"
+    return table
+
+
+def artifacts_table(record: dict[str, Any]) -> Table:
+    """One row an artifact: its refusals, and how it agrees with the trained model; lost safety in red."""
+    rows, names = record["artifacts"], ("harmful", "borderline", "harmless")
+    title = f"Refusals on {record['split']} prompts (95 % Wilson intervals), each artifact as it is run"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for name in names:
+        counts = sorted({row[name]["n"] for row in rows})
+        table.add_column(
+            f"{name}\nn = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}", justify="right"
+        )
+    for heading in ("same\nanswers", "first\ntoken KL"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        lost, agreement = bool(row["safety_lost"]), row["agreement"]
+        cells = [Text(_share_text(row[name])) for name in names]
+        cells[0].stylize("bold red" if lost else "")
+        close = ("", "")
+        if agreement:
+            close = (f"{agreement['same_answers']} of {agreement['prompts']}", f"{agreement['first_kl']:.4f}")
+        table.add_row(Text(row["artifact"], style="red" if lost else ""), *cells, *close)
+    told = [f"{row['artifact']} lost safety: {row['safety_lost']}." for row in rows if row["safety_lost"]]
+    table.caption = Text("\n".join(told), style="red") if told else None
+    return table
+
+
+def _share_text(rate: dict[str, float]) -> str:
+    """`64 % (54-73)`, narrow enough for a row of five."""
+    share = rate["refused"] / rate["n"] if rate["n"] else 0.0
+    return f"{100 * share:.0f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
+
+
+def rate_text(rate: dict[str, float]) -> str:
+    """`51 (80 %, 68 to 88)`."""
+    share = rate["refused"] / rate["n"] if rate["n"] else 0.0
+    return f"{rate['refused']} ({100 * share:.0f} %, {100 * rate['low']:.0f} to {100 * rate['high']:.0f})"
+
+
+def dump(record: object) -> str:
+    """A record as indented JSON."""
+    return json.dumps(record, ensure_ascii=False, indent=1)

@@ -1,0 +1,1 @@
+"""Getting a model: a folder, the model hub, the demo's file; nothing here runs one."""

@@ -1,0 +1,142 @@
+"""The model hub: what it knows about a model, what it refuses, and the local copy of what it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.errors import ModelError
+from safesteer_lite.events import Emit, Note
+from safesteer_lite.sources.download import progress_by_growth, readable_size, require_space
+from safesteer_lite.sources.folder import UNWANTED, check_architecture, check_tokenizer, matches, missing_weights
+
+CONNECT_SECONDS = 10.0
+"""How long the model hub may take to answer before it counts as out of reach."""
+
+_SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
+_WEIGHTS = ("*.safetensors",)
+
+
+def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path:
+    """The folder of a hub model: first the small files come and are checked, and only then the weights.
+
+    Args:
+        name: `owner/name`.
+        revision: branch, tag or commit; None for the main branch.
+        emit: takes one Note before a download, then its Progress in bytes.
+        stage: the name that the events carry.
+
+    Raises:
+        ModelError: the model is not there, may not be fetched, or cannot be used.
+        DiskSpaceError: the download does not fit.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        info = ask_hub(name, revision)
+    except ConnectionError as error:
+        if (folder := cached_model(name, revision)) is not None:
+            emit(Note(stage, f"Using the copy of {name} on this machine: the model hub cannot be reached ({error})."))
+            return folder
+        raise ModelError(
+            f"{name} is not a folder, not on this machine, and the model hub cannot be reached ({error}).",
+            "Check the path, or connect and try again; with HF_HUB_OFFLINE set, nothing is fetched.",
+        ) from error
+    if (folder := cached_model(name, info.sha)) is not None:
+        return folder
+    files = {entry.rfilename: entry.size or 0 for entry in info.siblings}
+    wanted = {file: size for file, size in files.items() if matches(file, (*_SETTINGS, *_WEIGHTS))}
+    if not any(matches(file, _WEIGHTS) for file in wanted):
+        raise ModelError(
+            f"{name} offers no safetensors, and pickled or GGUF weights are not read.",
+            "Choose a repository that has *.safetensors.",
+        )
+    total = sum(wanted.values())
+    require_space(Path(HF_HUB_CACHE), total, f"The download of {name}")
+    emit(Note(stage, f"Fetching {name} from the model hub: {readable_size(total)}, licence {licence_of(info)}."))
+    store = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    try:
+        with hub_refusals(name, revision), progress_by_growth(store, total, emit, stage, "bytes fetched"):
+            settings = [file for file in wanted if matches(file, _SETTINGS)]
+            folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=settings))
+            check_architecture(folder)
+            check_tokenizer(folder)
+            return Path(snapshot_download(name, revision=info.sha, allow_patterns=list(wanted)))
+    except (OSError, httpx.HTTPError) as error:
+        raise ModelError(
+            f"The download of {name} broke off: {first_line(error)}.",
+            "Run the same command again: it goes on from there.",
+        ) from error
+
+
+def cached_model(name: str, revision: str | None) -> Path | None:
+    """The whole copy of a hub model that is on this machine, or None."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=[*_SETTINGS, *_WEIGHTS],
+                ignore_patterns=list(UNWANTED),
+            )
+        )
+    except OSError:
+        return None
+    whole = (folder / "config.json").is_file() and not missing_weights(folder)
+    return folder if whole else None
+
+
+def ask_hub(name: str, revision: str | None) -> Any:
+    """What the model hub knows about a model; also the check that the hub can be reached.
+
+    Raises:
+        ModelError: the model is not there, or may not be seen.
+        ConnectionError: the hub cannot be reached, or must not be (`HF_HUB_OFFLINE`).
+    """
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        with hub_refusals(name, revision):
+            return HfApi().model_info(name, revision=revision, timeout=CONNECT_SECONDS, files_metadata=True)
+    except (OSError, httpx.HTTPError) as error:
+        raise ConnectionError(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages of advice that some add."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def licence_of(info: Any) -> str:
+    """The licence that a model's page on the hub states."""
+    tags = (tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:"))
+    return next(tags, "not stated")
+
+
+@contextmanager
+def hub_refusals(name: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub's refusals into errors that say what to do."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: its owner wants its licence accepted first.",
+            "Accept the licence on the model's page, then log in with `hf auth login` or set HF_TOKEN.",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"There is no folder {name}, and no model of this name that the model hub shows you.",
+            "Check the spelling; for a private model, log in with `hf auth login` or set HF_TOKEN.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision}.", "Name a branch, tag or commit it has.") from error

@@ -1,0 +1,334 @@
+"""What `export` writes for users: files, each measured as a user will run it, with the figures beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safesteer_lite.config import to_toml
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation.measure import SETS, Answers, PromptSets, counting_from, measure, scorecard
+from safesteer_lite.events import Metric, Progress
+from safesteer_lite.export import card
+from safesteer_lite.export.folder import MERGED, WORK, exported
+from safesteer_lite.export.gguf import convert, modelfile, quantise
+from safesteer_lite.export.gguf.agreement import FIRST_KL_ALLOWANCE, Witness, compare
+from safesteer_lite.export.gguf.llama import LlamaCpp
+from safesteer_lite.export.rows import Row, rows_record, write_rows
+from safesteer_lite.export.weights import shards, verify
+from safesteer_lite.export.weights.verify import FailedCheck
+from safesteer_lite.method.policies import last_logits
+from safesteer_lite.models import loaded
+from safesteer_lite.models.adapter import read_adapter, scale_adapter
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.stages import evaluate, export
+from safesteer_lite.stages.session import ANSWER_BATCH, Session, decide, texts
+
+# The comparison with the trained policy: prompts, half of them harmful, and tokens of each greedy answer.
+_WITNESS_PROMPTS, _WITNESS_TOKENS = 16, 32
+# Room for what llama.cpp may add around a prompt, in tokens.
+_SPARE_TOKENS = 16
+# Bytes a weight, to see whether the disk has room; those of `MIXES` where no matrix divides into blocks of 256 columns.
+_BYTES_A_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q6_K": 1.07, "Q5_K_M": 1.0, "Q4_K_M": 0.9}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export.
+
+    Attributes:
+        kind: `merged` or `gguf`.
+        weights: base to merge into, `original` or `dequantised`.
+        strength: factor on the adapter.
+        quants: GGUF files to write, of `convert.QUANTS`.
+        prompts: prompts of each set to measure on; 0 is all.
+        original: the 16-bit weights of a base that is itself in 4 bits; None if they are not at hand.
+    """
+
+    kind: str
+    weights: str = "original"
+    strength: float = 1.0
+    quants: tuple[str, ...] = ("Q8_0",)
+    prompts: int = 0
+    original: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is kept of the trained policy before its memory is needed for its artifacts.
+
+    Attributes:
+        sets: the test prompts.
+        prompts: the same as token ids, by set.
+        witness: the comparison prompts; None where no GGUF file is written.
+        rows: base and adapter.
+    """
+
+    sets: PromptSets
+    prompts: dict[str, list[list[int]]]
+    witness: Witness | None
+    rows: list[Row]
+
+
+def export_files(session: Session, adapter: Path, out: Path, request: Request) -> dict[str, Any]:
+    """Write merged weights or GGUF files to `out`, prove and measure them; returns what `artifacts.json` holds.
+
+    Raises:
+        FailedCheck: an artifact failed a check; the files are kept beside `out`.
+        ExportError, DiskSpaceError: nothing was left under `out`.
+    """
+    _check_first(session, out, request)
+    with exported(out) as draft:
+        measured = _measure_trained(session, adapter, request)
+        folder = draft / WORK / MERGED
+        result = export.merged(session, adapter, folder, request.weights, request.strength, request.original)
+        request = replace(request, weights=result["weights"])
+        rows, problems = [*measured.rows, _merged_row(session, folder, request, measured)], list[str]()
+        if request.kind == "gguf":
+            assert measured.witness is not None
+            found, problems = _gguf_rows(session, draft, request, measured, result["kl_limit"])
+            rows += found
+        record = rows_record(rows, _about(session, request), problems)
+        write_rows(draft, record)
+        if problems:
+            shutil.rmtree(draft / WORK)
+            raise FailedCheck(f"The export failed {len(problems)} of its checks: {'; '.join(problems)}.")
+        _write_beside(session, draft, folder, request, record)
+    for row in record["artifacts"]:
+        if row["safety_lost"]:
+            session.warn(f"{row['artifact']} lost safety: {row['safety_lost']}.")
+    return record
+
+
+def copy_adapter(adapter: Path, out: Path) -> None:
+    """Write the adapter as it was trained.
+
+    Raises:
+        ExportError, DiskSpaceError: nothing was left under `out`.
+    """
+    with exported(out) as draft:
+        shutil.copytree(adapter, draft, dirs_exist_ok=True)
+
+
+def _check_first(session: Session, out: Path, request: Request) -> None:
+    """What can be refused at once is refused before any work."""
+    config = loaded.read_config(session.model_folder)
+    shares = 0.0
+    if request.kind == "gguf":
+        convert.check_extra(request.quants)
+        shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants)
+        if quantise.MIXES.keys() & set(request.quants):
+            quantise.check_quantisable(config)
+            shares += 2  # The 16-bit file that they are made from.
+    tensors = shards.read_checkpoint(request.original or session.model_folder).tensors.values()
+    # Two bytes a weight; a 4-bit base has about four times as many weights as bytes say, and is merged at 16 bits.
+    packed = "quantization_config" in config and request.original is None
+    sixteen = sum(tensor.size for tensor in tensors) * (4 if packed else 1)
+    shards.require_space(out, int(sixteen * (1 + shares / 2)))
+
+
+def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
+    """Base and trained policy on the test prompts, from the run where it has that, and what artifacts are compared with."""
+    whole = session.prompt_sets("test")
+    sets = whole if not request.prompts else PromptSets(*(getattr(whole, name)[: request.prompts] for name in SETS))
+    rows = _stored_rows(session, request) if request.strength == 1 else None
+    policy = session.policy
+    read_adapter(policy.model, adapter)
+    scale_adapter(policy.model, request.strength)
+    if rows is None:
+        before, after, _ = evaluate.compare(session, policy, sets)
+        rows = [Row("base", "", 0, before), Row("adapter", "", 0, after)]
+    ids = {name: [policy.encode(text).input_ids[0].tolist() for text in sets.texts(name)] for name in SETS}
+    return Measured(sets, ids, _witness(session, policy) if request.kind == "gguf" else None, rows)
+
+
+def _stored_rows(session: Session, request: Request) -> list[Row] | None:
+    """Base and adapter as the run measured them, judged again by the judge of today; None where the run has no answers."""
+    try:
+        folder = session.folder("evaluate")
+        if session.run.verify("evaluate"):
+            return None
+    except RunFolderError:
+        return None
+    cards = session.result("evaluate")["scorecard"]
+    rows = []
+    for name, when in (("base", "before"), ("adapter", "after")):
+        stored = json.loads((folder / f"answers-{when}.json").read_text(encoding="utf-8"))
+        answers = Answers(**{part: stored[part][: request.prompts or None] for part in SETS})
+        rows.append(Row(name, "", 0, scorecard(answers, cards[when]["kl_to_base"], len(stored["harmless"]))))
+    return rows
+
+
+def _witness(session: Session, policy: Policy) -> Witness:
+    """What the trained policy does on prompts of the selection split."""
+    sets, half = session.prompt_sets("selection"), _WITNESS_PROMPTS // 2
+    prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[:half]
+    answers: list[list[int]] = [[]] * len(prompts)
+    first: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    with torch.no_grad():
+        for places, batch in policy.batches(prompts, ANSWER_BATCH):
+            completions = policy.model.generate(batch, _WITNESS_TOKENS, 0.0, None, 1)
+            distributions = last_logits(policy.model, batch).log_softmax(-1).cpu()
+            for row, place in enumerate(places):
+                answers[place] = completions.tokens[row][completions.mask[row]].tolist()
+                first[place] = distributions[row]
+    encoded = [policy.encode(prompt).input_ids[0].tolist() for prompt in prompts]
+    return Witness(prompts, encoded, answers, torch.stack(first))
+
+
+def _merged_row(session: Session, folder: Path, request: Request, measured: Measured) -> Row:
+    """The merged weights, loaded as a user loads them, in 16 bits where the machine computes in them."""
+    started = time.monotonic()
+    sixteen = replace(session.config, model=replace(session.config.model, precision="bf16"))
+    decision = decide(sixteen, folder, folder)
+    # What is decided for training may be too much for a card that could still answer; the reload check used the CPU too.
+    device = "cpu" if decision.fit == "does not fit" else decision.device
+    network, tokenizer = loaded.load(folder, precision=decision.compute_dtype, device=device, unpack=False)
+    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens)
+    done = session.progress("answers of the merged weights", measured.sets.total)
+    tokens, chunk = session.config.evaluate.answer_tokens, session.config.distill.chunk
+    found, _ = measure(policy, measured.sets, tokens, ANSWER_BATCH, None, chunk, done)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    row = Row("merged", "." if request.kind == "merged" else "", size, found, seconds=time.monotonic() - started)
+    _tell(session, row)
+    return row
+
+
+def _gguf_rows(
+    session: Session, draft: Path, request: Request, measured: Measured, merge_limit: float
+) -> tuple[list[Row], list[str]]:
+    """Write every GGUF file, check and measure it; a file that fails is told, and the others are still tried."""
+    stem, rows, problems = f"{_model_name(session)}-safer", [], []
+    for quant in request.quants:
+        session.note(f"Writing and measuring {quant}.")
+        file = draft / f"{stem}-{quant}.gguf"
+        convert.write_gguf(
+            draft / WORK / MERGED,
+            file,
+            quant,
+            stem,
+            draft / WORK,
+            lambda done, total: session.emit(Progress(session.stage, "bytes quantised", done, total)),
+        )
+        try:
+            convert.check_embedded_template(file, draft / WORK / MERGED)
+            row = _gguf_row(session, file, quant, measured, merge_limit + FIRST_KL_ALLOWANCE[quant])
+        except FailedCheck as error:
+            problems.append(error.message.rstrip("."))
+            continue
+        rows.append(row)
+        if row.agreement and row.agreement.problem:
+            problems.append(f"{quant}: {row.agreement.problem}")
+        _tell(session, row)
+    return rows, problems
+
+
+def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limit: float) -> Row:
+    """One GGUF file in llama.cpp: the prompts it makes, the comparison with the trained policy, the scorecard."""
+    started, witness = time.monotonic(), measured.witness
+    assert witness is not None
+    tokens, longest = session.config.evaluate.answer_tokens, session.config.prompts.prompt_tokens
+    context = longest + max(tokens, _WITNESS_TOKENS) + _SPARE_TOKENS
+    with LlamaCpp(file, context, torch.get_num_threads()) as llama:
+        for text, ids in zip(witness.texts, witness.prompts, strict=True):
+            # A prompt that was cut to fit is not what a user would type.
+            if len(ids) < longest and (length := llama.prompt_length(text)) != len(ids):
+                raise FailedCheck(
+                    f"llama.cpp reads a prompt as {length} tokens with {file.name}, and training read it as {len(ids)}."
+                )
+        given = [llama.greedy(ids, _WITNESS_TOKENS) for ids in witness.prompts]
+        agreement = compare(witness, [answer.tokens for answer in given], [answer.first for answer in given], limit)
+        found, before = {}, 0
+        done = session.progress(f"answers of {quant} in llama.cpp", measured.sets.total)
+        for name in SETS:
+            found[name] = llama.answers(measured.prompts[name], tokens, counting_from(before, done))
+            before += len(found[name])
+    size, seconds = file.stat().st_size, time.monotonic() - started
+    return Row(quant, file.name, size, scorecard(Answers(**found), None, 0), agreement, seconds)
+
+
+def _tell(session: Session, row: Row) -> None:
+    for name in SETS:
+        rate = getattr(row.card, name)
+        session.emit(Metric(session.stage, f"{name} refused, {row.name}", rate.share, rate.n))
+    if row.agreement:
+        same, count = row.agreement.same_answers, row.agreement.prompts
+        session.note(
+            f"{row.name}: {same} of {count} greedy answers are the trained model's to the last token, KL of the first token "
+            f"{row.agreement.first_kl:.4f} nats."
+        )
+
+
+def _write_beside(session: Session, draft: Path, folder: Path, request: Request, record: dict[str, Any]) -> None:
+    """Modelfile, model card and sums; merged weights move from the work folder, which goes."""
+    if request.kind == "merged":
+        for path in sorted(folder.iterdir()):
+            if path.name != verify.SUMS:
+                path.rename(draft / path.name)
+        folder = draft
+    files = [row["file"] for row in record["artifacts"] if row["file"]]
+    if not modelfile.write_modelfiles(draft, folder, files):
+        session.warn("No Modelfile was written: Ollama's form of this chat template is not known here.")
+    shutil.rmtree(draft / WORK)
+    facts = card.Facts(
+        title=f"{_model_name(session)}-safer",
+        base=_base_name(session),
+        licence=card.licence_in(session.model_folder),
+        settings=to_toml(_without_paths(session)),
+        prompts=_prompts_told(session),
+        versions={**session.run.manifest.versions, **convert.versions()},
+        answer_tokens=session.config.evaluate.answer_tokens,
+        strength=request.strength,
+        weights=request.weights,
+    )
+    shards.write_text(draft / "README.md", card.card(facts, record, verify.sums_of(draft)))
+    verify.write_sums(draft)
+
+
+def _about(session: Session, request: Request) -> dict[str, Any]:
+    return {
+        "run": session.run.path.name,
+        "model": _base_name(session),
+        "weights": request.weights,
+        "strength": request.strength,
+        "split": "test",
+        "answer_tokens": session.config.evaluate.answer_tokens,
+    }
+
+
+def _model_name(session: Session) -> str:
+    return Path(session.config.model.name).name
+
+
+def _base_name(session: Session) -> str:
+    """The hub id, or the name of a local folder without the way to it."""
+    name = session.config.model.name
+    return _model_name(session) if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def _without_paths(session: Session) -> Any:
+    """The settings as they may be shown to others: places on this machine by their last part."""
+    config, own = session.config, session.config.prompts
+    return replace(
+        config,
+        model=replace(config.model, name=_base_name(session)),
+        prompts=replace(own, training=Path(own.training).name, folder=Path(own.folder).name),
+    )
+
+
+def _prompts_told(session: Session) -> str:
+    own = session.config.prompts
+    if own.training:
+        return (
+            f"Harmful requests from the user's own file {Path(own.training).name}, without near-copies of test prompts."
+        )
+    if own.folder:
+        return f"The user's own prompt folder {Path(own.folder).name}."
+    return f"{own.train} bundled harmful requests, written for safesteer-lite; no answers to them were used."

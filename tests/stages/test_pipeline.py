@@ -1,0 +1,488 @@
+"""The whole pipeline on a planted model: exact files, fingerprints, and a hardened model that loads with plain transformers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from safesteer_lite import config
+from safesteer_lite.config import RunConfig
+from safesteer_lite.errors import DirectionError, ExportError, Interrupted, ModelError, PromptError, RunFolderError
+from safesteer_lite.evaluation.judges import judge
+from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
+from safesteer_lite.hardware.known import measured_on
+from safesteer_lite.method.distill import prompts_at
+from safesteer_lite.models import loaded
+from safesteer_lite.models.adapter import Adapter, read_adapter, with_adapter
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.prompts.sets import bundled, data_files
+from safesteer_lite.report import record as report
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.stages import distill, pipeline
+from safesteer_lite.stages.distill import ShownAnswers, recipe
+from safesteer_lite.stages.session import Session
+from tests import planted
+
+FILES = {
+    "config.toml",
+    "events.jsonl",
+    "manifest.json",
+    "report.html",
+    "report.json",
+    "run.lock",
+    "01-baseline/answers.json",
+    "02-direction/candidates.json",
+    "02-direction/candidates.safetensors",
+    "02-direction/direction.safetensors",
+    "03-tokens/tokens.json",
+    "03-tokens/tokens.safetensors",
+    "04-distill/adapter/adapter_config.json",
+    "04-distill/adapter/adapter_model.safetensors",
+    "04-distill/history.json",
+    "05-evaluate/answers-after.json",
+    "05-evaluate/answers-before.json",
+    "05-evaluate/flips.jsonl",
+    "06-export/adapter/adapter_config.json",
+    "06-export/adapter/adapter_model.safetensors",
+    "06-export/merged/SHA256SUMS",
+    "06-export/merged/chat_template.jinja",
+    "06-export/merged/config.json",
+    "06-export/merged/generation_config.json",
+    "06-export/merged/merge.json",
+    "06-export/merged/model.safetensors",
+    "06-export/merged/tokenizer.json",
+    "06-export/merged/tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with planted.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """One finished run; tests that change it work on a copy."""
+    run = new_run(tmp_path_factory.mktemp("runs"), planted.settings(model))
+    pipeline.run(planted.settings(model), run, model, discard)
+    return run
+
+
+@pytest.fixture
+def run(done: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of the finished run."""
+    return RunFolder(shutil.copytree(done.path, tmp_path / "runs" / done.path.name))
+
+
+def new_run(parent: Path, settings: RunConfig) -> RunFolder:
+    folder = run_folders.create(parent, "planted", planned=pipeline.STAGE_NAMES)
+    folder.write_config(config.to_toml(settings))
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stages_seen(events: list[Event], kind: type) -> list[str]:
+    return [event.stage for event in events if isinstance(event, kind)]
+
+
+def test_a_run_leaves_exactly_these_files(done: RunFolder) -> None:
+    assert set(files_of(done.path)) == FILES
+    for stage in pipeline.STAGE_NAMES:
+        assert done.verify(stage) == []
+
+
+def test_the_model_gets_safer_on_prompts_it_was_not_trained_on(done: RunFolder) -> None:
+    card = report.read(done.path)["scorecard"]
+    before, after = card["before"], card["after"]
+    assert 0.3 <= before["harmful"]["refused"] / before["harmful"]["n"] <= 0.7
+    assert after["harmful"]["refused"] >= before["harmful"]["refused"]
+    assert after["harmless"]["refused"] <= 3
+    assert 0 < after["kl_to_base"] < 0.5
+
+
+def test_flips_are_the_answers_that_changed_sides(done: RunFolder) -> None:
+    folder = done.stage_folder("evaluate")
+    before, after = (json.loads((folder / f"answers-{name}.json").read_text("utf-8")) for name in ("before", "after"))
+    changed = sum(
+        judge(old).refused != judge(new).refused
+        for name in before
+        for old, new in zip(before[name], after[name], strict=True)
+    )
+    lines = (folder / "flips.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == changed == report.read(done.path)["stages"]["evaluate"]["result"]["flips"]
+
+
+def test_the_planted_direction_is_found_and_its_teacher_refuses(done: RunFolder) -> None:
+    direction = report.read(done.path)["direction"]
+    assert direction["kept"] == [28, 56, 14, 28]
+    assert direction["position"] in range(-planted.TEMPLATE_POSITIONS, 0)
+    assert direction["chosen"]["induce"] > 0
+    assert direction["trials"][-1]["refused"] >= 0.95 * direction["trials"][-1]["n"]
+    assert "I'm" in report.read(done.path)["tokens"]["tokens"]
+
+
+def test_events_tell_each_stage_once_and_in_order(done: RunFolder) -> None:
+    events = planted.events_of(done.path)
+    order = [(event["event"], event["stage"]) for event in events if event["event"] in ("StageStarted", "StageDone")]
+    assert order == [(kind, name) for name in pipeline.STAGE_NAMES for kind in ("StageStarted", "StageDone")]
+    losses = [event for event in events if event["event"] == "Metric" and event["name"] == "loss"]
+    assert [event["step"] for event in losses] == list(range(1, 9))
+
+
+def test_each_step_shows_the_base_beside_the_student(done: RunFolder) -> None:
+    shown = [event for event in planted.events_of(done.path) if event["event"] == "Sample"]
+    category = {prompt.text: prompt.category for prompt in bundled("harmful", "train")}
+    assert len(shown) == 8, "one a step"
+    for event in shown:
+        refused = category[str(event["prompt"])] in planted.REFUSED_CATEGORIES
+        assert event["before"] == (planted.REFUSAL if refused else planted.COMPLIANCE)
+    # After its training the student refuses where the base does not, and the base is still shown as it was.
+    assert any("I'm" in str(event["after"]) and event["before"] == planted.COMPLIANCE for event in shown[4:])
+
+
+def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) -> None:
+    settings = planted.settings(model, {"distill.steps": 100})
+    session = Session(settings, done, model, discard)
+    asked: list[str] = []
+
+    def answers(prompts: list[str], tokens: int, size: int) -> list[str]:
+        asked.extend(prompts)
+        return [f"base: {prompt}" for prompt in prompts]
+
+    known: Any = SimpleNamespace(model=SimpleNamespace(adapters_off=nullcontext), answers=answers)
+    session._policy = known
+    plan = recipe(session)
+    shown = ShownAnswers(session, plan)
+    prompts = session.training_prompts()
+    for step in range(100):
+        first = prompts_at(step, plan.prompts, len(prompts), plan.seed)[0]
+        assert shown.of_step(step) == f"base: {prompts[first].text}"
+    assert len(asked) == len(set(asked)) <= len(prompts)
+
+
+def test_a_second_call_skips_every_stage_and_changes_nothing(run: RunFolder, model: Path) -> None:
+    before = files_of(run.path)
+    events: list[Event] = []
+    pipeline.run(planted.settings(model), run, model, events.append)
+    assert stages_seen(events, StageSkipped) == list(pipeline.STAGE_NAMES)
+    assert not stages_seen(events, StageStarted)
+    after = files_of(run.path)
+    assert {name for name in after if after[name] != before.get(name)} == {"events.jsonl"}
+    assert set(after) == set(before)
+
+
+def test_a_new_learning_rate_keeps_the_direction(run: RunFolder, model: Path) -> None:
+    before = files_of(run.path)
+    events: list[Event] = []
+    settings = planted.settings(model, {"distill.learning_rate": 2e-3, "distill.steps": 2})
+    pipeline.run(settings, run, model, events.append)
+    assert stages_seen(events, StageSkipped) == ["baseline", "direction", "tokens"]
+    assert stages_seen(events, StageDone) == ["distill", "evaluate", "export"]
+    after = files_of(run.path)
+    kept = {name for name in before if name[:2] in ("01", "02", "03")}
+    assert all(after[name] == before[name] for name in kept)
+    assert (
+        after["04-distill/adapter/adapter_model.safetensors"] != before["04-distill/adapter/adapter_model.safetensors"]
+    )
+    assert set(after) == set(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ({"seed": 1}, ["baseline", "direction", "tokens", "distill", "evaluate", "export"]),
+        ({"prompts.train": 27}, ["baseline", "direction", "tokens", "distill", "evaluate", "export"]),
+        ({"direction.shortlist": 7}, ["direction", "tokens", "distill", "evaluate", "export"]),
+        ({"tokens.count": 9}, ["tokens", "distill", "evaluate", "export"]),
+        ({"evaluate.kl_tokens": 7}, ["distill", "evaluate", "export"]),
+        ({"evaluate.answer_tokens": 11}, ["evaluate"]),
+        ({"export.weights": "dequantised"}, ["export"]),
+    ],
+)
+def test_a_setting_redoes_what_depends_on_it(change: config.Values, redone: list[str]) -> None:
+    old = pipeline.stage_fingerprints(planted.settings(Path("somewhere")), "model")
+    new = pipeline.stage_fingerprints(planted.settings(Path("elsewhere"), change), "model")
+    assert [name for name in pipeline.STAGE_NAMES if old[name] != new[name]] == redone
+    assert set(pipeline.stage_fingerprints(planted.settings(Path("somewhere")), "other").values()).isdisjoint(
+        old.values()
+    )
+
+
+def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) -> None:
+    change = {
+        "distill.reading": "discriminant",
+        "distill.learning_rate": 2e-3,
+        "distill.steps": 3,
+        "distill.save_every": 1,
+        "evaluate.every": 3,
+    }
+    settings = planted.settings(model, change)
+    whole, broken = new_run(tmp_path / "whole", settings), new_run(tmp_path / "broken", settings)
+    pipeline.run(settings, whole, model, discard, last="distill")
+    asked = itertools.count(1)
+    with pytest.raises(Interrupted, match="after step 2"):
+        # It is asked four times around the stages before, and then after each step.
+        pipeline.run(settings, broken, model, discard, lambda: next(asked) == 6, last="distill")
+    pipeline.run(settings, broken, model, discard, last="distill")
+    found, expected = (
+        load_file(run.stage_folder("distill") / "adapter" / "adapter_model.safetensors") for run in (broken, whole)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # What is read was set and not trained, and what is written was trained.
+    assert all(float(value.abs().max()) > 0 for value in expected.values())
+
+
+@pytest.mark.parametrize(("every", "measured"), [(0, [3]), (2, [2, 3]), (3, [3])])
+def test_the_last_step_is_always_measured_and_earlier_ones_when_asked(
+    every: int, measured: list[int], model: Path, tmp_path: Path
+) -> None:
+    settings = planted.settings(model, {"distill.steps": 3, "evaluate.every": every})
+    run = new_run(tmp_path, settings)
+    pipeline.run(settings, run, model, discard, last="distill")
+    history = json.loads((run.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in history["measured"]] == measured
+
+
+@pytest.mark.parametrize(("which", "minimum"), [("answered", 8), ("answered", 1000), ("all", 8)])
+def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
+    which: str, minimum: int, run: RunFolder, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {"distill.reading": "discriminant", "distill.reading_prompts": which, "direction.minimum_prompts": minimum}
+    session = Session(planted.settings(model, change), run, model, discard, "distill")
+    read: list[str] = []
+
+    def note(policy: Policy, harmful: list[str], *others: Any) -> None:
+        read.extend(harmful)
+
+    monkeypatch.setattr(distill, "read_discriminants", note)
+    distill.prepare_adapter(session, None)
+    prompts = [*session.training_prompts(), *session.direction_prompts()[0]]
+    answered = [prompt.text for prompt in prompts if prompt.category not in planted.REFUSED_CATEGORIES]
+    assert 0 < len(answered) < len(prompts)
+    # Too few to read from are no better than all.
+    assert read == (answered if (which, minimum) == ("answered", 8) else [prompt.text for prompt in prompts])
+
+
+@pytest.mark.parametrize(
+    ("mix", "everyday", "contrast", "times"),
+    [
+        ("pooled", 4, 12, (1, 1)),
+        ("even", 4, 12, (3, 1)),
+        ("even", 28, 10, (1, 3)),
+        ("even", 12, 12, (1, 1)),
+        ("even", 12, 0, (1, 0)),
+    ],
+)
+def test_an_even_mix_draws_everyday_and_borderline_anchors_equally_often(
+    mix: str, everyday: int, contrast: int, times: tuple[int, int], run: RunFolder, model: Path
+) -> None:
+    change = {"distill.anchor_mix": mix, "prompts.direction": everyday, "prompts.contrast": contrast}
+    session = Session(planted.settings(model, change), run, model, discard, "distill")
+    anchors = Counter(prompt.text for prompt in distill.drawn_anchors(session))
+    assert {anchors[prompt.text] for prompt in session.direction_prompts()[1]} == {times[0]}
+    borderline = session.anchor_prompts()[everyday:]
+    assert len(borderline) == contrast and all(anchors[prompt.text] == times[1] for prompt in borderline)
+    assert len(anchors) == everyday + contrast
+
+
+def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter(done: RunFolder, model: Path) -> None:
+    network, tokenizer = loaded.load(model, precision="fp32", device="cpu", unpack=False)
+    student = Policy(with_adapter(network, tokenizer, Adapter(8, 16), 0), 512)
+    read_adapter(student.model, done.stage_folder("distill") / "adapter")
+    folder = done.stage_folder("export") / "merged"
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    written = AutoTokenizer.from_pretrained(folder)
+    texts = [prompt.text for prompt in bundled("harmful", "test", 8) + bundled("harmless", "test", 4)]
+    expected = student.answers(texts, 12, 16)
+    assert REFUSED & set(expected), "the student refuses something, or the comparison says little"
+    answers = []
+    for text in texts:
+        chat = [{"role": "user", "content": text}]
+        ids = written.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = merged.generate(**ids, max_new_tokens=12, do_sample=False)
+        answers.append(written.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    # Weights are written in 16 bits, so a close call may fall the other way.
+    assert sum(now == then for now, then in zip(answers, expected, strict=True)) >= 11
+
+
+REFUSED = {planted.REFUSAL}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_other_precisions_run_to_the_end(precision: str, model: Path, tmp_path: Path) -> None:
+    change = {
+        "model.precision": precision,
+        "distill.steps": 1,
+        "direction.teacher_refusals": 0.5,
+        "direction.kl_limit": 5.0,
+        "direction.minimum_prompts": 4,
+    }
+    run = new_run(tmp_path, planted.settings(model, change))
+    result = pipeline.run(planted.settings(model, change), run, model, discard)
+    assert result["finished"]
+    assert result["stages"]["export"]["result"]["precision_trained"] == precision
+
+
+def test_a_model_that_never_refuses_is_told_so_before_training(tmp_path: Path) -> None:
+    model = planted.build(tmp_path / "obliging", refused=(), steps=40)
+    run = new_run(tmp_path / "runs", planted.settings(model))
+    with pytest.raises(DirectionError, match="barely refuses: 0 of 28 harmful prompts") as caught:
+        pipeline.run(planted.settings(model), run, model, discard)
+    assert "presets" in caught.value.hint
+    assert list(run.manifest.stages) == ["baseline"]
+    assert not [path for path in run.path.iterdir() if path.name.startswith(("02", "04"))]
+
+
+def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_showed(run: RunFolder, model: Path) -> None:
+    with pytest.raises(DirectionError, match="No refusal direction met all criteria") as caught:
+        pipeline.run(planted.settings(model, {"direction.kl_limit": 1e-9}), run, model, discard)
+    alone = planted.settings(model, {"direction.kl_limit": 1e-9, "direction.strengths": [1.0]})
+    with pytest.raises(DirectionError) as single:
+        pipeline.run(alone, run, model, discard)
+    assert caught.value.message == single.value.message
+    # What the advice names does help.
+    hint = re.search(r"--set (direction.kl_limit)=([0-9.]+);", caught.value.hint)
+    assert hint
+    pipeline.run(planted.settings(model, {hint[1]: float(hint[2])}), run, model, discard, last="direction")
+
+
+def own_file(folder: Path, leaked: int, fresh: int) -> Path:
+    rows = [prompt.text for prompt in bundled("harmful", "test")[:leaked] + bundled("harmful", "train")[:fresh]]
+    path = folder / "own.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows), encoding="utf-8")
+    return path
+
+
+def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder, model: Path) -> None:
+    events: list[Event] = []
+    pipeline.run(planted.settings(model, {"distill.steps": 3}), run, model, events.append, last="distill")
+    notes = [event.message for event in events if isinstance(event, Note)]
+    assert [note for note in notes if "way of training" in note] == [
+        f"The default way of training was measured on {measured_on(str(model))}."
+    ]
+
+
+def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Path, tmp_path: Path) -> None:
+    path = own_file(tmp_path, leaked=3, fresh=20)
+    settings = planted.settings(model, {"prompts.training": str(path), "distill.steps": 3})
+    events: list[Event] = []
+    pipeline.run(settings, run, model, events.append)
+    told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
+    assert told == [
+        "own.jsonl: 20 prompts from column prompt; 0 duplicates and 3 near-copies of evaluation prompts left out."
+    ]
+
+
+def test_own_prompts_that_are_all_evaluated_on_are_refused(run: RunFolder, model: Path, tmp_path: Path) -> None:
+    settings = planted.settings(model, {"prompts.training": str(own_file(tmp_path, leaked=3, fresh=0))})
+    with pytest.raises(PromptError, match="no prompt left to train on"):
+        pipeline.run(settings, run, model, discard)
+
+
+def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp_path: Path) -> None:
+    """The bundled sets copied, with one test prompt slipped in among those to train on."""
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for path in data_files():
+        shutil.copy(path, folder)
+    leaked = json.dumps({"split": "train", "prompt": bundled("harmful", "test")[0].text.upper()})
+    lines = (folder / "harmful.jsonl").read_text(encoding="utf-8")
+    (folder / "harmful.jsonl").write_text(f"{leaked}\n{lines}", encoding="utf-8")
+    settings = planted.settings(model, {"prompts.folder": str(folder), "distill.steps": 1})
+    run, events = new_run(tmp_path, settings), list[Event]()
+    assert pipeline.run(settings, run, model, events.append, last="distill") == {}
+    told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
+    assert told == [
+        "sets: 27 prompts from column prompt; 0 duplicates and 1 near-copies of evaluation prompts left out."
+    ]
+    assert list(run.manifest.stages) == ["baseline", "direction", "tokens", "distill"]
+    (folder / "harmless.jsonl").unlink()
+    with pytest.raises(PromptError, match=r"harmless\.jsonl cannot be read"):
+        pipeline.run(settings, run, model, discard)
+
+
+def test_own_prompts_that_have_gone_are_named(run: RunFolder, model: Path, tmp_path: Path) -> None:
+    settings = planted.settings(model, {"prompts.training": str(tmp_path / "gone.txt")})
+    with pytest.raises(PromptError, match=r"gone\.txt"):
+        pipeline.run(settings, run, model, discard)
+
+
+def test_a_stop_between_stages_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = new_run(tmp_path, planted.settings(model))
+    with pytest.raises(Interrupted, match="Refusal direction"):
+        pipeline.run(planted.settings(model), run, model, events.append, lambda: bool(stages_seen(events, StageDone)))
+    assert list(run.manifest.stages) == ["baseline"]
+    assert not any(isinstance(event, Warned) for event in events)
+
+
+def test_export_at_strength_0_is_the_base_and_the_adapter_is_copied(
+    done: RunFolder, model: Path, tmp_path: Path
+) -> None:
+    settings = planted.settings(model)
+    pipeline.export_run(settings, done, model, discard, "merged", tmp_path / "zero", "original", 0.0)
+    assert (tmp_path / "zero" / "model.safetensors").read_bytes() != (
+        done.stage_folder("export") / "merged" / "model.safetensors"
+    ).read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero", dtype=torch.float32).state_dict()
+    assert all(torch.equal(zero[name], tensor.to(torch.bfloat16).float()) for name, tensor in base.items())
+    pipeline.export_run(settings, done, model, discard, "adapter", tmp_path / "adapter", "original", 1.0)
+    assert files_of(tmp_path / "adapter") == files_of(done.stage_folder("distill") / "adapter")
+
+
+def test_export_refuses_another_base_model(done: RunFolder, model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is not the base model"):
+        pipeline.export_run(planted.settings(model), done, other, discard, "merged", tmp_path / "out", "original", 1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, model: Path, tmp_path: Path) -> None:
+    path = run.stage_folder("distill") / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    def export(folder: RunFolder) -> dict[str, Any]:
+        settings = planted.settings(model)
+        return pipeline.export_run(settings, folder, model, discard, "merged", tmp_path / "out", "original", 1.0)
+
+    with pytest.raises(ExportError, match=r"adapter/adapter_model\.safetensors"):
+        export(run)
+    with pytest.raises(RunFolderError, match="no result of the distill stage"):
+        export(new_run(tmp_path / "new", planted.settings(model)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_alone_is_measured_once_and_equals_the_run_s_base(done: RunFolder, model: Path) -> None:
+    alone = pipeline.evaluate_model(planted.settings(model), None, model, discard)
+    assert alone["before"] == alone["after"]
+    again = pipeline.evaluate_model(planted.settings(model), done, model, discard)
+    assert again == report.read(done.path)["scorecard"]
+    assert alone["before"]["harmful"] == again["before"]["harmful"]

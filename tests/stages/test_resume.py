@@ -1,0 +1,324 @@
+"""Runs that are killed at twelve points, and interrupted, end bit for bit as if nothing had happened.
+
+Each attempt is a child process, forked once torch is imported and before a model is loaded, so that it starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safesteer_lite import config
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.events import Event, to_record
+from safesteer_lite.report import record as report
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.stages import pipeline
+from tests import REPOSITORY, planted
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
+
+TENSORS = (
+    "02-direction/direction.safetensors",
+    "02-direction/candidates.safetensors",
+    "03-tokens/tokens.safetensors",
+    "04-distill/adapter/adapter_model.safetensors",
+    "06-export/adapter/adapter_model.safetensors",
+    "06-export/merged/model.safetensors",
+    "04-distill/history.json",
+    "05-evaluate/answers-after.json",
+)
+
+DRIVER = """
+import multiprocessing, sys
+from pathlib import Path
+import torch, peft, transformers
+from transformers.models.llama import modeling_llama
+from safesteer_lite.stages import pipeline
+from tests.stages import test_resume
+torch.set_num_threads(1)
+test_resume.serve(Path(sys.argv[1]))
+"""
+
+
+def serve(model: Path) -> None:
+    """For each run that standard input names, fork a child that goes on with it; say its process id, then how it ended."""
+    context = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        run, deadly = json.loads(line)
+        child = context.Process(target=attempt, args=(model, Path(run), deadly))
+        child.start()
+        sys.stdout.write(f"{child.pid}\n")
+        sys.stdout.flush()
+        child.join()
+        sys.stdout.write(f"{child.exitcode}\n")
+        sys.stdout.flush()
+
+
+def attempt(model: Path, run: Path, deadly: str = "") -> None:
+    """What `resume` does, without the shell; it kills itself at the first event that holds the text `deadly`."""
+
+    def emit(event: Event) -> None:
+        if deadly and deadly in json.dumps(to_record(event)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipeline.run(planted.settings(model), RunFolder(run), model, emit)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+
+
+class Driver:
+    """A process that forks attempts; one for all tests, because loading torch takes longer than most of them."""
+
+    def __init__(self, model: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+
+    def start(self, run: RunFolder, deadly: str = "") -> int:
+        """Begin an attempt on a run; returns its process id."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([str(run.path), deadly]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def ended(self) -> int:
+        """Wait for the attempt's exit code; a signal is negative."""
+        assert self.process.stdout
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def driver(model: Path) -> Iterator[Driver]:
+    driver = Driver(model)
+    yield driver
+    driver.close()
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> RunFolder:
+    """A run that has not begun."""
+    return new_run(tmp_path, model)
+
+
+def new_run(parent: Path, model: Path) -> RunFolder:
+    run = run_folders.create(parent / "runs", "planted", planned=pipeline.STAGE_NAMES)
+    run.write_config(config.to_toml(planted.settings(model)))
+    return run
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nothing disturbed, what it ended with, and the seconds it took."""
+
+    run: RunFolder
+    result: dict[str, Any]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def undisturbed(driver: Driver, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """A finished run to compare with."""
+    run = new_run(tmp_path_factory.mktemp("reference"), model)
+    driver.start(run)
+    started = time.monotonic()
+    assert driver.ended() == 0
+    return Undisturbed(run, result_of(run), time.monotonic() - started)
+
+
+def result_of(run: RunFolder) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on when it was killed."""
+    told = report.read(run.path)
+    sums = {name: hashlib.sha256((run.path / name).read_bytes()).hexdigest() for name in TENSORS}
+    return {
+        "sums": sums,
+        "finished": told["finished"],
+        "scorecard": told["scorecard"],
+        "selection": told["selection"],
+        "verdict": told["verdict"],
+        "files": sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()),
+    }
+
+
+CHOSEN = {
+    "while the base is measured": "Self-check",
+    "while the direction is searched": "candidates ablated",
+    "while tokens are voted": "prompts continued",
+    "between two saved steps": '"what": "steps", "done": 3',
+    "while the test split is answered": '"stage": "evaluate", "what": "answers"',
+    "while weights are merged": "bytes merged",
+}
+
+
+def test_kills_at_six_chosen_points_change_nothing(driver: Driver, run: RunFolder, undisturbed: Undisturbed) -> None:
+    for point, deadly in CHOSEN.items():
+        driver.start(run, deadly)
+        assert driver.ended() == -signal.SIGKILL, point
+    stages = [event["stage"] for event in planted.events_of(run.path) if event["event"] == "StageStarted"]
+    # Each kill fell into the stage it was meant for: that stage began again, and the ones before it did not.
+    assert stages == [name for name in pipeline.STAGE_NAMES for _ in range(2)][:-1]
+    driver.start(run)
+    assert driver.ended() == 0
+    events = planted.events_of(run.path)
+    assert any(event.get("message") == "Resumed after step 2 of 8." for event in events)
+    assert result_of(run) == undisturbed.result
+
+
+def test_kills_at_six_random_moments_change_nothing(driver: Driver, run: RunFolder, undisturbed: Undisturbed) -> None:
+    chance = random.Random(20240607)
+    killed = 0
+    for _ in range(6):
+        child = driver.start(run)
+        time.sleep(undisturbed.seconds * chance.uniform(0.1, 0.4))
+        # An attempt that has ended stays a zombie until the driver reads its code, or it is gone.
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        killed += driver.ended() == -signal.SIGKILL
+    assert killed, "every attempt ended before it was killed, so this test says nothing"
+    driver.start(run)
+    assert driver.ended() == 0
+    assert result_of(run) == undisturbed.result
+
+
+def test_a_second_process_is_refused(driver: Driver, run: RunFolder, model: Path) -> None:
+    child = driver.start(run)
+    while not (run.path / "01-baseline.tmp").exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(RunFolderError, match=rf"is in use by process {child}\.") as caught:
+            attempt(model, run.path)
+        assert "Wait until it is done" in caught.value.hint
+    finally:
+        os.kill(child, signal.SIGKILL)
+        driver.ended()
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "safesteer_lite", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+    )
+
+
+def before_distillation(run: RunFolder, parent: Path) -> Path:
+    """A copy of a finished run as it was when its distillation began."""
+    copied = parent / run.path.name
+    shutil.copytree(run.path, copied)
+    for name in ("report.json", "report.html"):
+        (copied / name).unlink()
+    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
+    for stage in ("distill", "evaluate", "export"):
+        shutil.rmtree(copied / manifest["stages"].pop(stage)["folder"])
+    (copied / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return copied
+
+
+def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
+    driver: Driver, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    folder = before_distillation(undisturbed.run, tmp_path / "runs")
+    process = command("resume", str(folder), "--json")
+    assert process.stdout
+    for line in process.stdout:
+        if '"what": "steps", "done": 3' in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Ctrl-C again stops now" in complaint
+    stopped = re.search(r"Stopped after step (\d); everything up to there is saved\.", complaint)
+    assert stopped and "Traceback" not in complaint
+    assert "safesteer-lite resume" in complaint
+    assert [path.name for path in (folder / "04-distill.partial").glob("step-*")] == [f"step-{int(stopped[1]):06d}"]
+    driver.start(RunFolder(folder))
+    assert driver.ended() == 0
+    told = [event.get("message") for event in planted.events_of(folder)]
+    assert f"Resumed after step {stopped[1]} of 8." in told
+    assert result_of(RunFolder(folder)) == undisturbed.result
+
+
+def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: run_folders.create(tmp_path, "same", planned=pipeline.STAGE_NAMES), range(16)))
+    assert len({run.path for run in runs}) == 16
+    assert {path.name for path in tmp_path.iterdir()} == {run.path.name for run in runs}
+
+
+DEAF = """
+import hashlib
+from safesteer_lite.shell.commands import training
+with training._stop_on_interrupt(lambda message: print(message, flush=True)) as stop_requested:
+    print("begun", flush=True)
+    {work}
+    print("asked:", stop_requested(), flush=True)
+"""
+
+
+def deaf(work: str) -> subprocess.Popen[str]:
+    """A program that does `work` where Ctrl-C asks it to stop."""
+    script = [sys.executable, "-c", DEAF.format(work=work)]
+    return subprocess.Popen(
+        script, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_second_interrupt_ends_a_program_that_python_cannot_interrupt() -> None:
+    """One call that computes for hours and never looks for signals, as a backward pass does for seconds."""
+    with deaf('hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)') as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said == ("", "Stopped. Go on with `safesteer-lite resume`.\n")
+
+
+def test_one_interrupt_lets_the_work_end() -> None:
+    with deaf('hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)') as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said == ("Stopping after this step; Ctrl-C again stops now. It can be resumed.\nasked: True\n", "")
