@@ -47,7 +47,7 @@ class PromptsConfig:
     direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717")
     selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717")
     train: int = setting(100, "harmful prompts", "arXiv 2606.02530")
-    contrast: int = setting(300, "borderline training prompts among the anchors", "RESULTS.md, reading directions")
+    contrast: int = setting(300, "borderline training prompts among the anchors", "docs/method.md, anchors")
     test: int = setting(100, "harmful and harmless prompts each", "bundled test split")
     borderline_selection: int = setting(30, "borderline prompts", "bundled selection split")
     borderline_test: int = setting(60, "borderline prompts", "bundled test split")
@@ -60,12 +60,12 @@ class DirectionConfig:
 
     refusal_openings: tuple[str, ...] = setting(("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting")
     shortlist: int = setting(
-        20, "candidates scored in full; 0 scores all", "RESULTS.md: same choice as the full sweep, 7 times faster"
+        20, "candidates scored in full; 0 scores all", "docs/method.md: same choice as the full sweep, 7 times faster"
     )
     depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717")
     kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717")
-    strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "METHOD: 1 is often weak")
-    teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "METHOD: nearly all")
+    strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "docs/method.md: 1 can be too weak")
+    teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "this project: nearly all")
     teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared")
     minimum_prompts: int = setting(16, "prompts that must pass the filter", "half of the selection split")
 
@@ -85,55 +85,55 @@ class TokensConfig:
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = setting("full", "loss on harmful prompts", "RESULTS.md, the recipe and its variants", _OBJECTIVES)
+    objective: str = setting("full", "loss on harmful prompts", "docs/results.md, the paper's own choices", _OBJECTIVES)
     top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
-    steps: int = setting(8, "optimizer steps", "RESULTS.md: 24 were no better by answers; paper 25")
-    prompts: int = setting(25, "harmful prompts a step", "RESULTS.md, first words; paper 4")
-    rollouts: int = setting(1, "rollouts a harmful prompt", "RESULTS.md, first words; paper 8")
-    completion_tokens: int = setting(4, "tokens a rollout", "RESULTS.md, first words; paper 512")
+    steps: int = setting(8, "optimizer steps", "docs/results.md: 24 were no better by answers; paper 25")
+    prompts: int = setting(25, "harmful prompts a step", "docs/method.md, first words; paper 4")
+    rollouts: int = setting(1, "rollouts a harmful prompt", "docs/method.md, first words; paper 8")
+    completion_tokens: int = setting(4, "tokens a rollout", "docs/method.md, first words; paper 512")
     temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530")
-    anchors: int = setting(64, "harmless prompts a step; 0 is the paper", "RESULTS.md, first words")
+    anchors: int = setting(64, "harmless prompts a step; 0 is the paper", "docs/method.md, anchors")
     anchor_mix: str = setting(
         "even",
         "everyday and borderline anchors equally often, or `pooled`, each as it is",
-        "RESULTS.md, no dearer for harmless prompts",
+        "docs/method.md, anchors",
         ("even", "pooled"),
     )
-    anchor_objective: str = setting("full", "loss on anchors", "RESULTS.md, first words", _OBJECTIVES)
-    anchor_weight: float = setting(16.0, "factor", "RESULTS.md, reading directions")
+    anchor_objective: str = setting("full", "loss on anchors", "docs/method.md, anchors", _OBJECTIVES)
+    anchor_weight: float = setting(16.0, "factor on their loss", "docs/method.md, anchors")
     score_weight: float = setting(
         0.0,
         "factor on the anchors' rise of the refusal score; 0 is the paper",
-        "RESULTS.md, stronger than it was trained",
+        "docs/method.md, anchors",
     )
     half_life: float = setting(
-        0.5, "tokens after which a position counts half; 0 is the paper", "RESULTS.md, first words"
+        0.5, "tokens after which a position counts half; 0 is the paper", "docs/method.md, first words"
     )
     averaging: float = setting(
-        0.8, "share of the averaged weights kept a step; 0 takes the last ones", "RESULTS.md, first words"
+        0.8, "share of the averaged weights kept a step; 0 takes the last ones", "docs/method.md, the optimizer"
     )
-    learning_rate: float = setting(3e-4, "AdamW peak rate", "RESULTS.md, reading directions; for LoRA, not the paper's")
+    learning_rate: float = setting(3e-4, "AdamW peak rate", "docs/method.md, the optimizer; for LoRA, not the paper's")
     adapter_strengths: tuple[float, ...] = setting(
         (0.5, 2.0, 3.0),
         "factors on the last adapter, tried too; of equally good ones the last is kept",
-        "RESULTS.md, stronger than it was trained",
+        "docs/method.md, the adapter's strength",
     )
     warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
     gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
-    rank: int = setting(8, "LoRA r", "RESULTS.md, reading directions")
-    lora_alpha: int = setting(16, "LoRA alpha", "RESULTS.md, reading directions")
+    rank: int = setting(8, "LoRA r", "docs/method.md, reading directions")
+    lora_alpha: int = setting(16, "LoRA alpha", "docs/method.md, reading directions")
     reading: str = setting(
         "discriminant",
         "what LoRA A reads; `discriminant` computes it and trains B only",
-        "RESULTS.md, reading directions; paper random",
+        "docs/method.md, reading directions; paper random",
         ("random", "discriminant"),
     )
     reading_prompts: str = setting(
-        "answered", "harmful prompts it is computed from", "RESULTS.md, what the base answers", ("answered", "all")
+        "answered", "harmful prompts it is computed from", "docs/method.md, reading directions", ("answered", "all")
     )
-    reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "RESULTS.md; others not compared by answers")
+    reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "docs/method.md, reading directions; not compared")
     depth_start: float = setting(
-        0.33, "share of the depth below the lowest adapted block", "RESULTS.md, reading directions; not compared"
+        0.33, "share of the depth below the lowest adapted block", "docs/method.md, reading directions; not compared"
     )
     micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
     chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")
@@ -150,12 +150,12 @@ class EvaluateConfig:
     every: int = setting(
         0,
         "steps between measurements on the selection split; 0 measures the last step only",
-        "RESULTS.md, no dearer for harmless prompts",
+        "docs/method.md, the adapter's strength",
     )
     selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
-    answer_tokens: int = setting(150, "tokens an answer at the end", "EXPERIENCE: late refusals")
-    kl_tokens: int = setting(48, "tokens of a harmless answer", "METHOD: over whole answers")
-    tax_budget: float = setting(2.0, "points of over-refusal above the base", "issue: +2 points")
+    answer_tokens: int = setting(150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals")
+    kl_tokens: int = setting(48, "tokens of a harmless answer", "docs/method.md, what is measured: over whole answers")
+    tax_budget: float = setting(2.0, "points of over-refusal above the base", "this project: +2 points")
     stop_on_tax: bool = setting(False, "stop when the budget is exceeded thrice in a row", "off: the best is kept")
 
 
@@ -164,9 +164,9 @@ class ExportConfig:
     """What is written at the end."""
 
     weights: str = setting(
-        "original", "16-bit base that the adapter is merged into", "METHOD section 6", ("original", "dequantised")
+        "original", "16-bit base that the adapter is merged into", "docs/export.md", ("original", "dequantised")
     )
-    check_prompts: int = setting(8, "prompts of the reload check", "issue: 8 prompts")
+    check_prompts: int = setting(8, "prompts of the reload check", "this project; not compared")
 
 
 @dataclass(frozen=True)

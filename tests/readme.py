@@ -1,50 +1,63 @@
-"""The parts of the README that the program makes; `python -m tests.readme` writes them anew."""
+"""The parts of README.md and docs/ that the program makes; `python -m tests.readme` writes them anew."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from safesteer_lite import config
+from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.hardware.known import KNOWN, fit_table
-from tests import REPOSITORY
+from safesteer_lite.report.picture import picture
+from tests import REPOSITORY as ROOT
 
-README = REPOSITORY / "README.md"
-_BLOCK = r"(<!-- {name}[^\n]*-->\n)(.*?)(\n<!-- end -->)"
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "safesteer_lite"
+README, TRANSCRIPTS, SETTINGS = ROOT / "README.md", DOCS / "transcripts.md", DOCS / "settings.md"
+DEMO = DOCS / "research" / "demo.json"
+"""The demo that the README shows: model, seed and scorecard of its report.json."""
+PICTURE = DOCS / "before-and-after.svg"
+KINDS = ("harmful", "borderline", "harmless")
+
+# The package's folders in the order of the story; others follow by name.
+_STORY = (
+    *("method", "prompts", "runs", "hardware", "sources", "models", "evaluation", "export", "report", "stages", "shell"),
+)
+_BLOCK = r"(<!-- {name}[^\n]*-->\n)(.*?)(<!-- end -->)"
 
 
-def block(name: str) -> str:
-    """What stands in the README between the comment that begins with `name` and the next end."""
-    found = re.search(_BLOCK.format(name=name), README.read_text(encoding="utf-8"), re.DOTALL)
-    assert found, f"the README has no part {name}"
-    return found[2]
-
-
-def presets_on_cards() -> str:
-    """Which of the presets fit which cards, the smallest first; the demo's model runs without one."""
-    names = {str(config.preset_values(name)["model.name"]) for name in config.preset_names() if "demo" not in name}
-    return fit_table(sorted(names, key=lambda name: KNOWN[name].size))
+def block(name: str, page: Path = TRANSCRIPTS) -> str:
+    """What stands in a page between the comment that begins with `name` and the next end."""
+    found = re.search(_BLOCK.format(name=name), page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found, f"{page.name} has no part {name}"
+    return found[2].rstrip("\n")
 
 
 def transcript(columns: int) -> list[str]:
-    """The lines of the README's transcript of a terminal of that width."""
+    """The lines of the transcript of a terminal of that width."""
     return [line for line in block(f"transcript {columns}").splitlines() if line and not line.startswith("```")]
 
 
 def screen(columns: int) -> list[str]:
-    """The lines of the README's picture of the live screen at that width."""
+    """The lines of the picture of the live screen at that width."""
     return block(f"screen {columns}").splitlines()[1:-1]
+
+
+def results_menu() -> list[str]:
+    """The menu in the picture of the results; its figures are the demo's own."""
+    lines = block("results 80").splitlines()[1:-1]
+    return lines[next(place for place, line in enumerate(lines) if line.startswith("?")) :]
 
 
 _HEADINGS = (
     "GPU|processor|memory|disk|model|loaded as|download|train on|effort|result"
     "|What it should take:|The same without questions:"
 )
-
-
-def results_menu() -> list[str]:
-    """The menu in the README's picture of the results; its figures are the demo's own."""
-    lines = block("results 80").splitlines()[1:-1]
-    return lines[next(place for place, line in enumerate(lines) if line.startswith("?")) :]
 
 
 def wording(line: str) -> str:
@@ -68,11 +81,111 @@ def not_shown(lines: list[str], shown: str) -> list[str]:
     return [line for line in lines if wording(line) not in said]
 
 
+def presets_on_cards() -> str:
+    """Which of the presets fit which cards, the smallest first; the demo's model runs without one."""
+    names = {str(config.preset_values(name)["model.name"]) for name in config.preset_names() if "demo" not in name}
+    return fit_table(sorted(names, key=lambda name: KNOWN[name].size))
+
+
+def settings_tables() -> str:
+    """Every setting with its default, its unit and the source of the default, and what each preset changes."""
+    parts = [_table("The run", [next(item for item in fields(config.RunConfig) if item.name == "seed")])]
+    for section, kind in config.SECTIONS.items():
+        parts.append(_table(f"[{section}]", fields(kind), (kind.__doc__ or "").strip(), f"{section}."))
+    rows = [f"| {name} | {_preset_changes(name)} |" for name in config.preset_names()]
+    return "\n\n".join([*parts, "\n".join(["## Presets", "", "| preset | what it sets |", "| --- | --- |", *rows])])
+
+
+def _table(title: str, items: Any, about: str = "", prefix: str = "") -> str:
+    lines = [f"## {title}", "", *([about, ""] if about else [])]
+    lines += ["| setting | default | what it is | where the default comes from |", "| --- | --- | --- | --- |"]
+    for item in items:
+        told = item.metadata["unit"]
+        if choices := item.metadata["choices"]:
+            told += ": one of " + ", ".join(f"`{word}`" for word in choices)
+        source = re.sub(r"docs/([\w/-]+\.md)", r"[\1](\1)", item.metadata["source"])
+        default = json.dumps(list(item.default) if isinstance(item.default, tuple) else item.default)
+        lines.append(f"| `{prefix}{item.name}` | `{default}` | {told} | {source} |")
+    return "\n".join(lines)
+
+
+def _preset_changes(name: str) -> str:
+    return ", ".join(f"`{key}` = `{json.dumps(value)}`" for key, value in config.preset_values(name).items())
+
+
+def demo() -> dict[str, Any]:
+    """The record of the demo that the README shows."""
+    record: dict[str, Any] = json.loads(DEMO.read_text(encoding="utf-8"))
+    return record
+
+
+def demo_table() -> str:
+    """The demo's refusals before and after, with their intervals."""
+    lines = [
+        "| | harmful refused | borderline refused | harmless refused | KL, nats a token |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for side, card in demo()["scorecard"].items():
+        rates = [Rate.of(card[kind]["refused"], card[kind]["n"]) for kind in KINDS]
+        told = [f"{rate.refused} of {rate.n} ({100 * rate.low:.0f} to {100 * rate.high:.0f} %)" for rate in rates]
+        lines.append(f"| {side} | {' | '.join(told)} | {card['kl_to_base']:.4g} |")
+    return "\n".join(lines)
+
+
+def tree() -> str:
+    """Every file of the package with the first sentence of what it says of itself, in the order of the story."""
+    rows = [_row(path) for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
+    folders = [path for path in PACKAGE.iterdir() if path.is_dir() and any(path.rglob("*.py"))]
+    for folder in sorted(folders, key=lambda path: (_place(path.name), path.name)):
+        for path in sorted(folder.rglob("*.py"), key=_folder_first):
+            rows.append(_row(path))
+    return "\n".join(["| file | what it is |", "| --- | --- |", *rows])
+
+
+def _place(folder: str) -> int:
+    return _STORY.index(folder) if folder in _STORY else len(_STORY)
+
+
+def _folder_first(path: Path) -> tuple[Path, bool, str]:
+    return path.parent, path.name != "__init__.py", path.name
+
+
+def _row(path: Path) -> str:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    sentence = re.split(r"(?<=[.:;])\s(?=[A-Z])|\n\n", said)[0]
+    told = " ".join(sentence.split()).replace("|", "\\|")
+    inside = path.relative_to(PACKAGE)
+    if path.name == "__init__.py":
+        return f"| **{inside.parent.as_posix()}/** | {told} |"
+    return f"| [{inside.as_posix()}](../safesteer_lite/{inside.as_posix()}) | {told} |"
+
+
+PARTS: dict[tuple[Path, str], Callable[[], str]] = {
+    (DOCS / "graphics-card.md", "fit table"): presets_on_cards,
+    (DOCS / "settings.md", "settings"): settings_tables,
+    (DOCS / "results.md", "demo table"): demo_table,
+    (DOCS / "development.md", "tree"): tree,
+}
+"""What is made, by the page and the comment that it stands behind."""
+
+
+def pages() -> Iterator[Path]:
+    """Every page that a reader may open: the README, its neighbours and docs/."""
+    yield from sorted(ROOT.glob("*.md"))
+    yield from sorted(DOCS.rglob("*.md"))
+
+
 def main() -> None:
     """Write every part that can be made without a terminal."""
-    pattern = re.compile(_BLOCK.format(name="fit table"), re.DOTALL)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(pattern.sub(lambda found: found[1] + presets_on_cards() + found[3], text), encoding="utf-8")
+    for (page, name), make in PARTS.items():
+        block(name, page)
+        made, pattern = make(), re.compile(_BLOCK.format(name=name), re.DOTALL)
+        text = page.read_text(encoding="utf-8")
+        page.write_text(
+            pattern.sub(lambda found, made=made: found[1] + made + "\n" + found[3], text),  # type: ignore[misc]
+            encoding="utf-8",
+        )
+    PICTURE.write_text(picture(demo()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

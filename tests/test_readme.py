@@ -1,21 +1,157 @@
-"""What the README shows of the program is what the program shows."""
+"""What README.md and docs/ say is true: their commands, links, files, tables and transcripts are the program's own."""
 
 from __future__ import annotations
 
 import io
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
+from safesteer_lite import config
 from safesteer_lite.events import Metric, Sample, StageStarted
+from safesteer_lite.report.picture import picture
+from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.screen import Frame, RunView, StageView
 from safesteer_lite.stages.pipeline import STAGES
-from tests.readme import block, presets_on_cards, screen, transcript, wording
+from tests import REPOSITORY as ROOT
+from tests.readme import DOCS, KINDS, PACKAGE, PARTS, PICTURE, README, block, demo, pages, screen, transcript, wording
+
+# Histories: they name what was there on their day.
+HISTORIES = {DOCS / "research" / "log.md", ROOT / "CHANGELOG.md"}
+PAGES = [page for page in pages() if page not in HISTORIES]
 
 
-def test_the_table_of_cards_is_the_programs_own() -> None:
-    assert block("fit table") == presets_on_cards()
-    assert len(presets_on_cards().splitlines()) == 2 + 4, "the four presets"
+def by_name(page: object) -> str:
+    """A page as a test's name."""
+    return page.relative_to(ROOT).as_posix() if isinstance(page, Path) else str(page)
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def spans(page: Path) -> list[str]:
+    """What a page's prose sets in code."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every command line of a page, in its shell blocks and in its prose, as words; the virtual environment is left out."""
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)).splitlines()
+    lines += [span for span in spans(page) if re.match(r"(\.venv/bin/)?(safesteer-lite|python -m|make)\b", span)]
+    for part in (part for line in lines for part in line.split("&&")):
+        words = [word.removeprefix(".venv/bin/") for word in shlex.split(part, comments=True)]
+        if words:
+            yield words
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def known_settings() -> set[str]:
+    """Every setting by its dotted name."""
+    return {"seed"} | {f"{section}.{item.name}" for section, kind in config.SECTIONS.items() for item in fields(kind)}
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_command_is_one_that_the_program_takes(page: Path) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for program, *words in commands(page):
+        if program == "safesteer-lite" and "--help" not in words:
+            options = build_parser().parse_args(words)
+            config.build([("flag", config.parse_assignments(getattr(options, "set", [])))])
+        elif program == "make":
+            assert words[0] in targets, words
+        elif program == "python" and words[1].startswith("tests."):
+            assert (ROOT / (words[1].replace(".", "/") + ".py")).is_file(), words
+
+
+def test_the_readme_has_the_two_commands_and_the_same_without_make() -> None:
+    lines = list(commands(README))
+    assert ["make", "demo"] in lines and ["make", "test"] in lines
+    assert ["safesteer-lite", "demo"] in lines and ["safesteer-lite", "run", "./my-model"] in lines
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    steps = re.findall(r"^\t\$\(BIN\)/(?:python -m )?((?:ruff|mypy|pytest)\b.*)$", makefile, flags=re.MULTILINE)
+    assert len(steps) >= 4
+    for step in dict.fromkeys(step for step in steps if " -m real" not in step):
+        assert ["python", "-m", *step.split()] in lines, f"the README leaves out `{step}`"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HISTORIES], ids=by_name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        place, _, anchor = link.partition("#")
+        if not place.startswith("http"):
+            target = (page.parent / place).resolve() if place else page
+            assert target.exists(), link
+            assert not anchor or anchor in slugs(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_file_and_setting_that_is_named_is_there(page: Path) -> None:
+    tops = {"safesteer_lite", "tests", "docs", "presets"} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    sections = "|".join(config.SECTIONS)
+    for span in spans(page):
+        if re.fullmatch(r"[\w./-]+\.py", span) or (re.fullmatch(r"[\w./-]+", span) and span.split("/")[0] in tops):
+            places = (ROOT, PACKAGE, DOCS, page.parent)
+            if "/" in span or span.endswith(".py"):
+                assert any((place / span).exists() for place in places), f"{page.name} names {span}"
+        if setting := re.fullmatch(rf"((?:{sections})\.[a-z_]+)( ?=.*)?", span):
+            assert setting[1] in known_settings(), f"{page.name} names {span}"
+
+
+@pytest.mark.parametrize(("page", "name"), PARTS, ids=by_name)
+def test_what_the_program_makes_is_up_to_date(page: Path, name: str) -> None:
+    """After a change of settings, files or figures: `python -m tests.readme`."""
+    assert block(name, page) == PARTS[page, name]()
+
+
+def test_the_picture_and_the_words_beneath_it_are_the_demos() -> None:
+    record, text = demo(), README.read_text(encoding="utf-8")
+    assert PICTURE.read_text(encoding="utf-8") == picture(record) + "\n"
+    shown = "".join(ElementTree.parse(PICTURE).getroot().itertext())
+    for kind in KINDS:
+        before, after = (record["scorecard"][side][kind] for side in ("before", "after"))
+        assert f"{before['refused']} of {before['n']}" in shown and f"{after['refused']} of {after['n']}" in shown
+        assert f"{kind} {before['refused']} to {after['refused']} of {after['n']}" in text
+
+
+def test_sources_of_settings_can_be_looked_up() -> None:
+    """A default cites a page of docs/ and one of its headings, or a paper, or says what it rests on; no private notes."""
+    for kind in config.SECTIONS.values():
+        for item in fields(kind):
+            source = item.metadata["source"]
+            assert source and not re.search(r"METHOD|EXPERIENCE|RESULTS|\bissue\b", source), item.name
+            if cited := re.search(r"docs/([\w/-]+\.md)(?:, ([\w' -]+))?", source):
+                assert (DOCS / cited[1]).is_file(), source
+                heading = re.sub(r"[^\w\- ]", "", (cited[2] or "").lower()).strip().replace(" ", "-")
+                assert not heading or heading in slugs(DOCS / cited[1]), source
+
+
+def test_code_cites_what_a_reader_has() -> None:
+    """Pages that comments and presets name are there, and nothing cites notes that are not in the repository."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "presets").rglob("*.toml"), *(ROOT / "tests").rglob("*.py")]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path != Path(__file__):
+            assert not re.search(r"\bMETHOD\b|\bEXPERIENCE\b|RESULTS\.md|\b[Ii]ssue \d", text), path
+        for page in re.findall(r"\bdocs/[\w/-]+\.(?:md|jsonl|svg|json)\b", text):
+            assert (ROOT / page).is_file(), f"{path} cites {page}"
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (120, 30)])
@@ -28,7 +164,7 @@ def test_the_live_screen_is_shown_as_it_is(columns: int, rows: int) -> None:
     console.print(Frame(view, lambda: "RAM"))
     now, kept = console.export_text().splitlines(), screen(columns)
     assert len(kept) == len(now) == rows and max(map(len, kept)) == columns
-    # Borders, titles and headings stand where they stand in the README; the rest belongs to the run that was shown.
+    # Borders, titles and headings stand where they stand in the transcript; the rest belongs to the run that was shown.
     for place in (1, 10, 11, 12 + kept[12:].index(next(line for line in kept[12:] if line.startswith("╰")))):
         assert kept[place] == now[place]
     words = ["loss", "KL", "refused     base   now", "harmful", "borderline", "harmless", "asked:", "base:", "now:"]

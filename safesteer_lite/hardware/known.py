@@ -55,7 +55,7 @@ KNOWN = {
 """By the name that the presets give the model."""
 
 MEASURED = ("Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct")
-"""Models on which the default way of training was measured (tests/benchmarks/RESULTS.md)."""
+"""Models on which the default way of training was measured (docs/results.md)."""
 
 
 def measured_on(name: str) -> str:

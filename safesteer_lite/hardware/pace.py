@@ -15,7 +15,7 @@ from safesteer_lite.hardware.shape import ModelShape, parameters
 PROBE_SECONDS = 1.0
 
 # The next three were measured on the demo's model in bf16, on a CPU, one thread, while other work shared the machine
-# (tests/benchmarks/RESULTS.md, "Pace"): the share of the probe's rate at which prompts are read, and how many tokens are
+# (docs/research/log.md, "Pace"): the share of the probe's rate at which prompts are read, and how many tokens are
 # read in the time in which one is decoded, or trained on.
 _EFFICIENCY = 0.52
 _DECODE, _TRAIN = 2.3, 3.4
@@ -23,14 +23,14 @@ _DECODE, _TRAIN = 2.3, 3.4
 # The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all.
 _PROMPT_TOKENS = 19
 
-# From the events of the demo (README, seed 0): loading and self-check before the first answer, and the whole export, which is
+# From the events of the demo (docs/research/log.md, seed 0): loading and self-check before the first answer, and the whole export, which is
 # spent on reading and writing weights, for each parameter.
 _LOADING_SECONDS = 8.0
 _EXPORT_SECONDS = 23 / 494e6
 # A steered policy is computed from its block upwards only. In the same events induce scores took a quarter of the time of
 # ablation scores; the teacher of the demo is steered at two thirds of the depth.
 _INDUCE_SHARE, _TEACHER_SHARE = 0.25, 1 / 3
-# Candidates below 0.8 of the depth of the demo's model, which is what `shortlist = 0` scores (RESULTS.md).
+# Candidates below 0.8 of the depth of the demo's model, which is what `shortlist = 0` scores (docs/research/log.md).
 _ALL_CANDIDATES = 100
 
 # Not measured, because no card was at hand: an assumption that a CUDA card answers a decoding step no faster than Python can
@@ -50,8 +50,8 @@ def effort_values(name: str) -> Values:
     """The settings that an effort changes.
 
     `quick` takes few steps and measures on few prompts. `thorough` trains as `standard` does, for more training did not make
-    a better model: 24 steps at a higher rate, and three times the prompts a step, refused more of everything (RESULTS.md,
-    "more training, more refusals"). It scores every direction, which gave the choice that the shortlist gives (one model, one
+    a better model: 24 steps at a higher rate, and three times the prompts a step, refused more of everything
+    (docs/research/log.md, "more training, more refusals"). It scores every direction, which gave the choice that the shortlist gives (one model, one
     seed), and judges answers of 256 tokens, in which a late refusal is seen.
 
     Args:

@@ -74,7 +74,7 @@ def read_prompts(
 
 
 def mean_difference(harmful: Activations, harmless: Activations) -> Tensor:
-    """All candidate directions, (positions, layers, width) float32, accumulated in float64 (METHOD section 1)."""
+    """All candidate directions, (positions, layers, width) float32, accumulated in float64 (docs/method.md)."""
     return (harmful.values.double().mean(0) - harmless.values.double().mean(0)).float()
 
 

@@ -1,7 +1,7 @@
 """What a LoRA adapter should read: the directions that set harmful prompts apart from harmless ones.
 
 An adapter that begins with random reading directions first learns to refuse everything a little, and over-refusal comes
-before discrimination (tests/benchmarks/RESULTS.md). Reading directions that are nearly zero on all harmless text, and
+before discrimination (docs/results.md). Reading directions that are nearly zero on all harmless text, and
 are not on harmful prompts, can be computed beforehand in closed form; training then only has to learn what to write.
 """
 

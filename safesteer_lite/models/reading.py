@@ -17,7 +17,7 @@ from safesteer_lite.models.assistant import Done, Policy, ignore
 from safesteer_lite.models.loaded import PlainModel
 
 # Activations of harmless text that a second moment is taken of, at most: the inverse is taken in a space of at most this
-# many dimensions. The rows in RESULTS.md used this many; no other number was tried.
+# many dimensions. The rows in docs/research/log.md used this many; no other number was tried.
 _TOKENS = 3000
 
 Modules = tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Stage 2: the refusal direction, and the strength at which it makes a teacher (METHOD section 1)."""
+"""Stage 2: the refusal direction, and the strength at which it makes a teacher (docs/method.md, the refusal direction)."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def keep_clear(sets: Sequence[PromptSet], minimum: int) -> tuple[list[PromptSet]
 
 
 def _require_enough(kept: Sequence[PromptSet], minimum: int, policy: Policy, session: Session) -> None:
-    """Stop where the base refuses too little to have a refusal direction (METHOD section 5)."""
+    """Stop where the base refuses too little to have a refusal direction (docs/method.md, models that barely refuse)."""
     baseline = session.result("baseline")["scorecard"]["harmful"]
     if baseline["refused"] < max(2, 0.15 * baseline["n"]):
         raise DirectionError(

@@ -1,4 +1,4 @@
-"""Stage 4: distillation, measured every few steps, with the best step kept (METHOD sections 3 and 4)."""
+"""Stage 4: distillation, measured every few steps, with the best step kept (docs/method.md, distillation)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 6: merged 16-bit weights, reloaded and compared with the model that was trained (METHOD section 6)."""
+"""Stage 6: merged 16-bit weights, reloaded and compared with the model that was trained (docs/export.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 3: the safety tokens (METHOD section 2)."""
+"""Stage 3: the safety tokens (docs/method.md, safety tokens)."""
 
 from __future__ import annotations
 

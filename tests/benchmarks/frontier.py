@@ -1,9 +1,10 @@
-"""The trade-off as a picture and as tables, from the lines of `tradeoff.jsonl`.
+"""The trade-off as a picture and as tables, from the lines of `docs/research/tradeoff.jsonl`.
 
 python -m tests.benchmarks.frontier
 
-Writes `frontier.svg`, over-refusal against harmful refusal with one point a row, and the tables of RESULTS.md and the README
-between their comments. Rows that differ in their seed alone are one point: their refusals are added up.
+Writes `docs/research/frontier.svg`, over-refusal against harmful refusal with one point a row, and the tables of
+`docs/research/log.md` and `docs/results.md` between their comments. Rows that differ in their seed alone are one point: their
+refusals are added up.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from typing import Any
 
 from safesteer_lite.report.charts import Scale, ticks
 from safesteer_lite.report.markup import Markup, element, join
-from tests.benchmarks.tradeoff import KINDS
+from tests import REPOSITORY
+from tests.benchmarks.tradeoff import KINDS, RECORDS
 
-HERE = Path(__file__).parent
+DOCS = REPOSITORY / "docs"
+PICTURE = DOCS / "research" / "frontier.svg"
+LOG = DOCS / "research" / "log.md"
+RESULTS = DOCS / "results.md"
+
 VARIANTS = "the recipe and its variants"
-"""The table of the recipe beside what becomes of it when a choice is made otherwise: one seed."""
-RECORDS = HERE / "tradeoff.jsonl"
-PICTURE = HERE / "frontier.svg"
-RESULTS = HERE / "RESULTS.md"
+"""The log's table of the recipe beside what becomes of it when a choice is made otherwise: one seed."""
+SHIPPED = ("the recipe, strength chosen by the run", "the recipe, direction.kl_limit 1")
+"""The rows of the recipe as it is shipped, on the bundled and on public prompts."""
 
 WIDTH, LEFT, RIGHT, BOTTOM, PLOT, LEGEND_LINE = 760, 64, 20, 50, 380, 18
 COLOURS = ("#1b6ca8", "#b3541e", "#3d7a3a", "#7a3d76", "#9a7b00", "#4d4d4d", "#c2185b", "#2a9d8f")
@@ -180,7 +185,7 @@ def table(found: Sequence[Point]) -> str:
 
 
 def groups(found: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points by what they were measured on, as the comments of RESULTS.md name it."""
+    """Points by what they were measured on, as the comments of the log name it."""
     sets: dict[str, list[Point]] = {}
     for point in found:
         sets.setdefault(f"{point.model}: {point.prompts} prompts, {point.split} split", []).append(point)
@@ -199,8 +204,34 @@ def variants(records: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def all_tables(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
-    """Every table of RESULTS.md by its comment: what was measured on the same prompts together, and `VARIANTS`."""
+    """Every table of the log by its comment: what was measured on the same prompts together, and `VARIANTS`."""
     return {**groups(points(records)), VARIANTS: variants(records)}
+
+
+def shipped_table(records: Iterable[dict[str, Any]]) -> str:
+    """What `SHIPPED` rows did to each model on each set of prompts, all seeds together, for a reader in a hurry."""
+    lines = [
+        "| model | prompts | harmful refused | borderline refused | harmless refused | KL, nats a token |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    chosen = (record for record in records if record["row"] in SHIPPED and record["measured"] == "kept")
+    for point in points(chosen):
+        place = "development set" if point.prompts == "development" else f"{point.prompts}, {point.split} split"
+        rates = " | ".join(_rise(point.base[kind], point.hardened[kind]) for kind in KINDS)
+        lines.append(f"| {point.model} | {place} | {rates} | {span(point.kl, '.4f')} |")
+    return "\n".join(lines)
+
+
+def _rise(before: tuple[int, int], after: tuple[int, int]) -> str:
+    """Refusals before and after, as counts and shares."""
+    shares = f"{100 * before[0] / before[1]:.0f} → {100 * after[0] / after[1]:.0f} %"
+    return f"{before[0]} → {after[0]} of {after[1]} ({shares})"
+
+
+def place_shipped(text: str, records: Iterable[dict[str, Any]]) -> str:
+    """The text of `docs/results.md` with its table written anew."""
+    pattern = re.compile(r"(<!-- rows: the recipe as shipped[^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+    return pattern.sub(partial(_between, shipped_table(records)), text)
 
 
 def _between(written: str, part: re.Match[str]) -> str:
@@ -219,7 +250,8 @@ def main() -> None:
     """Write the picture and the tables."""
     records = read(RECORDS)
     PICTURE.write_text(picture(groups(points(records))) + "\n", encoding="utf-8")
-    RESULTS.write_text(place_tables(RESULTS.read_text(encoding="utf-8"), all_tables(records)), encoding="utf-8")
+    LOG.write_text(place_tables(LOG.read_text(encoding="utf-8"), all_tables(records)), encoding="utf-8")
+    RESULTS.write_text(place_shipped(RESULTS.read_text(encoding="utf-8"), records), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any
 from tests.benchmarks.common import say
 from tests.benchmarks.reference_sides import SIDES
 
-# What the issue asks for: ours at least so many times faster, and with at least so many times less memory.
+# The bar: ours at least so many times faster, and with at least so many times less memory.
 BARS = {"direction": (8.0, 0.0), "tokens": (1.0, 2.0), "step": (1.0, 3.0)}
 # Nats of bypass score: a choice within this of the best survivor counts as one as good.
 AS_GOOD = 0.25

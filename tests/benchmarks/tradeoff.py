@@ -38,8 +38,10 @@ from safesteer_lite.sources import resolve
 from safesteer_lite.sources.demo import demo_model
 from safesteer_lite.stages import distill, pipeline
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from tests import REPOSITORY
 from tests.benchmarks.common import say
 
+RECORDS = REPOSITORY / "docs" / "research" / "tradeoff.jsonl"
 UPSTREAM = "tokens"
 KINDS = ("harmful", "borderline", "harmless")
 TEXT_MODULES = ("argparse", "collections", "csv", "datetime", "json", "random", "string", "textwrap")
@@ -248,7 +250,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder; the demo's model without it")
     parser.add_argument("--tokens", type=int, default=32, help="tokens an answer")
     parser.add_argument("--work", type=Path, default=Path("runs/tradeoff"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--results", type=Path, default=RECORDS)
     options = parser.parse_args()
     keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,20 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.benchmarks.frontier import (
-    HERE,
+    LOG,
+    PICTURE,
     RECORDS,
     RESULTS,
+    SHIPPED,
     VARIANTS,
     all_tables,
     groups,
     picture,
+    place_shipped,
     place_tables,
     points,
     read,
+    shipped_table,
     table,
 )
 
@@ -106,11 +110,23 @@ def test_a_series_without_a_colour_of_its_own_is_refused() -> None:
         picture(series)
 
 
+def test_the_table_for_a_reader_in_a_hurry_has_the_shipped_recipe_alone() -> None:
+    """Other rows, and other strengths than the run itself chose, are the log's."""
+    row = {"row": SHIPPED[0], "model": "tiny"}
+    records = [record(0, 40, 11, 3, **row), record(1, 44, 12, 2, **row), record(0, 50, 50, 50, row="another")]
+    lines = shipped_table([*records, record(0, 50, 50, 50, measured="x 3", **row)]).splitlines()
+    assert lines[2:] == [
+        "| tiny | bundled, test split | 50 → 84 of 100 (50 → 84 %) | 20 → 23 of 100 (20 → 23 %) "
+        "| 4 → 5 of 100 (4 → 5 %) | 0.0010 to 0.0020 |"
+    ]
+
+
 def test_the_kept_tables_and_picture_are_those_of_the_kept_records() -> None:
     """After new rows, `python -m tests.benchmarks.frontier` must be run."""
-    tables = all_tables(read(RECORDS))
-    text = RESULTS.read_text(encoding="utf-8")
+    records = read(RECORDS)
+    tables, text, results = all_tables(records), LOG.read_text(encoding="utf-8"), RESULTS.read_text(encoding="utf-8")
     for name in tables:
-        assert f"<!-- rows: {name} -->" in text, f"RESULTS.md has no table '{name}'"
+        assert f"<!-- rows: {name} -->" in text, f"{LOG.name} has no table '{name}'"
     assert place_tables(text, tables) == text
-    assert (HERE / "frontier.svg").read_text(encoding="utf-8") == picture(groups(points(read(RECORDS)))) + "\n"
+    assert shipped_table(records) in results and place_shipped(results, records) == results
+    assert PICTURE.read_text(encoding="utf-8") == picture(groups(points(records))) + "\n"
