@@ -31,7 +31,7 @@ class ModelConfig:
 
     name: str = setting("", "Hub id or local folder", "the user")
     revision: str = setting("", "Hub commit or branch; empty is the default branch", "the user")
-    precision: str = setting("nf4", "weights", "paper's QLoRA setting of this project", ("nf4", "bf16", "fp32"))
+    precision: str = setting("nf4", "weights", "this project: 4 bits fit small cards", ("nf4", "bf16", "fp32"))
     device: str = setting("auto", "device", "cuda where there is one", ("auto", "cpu", "cuda"))
     backend: str = setting("auto", "library", "Unsloth where it passes its checks", ("auto", "plain", "unsloth"))
     unpack: str = setting("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
@@ -64,7 +64,9 @@ class DirectionConfig:
     )
     depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717")
     kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717")
-    strengths: tuple[float, ...] = setting((1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "docs/method.md: 1 can be too weak")
+    strengths: tuple[float, ...] = setting(
+        (1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "docs/method.md: 1 can be too weak"
+    )
     teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "this project: nearly all")
     teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared")
     minimum_prompts: int = setting(16, "prompts that must pass the filter", "half of the selection split")
@@ -131,7 +133,9 @@ class DistillConfig:
     reading_prompts: str = setting(
         "answered", "harmful prompts it is computed from", "docs/method.md, reading directions", ("answered", "all")
     )
-    reading_ridge: float = setting(0.1, "share of the mean eigenvalue", "docs/method.md, reading directions; not compared")
+    reading_ridge: float = setting(
+        0.1, "share of the mean eigenvalue", "docs/method.md, reading directions; not compared"
+    )
     depth_start: float = setting(
         0.33, "share of the depth below the lowest adapted block", "docs/method.md, reading directions; not compared"
     )

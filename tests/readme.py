@@ -15,6 +15,7 @@ from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.hardware.known import KNOWN, fit_table
 from safesteer_lite.report.picture import picture
 from tests import REPOSITORY as ROOT
+from tests.test_structure import FLOOR_OF
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "safesteer_lite"
@@ -24,10 +25,8 @@ DEMO = DOCS / "research" / "demo.json"
 PICTURE = DOCS / "before-and-after.svg"
 KINDS = ("harmful", "borderline", "harmless")
 
-# The package's folders in the order of the story; others follow by name.
-_STORY = (
-    *("method", "prompts", "runs", "hardware", "sources", "models", "evaluation", "export", "report", "stages", "shell"),
-)
+CITATION = r"docs/([\w/-]+\.md)(?:, ([\w' -]+))?"
+"""A page of docs/ in the source of a default, and perhaps a heading there."""
 _BLOCK = r"(<!-- {name}[^\n]*-->\n)(.*?)(<!-- end -->)"
 
 
@@ -103,10 +102,20 @@ def _table(title: str, items: Any, about: str = "", prefix: str = "") -> str:
         told = item.metadata["unit"]
         if choices := item.metadata["choices"]:
             told += ": one of " + ", ".join(f"`{word}`" for word in choices)
-        source = re.sub(r"docs/([\w/-]+\.md)", r"[\1](\1)", item.metadata["source"])
+        source = re.sub(CITATION, _linked, item.metadata["source"])
         default = json.dumps(list(item.default) if isinstance(item.default, tuple) else item.default)
         lines.append(f"| `{prefix}{item.name}` | `{default}` | {told} | {source} |")
     return "\n".join(lines)
+
+
+def _linked(found: re.Match[str]) -> str:
+    heading = f"#{slug(found[2])}" if found[2] else ""
+    return f"[{found[0].removeprefix('docs/')}]({found[1]}{heading})"
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _preset_changes(name: str) -> str:
@@ -133,17 +142,13 @@ def demo_table() -> str:
 
 
 def tree() -> str:
-    """Every file of the package with the first sentence of what it says of itself, in the order of the story."""
+    """Every file of the package with the first sentence of what it says of itself, from the ground floor up."""
     rows = [_row(path) for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
     folders = [path for path in PACKAGE.iterdir() if path.is_dir() and any(path.rglob("*.py"))]
-    for folder in sorted(folders, key=lambda path: (_place(path.name), path.name)):
+    for folder in sorted(folders, key=lambda path: (FLOOR_OF[path.name], path.name)):
         for path in sorted(folder.rglob("*.py"), key=_folder_first):
             rows.append(_row(path))
     return "\n".join(["| file | what it is |", "| --- | --- |", *rows])
-
-
-def _place(folder: str) -> int:
-    return _STORY.index(folder) if folder in _STORY else len(_STORY)
 
 
 def _folder_first(path: Path) -> tuple[Path, bool, str]:
@@ -152,7 +157,7 @@ def _folder_first(path: Path) -> tuple[Path, bool, str]:
 
 def _row(path: Path) -> str:
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    sentence = re.split(r"(?<=[.:;])\s(?=[A-Z])|\n\n", said)[0]
+    sentence = re.split(r"(?<=\.)\s(?=[A-Z])|\n\n", said)[0]
     told = " ".join(sentence.split()).replace("|", "\\|")
     inside = path.relative_to(PACKAGE)
     if path.name == "__init__.py":

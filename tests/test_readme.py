@@ -20,7 +20,22 @@ from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.screen import Frame, RunView, StageView
 from safesteer_lite.stages.pipeline import STAGES
 from tests import REPOSITORY as ROOT
-from tests.readme import DOCS, KINDS, PACKAGE, PARTS, PICTURE, README, block, demo, pages, screen, transcript, wording
+from tests.readme import (
+    CITATION,
+    DOCS,
+    KINDS,
+    PACKAGE,
+    PARTS,
+    PICTURE,
+    README,
+    block,
+    demo,
+    pages,
+    screen,
+    slug,
+    transcript,
+    wording,
+)
 
 # Histories: they name what was there on their day.
 HISTORIES = {DOCS / "research" / "log.md", ROOT / "CHANGELOG.md"}
@@ -56,7 +71,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def slugs(page: Path) -> set[str]:
     """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(slug, headings))
 
 
 def known_settings() -> set[str]:
@@ -137,10 +152,9 @@ def test_sources_of_settings_can_be_looked_up() -> None:
         for item in fields(kind):
             source = item.metadata["source"]
             assert source and not re.search(r"METHOD|EXPERIENCE|RESULTS|\bissue\b", source), item.name
-            if cited := re.search(r"docs/([\w/-]+\.md)(?:, ([\w' -]+))?", source):
+            if cited := re.search(CITATION, source):
                 assert (DOCS / cited[1]).is_file(), source
-                heading = re.sub(r"[^\w\- ]", "", (cited[2] or "").lower()).strip().replace(" ", "-")
-                assert not heading or heading in slugs(DOCS / cited[1]), source
+                assert not cited[2] or slug(cited[2]) in slugs(DOCS / cited[1]), source
 
 
 def test_code_cites_what_a_reader_has() -> None:

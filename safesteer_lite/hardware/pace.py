@@ -23,8 +23,8 @@ _DECODE, _TRAIN = 2.3, 3.4
 # The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all.
 _PROMPT_TOKENS = 19
 
-# From the events of the demo (docs/research/log.md, seed 0): loading and self-check before the first answer, and the whole export, which is
-# spent on reading and writing weights, for each parameter.
+# From the events of the demo (docs/research/log.md, seed 0): loading and self-check before the first answer, and the whole
+# export, which is spent on reading and writing weights, for each parameter.
 _LOADING_SECONDS = 8.0
 _EXPORT_SECONDS = 23 / 494e6
 # A steered policy is computed from its block upwards only. In the same events induce scores took a quarter of the time of
@@ -51,8 +51,8 @@ def effort_values(name: str) -> Values:
 
     `quick` takes few steps and measures on few prompts. `thorough` trains as `standard` does, for more training did not make
     a better model: 24 steps at a higher rate, and three times the prompts a step, refused more of everything
-    (docs/research/log.md, "more training, more refusals"). It scores every direction, which gave the choice that the shortlist gives (one model, one
-    seed), and judges answers of 256 tokens, in which a late refusal is seen.
+    (docs/research/log.md, "more training, more refusals"). It scores every direction, which gave the choice that the
+    shortlist gives (one model, one seed), and judges answers of 256 tokens, in which a late refusal is seen.
 
     Args:
         name: a key of `EFFORTS`.

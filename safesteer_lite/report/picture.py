@@ -40,7 +40,9 @@ def write_picture(path: Path, record: Mapping[str, Any]) -> None:
         DiskSpaceError: the disk is full.
     """
     if path.suffix.lower() != ".svg" or path.is_dir():
-        raise UsageError(f"The picture is an SVG file, and {path} is not the name of one.", "Give a name such as run.svg.")
+        raise UsageError(
+            f"The picture is an SVG file, and {path} is not the name of one.", "Give a name such as run.svg."
+        )
     if not path.parent.is_dir():
         raise UsageError(f"There is no folder {path.parent}.", "Make it first, or name another one.")
     if not record["scorecard"]:

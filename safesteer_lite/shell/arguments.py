@@ -117,6 +117,7 @@ def _looking(commands: Any) -> None:
 
     report = _command(commands, "report", "write a run's report again", "safesteer-lite report RUN")
     report.add_argument("run", help="a run's name or folder")
+    report.add_argument("--picture", type=Path, metavar="FILE.svg", help="before and after as one picture too")
     _output_options(report)
 
 

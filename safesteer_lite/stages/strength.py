@@ -20,7 +20,7 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 HIGHEST = 2.0
-"""Rounded as in Q4_K_M, a demo was nearest to what was trained at this strength (docs/research/log.md); nothing above was tried."""
+"""Rounded as in Q4_K_M, a demo was nearest to what was trained at this strength (docs/research/log.md); none above was tried."""
 FILE = "strength.json"
 
 

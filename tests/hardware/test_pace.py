@@ -26,8 +26,8 @@ def test_every_effort_works_with_every_preset(effort: str) -> None:
 def test_the_estimate_of_the_demo_is_near_what_was_measured() -> None:
     demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
     shape = known.KNOWN[demo.model.name].shape
-    # The mean of the two runs of 2026-11-21, 17:19 and 18:58, on two cores, which differed by 14 % (docs/research/log.md); the probe found
-    # 428 billion operations a second on one of them ("Pace").
+    # The mean of the two runs of 2026-11-21, 17:19 and 18:58, on two cores, which differed by 14 %
+    # (docs/research/log.md); the probe found 428 billion operations a second on one of them ("Pace").
     measured = {"baseline": 26, "direction": 61, "tokens": 25, "distill": 300, "evaluate": 422, "export": 20}
     seconds = pace.expected_seconds(demo, shape, "cpu", 2 * 428e9)
     assert tuple(seconds) == tuple(measured)

@@ -262,7 +262,7 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     terminal.expect("Left. Nothing was started.")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.text and not (tmp_path / "runs").exists()
-    assert not_shown(transcript(120), terminal.text) == [], "the README shows the wizard at 120 columns as it is"
+    assert not_shown(transcript(120), terminal.text) == [], "docs/transcripts.md shows the wizard as it is"
 
 
 def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:

@@ -40,23 +40,28 @@ def runs_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
-    """`report`: a run's report.json and report.html, written again."""
+    """`report`: a run's report.json and report.html, written again; and a picture, if asked."""
     from rich.console import Console
 
     from safesteer_lite.report import record as report
     from safesteer_lite.report.page import FILE
+    from safesteer_lite.report.picture import write_picture
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.shell.lines import artifacts_table, dump
 
     folder = run_folders.open_run(options.run, options.runs)
     with folder.lock():
         record = report.write(folder, open_settings(folder))
+    if options.picture:
+        write_picture(options.picture, record)
     if options.json:
         sys.stdout.write(dump({"event": "Report", **record}).replace("\n", " ") + "\n")
         return 0
     for export in record["exports"]:
         Console(highlight=False).print(artifacts_table(export))
     sys.stdout.write(f"{folder.path / FILE}\n")
+    if options.picture:
+        sys.stdout.write(f"{options.picture}\n")
     return 0
 
 
