@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from safesteer_lite import children
 from safesteer_lite.hardware.backend import choose_library
 from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.limits import read_or_empty
@@ -100,8 +100,7 @@ def _bitsandbytes_check(machine: Machine) -> Check:
         return Check(name, False, "not installed", "Run: pip install bitsandbytes.")
     # In a process of its own: a broken native library may end the process, and the import may look for better kernels
     # on the network unless that is forbidden beforehand.
-    command = [sys.executable, "-c", "import bitsandbytes"]
-    forbid = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command, forbid = children.python("-c", "import bitsandbytes"), children.environment(HF_HUB_OFFLINE="1")
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, env=forbid)
     except (OSError, subprocess.SubprocessError) as error:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safesteer_lite import children
 from safesteer_lite.errors import ModelError, SelfCheckError
 from safesteer_lite.method.policies import Residual
 from safesteer_lite.models import loaded
@@ -35,6 +36,7 @@ from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Cache
 from safesteer_lite.models.selfcheck import self_check
+from safesteer_lite.sources.download import cache_folder
 
 _PROBE_SECONDS = 300
 # Nats between a small model read by Unsloth and by transformers: kernels round differently, and nothing else may differ.
@@ -109,6 +111,9 @@ def _import() -> Any:
             "Start the run in a new process, or set model.backend=plain.",
         )
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    # Unsloth writes code to a folder and imports it from there: by itself a folder in the current one, which may be
+    # somebody else's and hold such a folder already.
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth"))
     with redirect_stdout(io.StringIO()):
         return importlib.import_module("unsloth")
 
@@ -197,10 +202,13 @@ def problem_with(folder: Path, precision: str) -> str:
     """
     if "unsloth" not in sys.modules and "transformers" in sys.modules:
         return "transformers was imported first in this process"
-    code = "import sys; from safesteer_lite.models.unsloth import try_out; try_out(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(folder), precision]
+    code = "from safesteer_lite.models.unsloth import try_out; try_out(*sys.argv[1:])"
+    # The current folder is not searched for modules, but the model's may be given relative to it.
+    command, variables = children.python_code(code, str(folder), precision), children.environment()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PROBE_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_PROBE_SECONDS, env=variables
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return f"the trial could not be made ({error})"
     if done.returncode == 0:

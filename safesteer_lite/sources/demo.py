@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from safesteer_lite import children
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit, Note
 from safesteer_lite.sources.download import (
@@ -219,12 +219,12 @@ def _pip_download(package: str, folder: Path) -> None:
     """
     scratch = folder / "scratch"  # pip's temporary files, here so that progress sees them and they share the disk.
     scratch.mkdir()
-    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir"]
+    command = children.python("-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir")
     command += ["--disable-pip-version-check", "--retries", "2", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(folder), package]
-    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    variables = children.environment(**dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch)))
     result = subprocess.run(
-        command, env=os.environ | temporary, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
     if result.returncode != 0:
         said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no reason given"]
