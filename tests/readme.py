@@ -175,8 +175,9 @@ PARTS: dict[tuple[Path, str], Callable[[], str]] = {
 
 
 def pages() -> Iterator[Path]:
-    """Every page that a reader may open: the README, its neighbours and docs/."""
+    """Every page that a reader may open: the README, its neighbours, those of the package and docs/."""
     yield from sorted(ROOT.glob("*.md"))
+    yield from sorted(PACKAGE.rglob("*.md"))
     yield from sorted(DOCS.rglob("*.md"))
 
 
