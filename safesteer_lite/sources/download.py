@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safesteer_lite.errors import DiskSpaceError
 from safesteer_lite.events import Emit, Progress
+from safesteer_lite.runs import durable
 
 
 def cache_folder() -> Path:
@@ -33,13 +32,8 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     Raises:
         DiskSpaceError: says how much is there, how much is needed and for what.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DiskSpaceError(
-            f"{purpose} needs {readable_size(needed)}, and {existing} has {readable_size(free)} free.",
-            "Free some space, or point SAFESTEER_LITE_CACHE (for models of the hub: HF_HOME) at another disk.",
-        )
+    hint = "Free some space, or point SAFESTEER_LITE_CACHE (for models of the hub: HF_HOME) at another disk."
+    durable.require_space(folder, needed, purpose, hint)
 
 
 def readable_size(size: int) -> str:

@@ -56,7 +56,7 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
             "Choose a repository that has *.safetensors.",
         )
     total = sum(wanted.values())
-    require_space(Path(HF_HUB_CACHE), total, f"The download of {name}")
+    require_space(Path(HF_HUB_CACHE), total, f"the download of {name}")
     emit(Note(stage, f"Fetching {name} from the model hub: {readable_size(total)}, licence {licence_of(info)}."))
     store = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     try:

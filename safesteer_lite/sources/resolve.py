@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit
+from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.sources.download import quiet_libraries
 from safesteer_lite.sources.folder import check_folder, matches
 from safesteer_lite.sources.hub import cached_model, fetch_model
@@ -82,13 +83,9 @@ def model_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if matches(path.name, _FINGERPRINTED) and path.is_file()):
-        content = _weight_digest(path) if path.suffix == ".safetensors" else _whole_digest(path)
+        content = _weight_digest(path) if path.suffix == ".safetensors" else sha256_of(path)
         digest.update(json.dumps([path.name, path.stat().st_size, content]).encode())
     return digest.hexdigest()
-
-
-def _whole_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _weight_digest(path: Path) -> str:

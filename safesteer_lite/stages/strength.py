@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite.errors import UsageError
+from safesteer_lite.errors import RunFolderError, UsageError
 from safesteer_lite.evaluation.measure import PromptSets, measure
 from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
 from safesteer_lite.events import Metric, Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, Reference, reference_answers
-from safesteer_lite.runs.durable import write_atomically
+from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
 
@@ -116,15 +115,16 @@ def to_records(points: Sequence[Point]) -> list[dict[str, Any]]:
 def _save(run: RunFolder, points: Sequence[Point]) -> None:
     """Keep the dial beside the report, marked with the training that it belongs to."""
     record = {"distill": run.manifest.stages["distill"].fingerprint, "split": "selection", "points": to_records(points)}
-    write_atomically(run.path / FILE, json.dumps(record, ensure_ascii=False, indent=1).encode())
+    with explained(f"the strengths of {run.path.name}"):
+        write_json(run.path / FILE, record)
 
 
 def saved(run: RunFolder) -> list[dict[str, Any]]:
     """The dial as it was last measured, as records; empty where it was not, or was for another training."""
     trained = run.manifest.stages.get("distill")
     try:
-        record = json.loads((run.path / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(run.path / FILE, "the strengths that were measured")
+    except RunFolderError:
         return []
     if trained is None or record.get("distill") != trained.fingerprint:
         return []

@@ -7,7 +7,9 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,9 +19,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import pytest
+from safetensors import SafetensorError
 
 from safesteer_lite.errors import DiskSpaceError, RunFolderError
+from safesteer_lite.runs import durable
 from safesteer_lite.runs.folder import RunFolder, create, list_runs, open_run
+from tests import REPOSITORY
 from tests.runs.run_files import files_of, publish, published_files, writer_of
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGKILL or /dev/full")
@@ -41,16 +46,107 @@ def test_a_full_disk_is_explained(run: RunFolder) -> None:
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert "Free some space" in caught.value.hint
-    # The same for a checkpoint, and for the run folder's own files: their draft leads to a full device.
     with pytest.raises(DiskSpaceError, match="checkpoint of step 5"):
         run.checkpoint("distill", 4, "f").save_checkpoint(5, fill_the_disk)
-    (run.path / "config.toml.tmp").symlink_to("/dev/full")
-    with pytest.raises(DiskSpaceError, match="settings"):
-        run.write_config("rate = 1\n")
-    (run.path / "manifest.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(DiskSpaceError, match="baseline stage"):
-        publish(run, "baseline", 1, "x")
-    assert not run.is_done("baseline", "x")
+
+
+def test_an_error_of_safetensors_is_explained_as_the_systems() -> None:
+    """The library raises errors of its own, and quotes what the system said."""
+    for said, expected, words in (
+        ("Error while serializing: I/O error: No space left on device (os error 28)", DiskSpaceError, "disk is full"),
+        ('Error: IoError(Os { code: 28, kind: StorageFull, message: "No space" })', DiskSpaceError, "disk is full"),
+        ("Error while serializing: I/O error: Permission denied (os error 13)", RunFolderError, "No permission"),
+        ("Error while deserializing header: invalid header", RunFolderError, "invalid header"),
+    ):
+        with pytest.raises(expected, match=words), durable.explained("the adapter"):
+            raise SafetensorError(said)
+
+
+@posix_only
+def test_what_safetensors_cannot_write_is_explained(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk, which needs a file system of its own."""
+    script = """if True:
+        import resource, signal, sys
+        from pathlib import Path
+        import torch
+        from safetensors.torch import save_file
+        from safesteer_lite.errors import RunFolderError
+        from safesteer_lite.runs.durable import explained
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            with explained("the adapter"):
+                save_file({"a": torch.zeros(1000)}, Path(sys.argv[1]) / "x.safetensors")
+        except RunFolderError as error:
+            sys.exit(error.message)
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stderr.strip() == "The file system refused the adapter ([Errno 27] File too large)."
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is damaged: Expecting value"),
+        (b"[]", "it holds no JSON object"),
+        (b'{"a": NaN}', "it holds NaN"),
+        (b'{"a": -Infinity}', "it holds -Infinity"),
+        (b'{"a": 1e999}', "it holds 1e999"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "it has the key 'c' twice"),
+        (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "it is nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is damaged: Exceeds the limit"),
+        (b'{"a": "\xff"}', "is damaged: 'utf-8' codec"),
+        (b'{"a": "' + b"x" * 1000 + b'"}', "it has 1,009 bytes, more than the 1,000 that are read"),
+    ],
+)
+def test_damaged_json_is_one_error_that_names_the_file(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "history.json"
+    path.write_bytes(content)
+    with pytest.raises(RunFolderError) as caught:
+        durable.read_json(path, "the history", hint="Train again.", largest=1000 if b"xxx" in content else 1 << 20)
+    assert caught.value.message.startswith(f"{path}, the history, ") and words in caught.value.message
+    assert caught.value.hint == "Train again."
+
+
+def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    value = {"words": "\u2028 \x1b \udcff é", "numbers": [1, 2.5, -0.0], "nothing": None}
+    durable.write_json(tmp_path / "a.json", value)
+    assert durable.read_json(tmp_path / "a.json", "a file") == value
+    # What an editor put before it is no damage.
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
+    assert durable.read_json(tmp_path / "a.json", "a file") == value
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        durable.write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@posix_only
+def test_a_pipe_or_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder", "missing"):
+        with pytest.raises(RunFolderError, match=name):
+            durable.read_json(tmp_path / name, "the history")
+        with pytest.raises(OSError, match=name):
+            durable.sha256_of(tmp_path / name)
+
+
+@posix_only
+def test_a_link_in_the_way_of_a_draft_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a.json.tmp").symlink_to(tmp_path / "precious")
+    durable.write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert durable.read_json(tmp_path / "a.json", "a file") == {}
+
+
+def test_room_is_told_with_what_is_needed_and_free(tmp_path: Path) -> None:
+    durable.require_space(tmp_path / "new" / "folder", 1, "the report")
+    needed = durable.free_space(tmp_path) + 5 * 10**9
+    with pytest.raises(DiskSpaceError) as error:
+        durable.require_space(tmp_path / "new", needed, "the merged model")
+    assert f"room for the merged model: {needed / 1e9:.2f} GB needed" in error.value.message
+    assert re.search(r"Free [45]\.\d\d GB there", error.value.hint)
 
 
 def test_a_folder_that_cannot_be_made_is_explained(run: RunFolder, tmp_path: Path) -> None:

@@ -38,5 +38,5 @@ def test_progress_by_growth_ends_at_what_arrived(tmp_path: Path) -> None:
 
 def test_require_space_looks_at_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "yet", 1, "Nothing")
-    with pytest.raises(DiskSpaceError, match="Everything needs"):
-        require_space(tmp_path / "not" / "yet", 1 << 62, "Everything")
+    with pytest.raises(DiskSpaceError, match="room for everything"):
+        require_space(tmp_path / "not" / "yet", 1 << 62, "everything")

@@ -21,7 +21,7 @@ from safesteer_lite.export.weights.adapter import Update, read_adapter
 from safesteer_lite.export.weights.base import Source, Weights, read_sources
 from safesteer_lite.export.weights.shards import DTYPE_NAMES, DTYPES, FLOATS, NewTensor, few
 from safesteer_lite.export.weights.verify import SUMS
-from safesteer_lite.runs.durable import write_atomically
+from safesteer_lite.runs.durable import read_json, sha256_of, write_json
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.resolve import model_fingerprint
 
@@ -183,26 +183,26 @@ class _Record:
     def take_over(self, draft: Path) -> None:
         """Trust those files of a killed attempt at the same merge that are still what was written."""
         try:
-            left = json.loads((draft / RECORD).read_text(encoding="utf-8"))
+            left = read_json(draft / RECORD, "the record of a merge", error=ExportError)
             listed = (
                 {str(name): str(value) for name, value in left["files"].items()} if left["mark"] == self.mark else {}
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ExportError, KeyError, TypeError, AttributeError):
             return
         self.files = {
             name: value
             for name, value in listed.items()
-            if is_ours(name) and (draft / name).is_file() and shards.sha256(draft / name) == value
+            if is_ours(name) and (draft / name).is_file() and sha256_of(draft / name) == value
         }
 
     def add(self, draft: Path, name: str, sha256: str) -> None:
         """Enter a file that is on the disk."""
         self.files = dict(sorted({**self.files, name: sha256}.items()))
-        write_atomically(draft / RECORD, (json.dumps(vars(self), indent=2) + "\n").encode())
+        write_json(draft / RECORD, vars(self))
 
 
 def _mark(base_folder: Path, adapter_folder: Path, settings: tuple[Any, ...]) -> str:
-    adapter = [shards.sha256(adapter_folder / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
+    adapter = [sha256_of(adapter_folder / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
     # Another build of torch may add in another order, and half of a model must not be rounded unlike the other half.
     made_by = [__version__, torch.__version__]
     return fingerprint(

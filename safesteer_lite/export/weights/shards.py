@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.errors import DiskSpaceError, ExportError
+from safesteer_lite.runs import durable
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -132,15 +133,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ExportError: the file is missing, unreadable, or holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{path} cannot be read: {error}.", "Check that this is the right, completely downloaded folder."
-        ) from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path} does not hold a JSON object.")
-    return value
+    hint = "Check that this is the right, completely downloaded folder."
+    return durable.read_json(path, "a part of a model", hint=hint, error=ExportError)
 
 
 def read_shard(path: Path) -> tuple[StoredTensor, ...]:
@@ -155,7 +149,7 @@ def read_shard(path: Path) -> tuple[StoredTensor, ...]:
             length = int.from_bytes(stream.read(8), "little")
             if file_size < 8 + length or length > _LARGEST_HEADER:
                 raise _damaged(path)
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: dict[str, Any] = durable.parse_json(stream.read(length))
         header.pop("__metadata__", None)
         tensors = [
             StoredTensor(
@@ -308,12 +302,6 @@ def copy_file(source: Path, target: Path) -> None:
         _flush(writer)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def draft_name(folder: Path) -> Path:
     """Where a folder is written before it gets its name."""
     return folder.with_name(f"{folder.name}.tmp")
@@ -330,14 +318,8 @@ def require_space(folder: Path, needed: int) -> None:
     Raises:
         DiskSpaceError: there is less room than that.
     """
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
     left = sum(path.stat().st_size for path in draft_name(folder).rglob("*") if path.is_file())
-    free = shutil.disk_usage(existing).free + left
-    if free < needed:
-        raise DiskSpaceError(
-            f"Writing {folder} needs {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free.",
-            f"Free {(needed - free) / 1e9:.2f} GB, or choose a folder on another disk.",
-        )
+    durable.require_space(folder.parent, needed - left, folder.name)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint
+from safesteer_lite.runs.durable import sha256_of
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -98,7 +99,7 @@ def write_sums(folder: Path) -> Path:
 
 def sums_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a folder but the sums, by its name with forward slashes."""
-    return {name: shards.sha256(folder / name) for name in _names(folder)}
+    return {name: sha256_of(folder / name) for name in _names(folder)}
 
 
 def check_sums(folder: Path) -> int:
@@ -122,9 +123,7 @@ def check_sums(folder: Path) -> int:
     problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
     problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
     problems += [
-        f"{name} has changed"
-        for name in sorted(present & listed.keys())
-        if shards.sha256(folder / name) != listed[name]
+        f"{name} has changed" for name in sorted(present & listed.keys()) if sha256_of(folder / name) != listed[name]
     ]
     if problems:
         raise ExportError(f"{folder} is not as it was written: {'; '.join(problems)}.", "Export again.")

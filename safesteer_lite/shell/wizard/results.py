@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from safesteer_lite.errors import SafeSteerError, UsageError
+from safesteer_lite.errors import RunFolderError, SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.export.gguf.convert import check_extra
@@ -39,7 +39,7 @@ class Results:
         self.strength = 1.0
         try:
             self.report: dict[str, Any] = report.read(path)
-        except (OSError, ValueError) as error:
+        except RunFolderError as error:
             raise SafeSteerError(
                 f"The run {path.name} has no report yet.", f"Finish it with `safesteer-lite resume {path}`."
             ) from error

@@ -16,7 +16,7 @@ from safesteer_lite.export.weights.merge import merge_adapter
 def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     shards.require_space(tmp_path / "new" / "out", free // 2)
-    with pytest.raises(DiskSpaceError, match=r"needs .* GB, and only .* GB are free"):
+    with pytest.raises(DiskSpaceError, match=r"room for out: .* GB needed, .* GB free"):
         shards.require_space(tmp_path / "new" / "out", free * 2)
     assert list(tmp_path.iterdir()) == []
 
