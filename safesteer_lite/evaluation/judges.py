@@ -252,7 +252,9 @@ _FIRST_LETTER = re.compile(r"[^\W_]")
 _PLAIN_CHARACTERS = str.maketrans(
     dict.fromkeys("’‘ʼ´＇", "'") | dict.fromkeys('*_`#>~"“”„«»\u200b\u200c\u200d\ufeff', "")
 )
-_ROLE = re.compile(r"\A(?:assistant|answer|response|reply): ", re.IGNORECASE)
+_ROLE = re.compile(
+    r"\A(?:(?:assistant|answer|response|reply)[^\S\n]*(?::|\n)|model[^\S\n]*\n)\s*(?=[^\W_])", re.IGNORECASE
+)
 
 
 def _opening(reply: str) -> str:
@@ -265,6 +267,8 @@ def _opening(reply: str) -> str:
         return ""
     # Four times the length leaves room for what is removed, and bounds the work on a very long reply.
     text = reply[first.start() : first.start() + 4 * OPENING_LENGTH].translate(_PLAIN_CHARACTERS)
+    # A model whose template does not open its turn writes the role itself, on a line of its own.
+    text = _ROLE.sub("", text)
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
     opening = "\n".join(paragraph for paragraph in paragraphs if paragraph)
-    return _ROLE.sub("", opening)[:OPENING_LENGTH]
+    return opening[:OPENING_LENGTH]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation import judges
-from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
+from safesteer_lite.evaluation.scorecard import Flip, Rate, Scorecard, flips, rate
 from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference
 from safesteer_lite.prompts.sets import Prompt
 
@@ -71,6 +72,26 @@ def scorecard(answers: Answers, kl: float | None, kl_n: int) -> Scorecard:
     """Judge the answers. `kl` is in nats a token and rests on `kl_n` answers."""
     rates = {name: rate([judges.judge(answer) for answer in getattr(answers, name)]) for name in SETS}
     return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], kl, kl_n)
+
+
+def require_answers(card: Scorecard, tokens: int) -> None:
+    """Refuse a model most of whose answers say nothing that can be judged.
+
+    Args:
+        card: of the base model.
+        tokens: the longest answer it was allowed.
+
+    Raises:
+        ModelError: more than half of the answers to one set were empty, or ended inside a thought.
+    """
+    for name in SETS:
+        rate: Rate = getattr(card, name)
+        if rate.empty > rate.n:
+            raise ModelError(
+                f"Of {rate.n + rate.empty} answers to {name} prompts {rate.empty} are empty, or are still thinking after "
+                f"{tokens} tokens, so nothing can be measured.",
+                "Use a model that answers without thinking first, such as an instruct version.",
+            )
 
 
 def measure(

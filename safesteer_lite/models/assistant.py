@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import Batch, Completions, completion_hidden, pad_left
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import draw
+from safesteer_lite.models.template import ChatTemplate, Message, ids_of
 
 Done = Callable[[int], None]
 
@@ -25,17 +27,34 @@ def ignore(done: int) -> None:
 class Policy:
     """A model that can be prompted as an assistant."""
 
-    def __init__(self, model: PlainModel, prompt_tokens: int) -> None:
+    def __init__(self, model: PlainModel, prompt_tokens: int, day: date | None = None) -> None:
         """Wrap a loaded model.
 
         Args:
             model: base, teacher and student in one.
             prompt_tokens: longest prompt; longer ones lose tokens from the middle of the user's text.
+            day: what a chat template that asks the date is told; None for today.
+
+        Raises:
+            ModelError: the model's chat template will not do; see `ChatTemplate`.
         """
         self.model = model
         self.tokenizer = model.tokenizer
+        self.template = ChatTemplate(model.tokenizer, day)
         self.prompt_tokens = prompt_tokens
         self._prefix, self.template_positions = self._template_around()
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for each thing about prompts and answers that a user should know."""
+        end, named = self.template.end, ids_of(getattr(self.model.causal.generation_config, "eos_token_id", None))
+        if end is None or end in named or end == self.tokenizer.eos_token_id:
+            return self.template.notes
+        token = self.tokenizer.convert_ids_to_tokens(end)
+        return [
+            *self.template.notes,
+            f"The model's settings do not say that {token} ends an answer, but its chat template does: answers end there.",
+        ]
 
     def encode(self, prompt: str) -> Batch:
         """The chat-templated prompt as a batch of one, without padding; no system prompt unless the template adds one."""
@@ -92,11 +111,7 @@ class Policy:
         return torch.tensor(sorted(ids), dtype=torch.long, device=self.model.device)
 
     def _template_ids(self, prompt: str) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        return self.template.encode([{"role": "user", "content": prompt}])
 
     def _template_around(self) -> tuple[list[int], int]:
         """What the template puts around the user's text, read off two different prompts: the tokens that every prompt
@@ -171,10 +186,6 @@ def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:
     return max(total, 0.0) / max(reference.positions, 1)
 
 
-Message = dict[str, str]
-"""`role` (system, user or assistant) and `content`."""
-
-
 class Reply:
     """One answer in the making. Every call of `step` belongs to the policy that is on at that moment."""
 
@@ -192,7 +203,8 @@ class Reply:
             ModelError: the chat template cannot write this conversation, or it is longer than the model can read.
         """
         self._policy = policy
-        self._waiting = _ids(policy, messages)
+        ids = policy.template.encode(messages)
+        self._waiting = torch.tensor([ids], dtype=torch.long, device=policy.model.device)
         longest: int | None = getattr(policy.model.causal.config, "max_position_embeddings", None)
         if longest is not None and self._waiting.shape[1] + tokens > longest:
             tokens = longest - self._waiting.shape[1]
@@ -235,16 +247,3 @@ class Reply:
             self._written.append(token)
         self._waiting = chosen.unsqueeze(-1)
         self.done = ended or len(self._written) >= self._tokens
-
-
-def _ids(policy: Policy, messages: Sequence[Message]) -> Tensor:
-    from jinja2 import TemplateError
-
-    try:
-        text = policy.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ModelError(
-            f"The model's chat template refuses this conversation: {error}.", "Leave the system prompt out, or /reset."
-        ) from error
-    ids = policy.tokenizer(text, add_special_tokens=False).input_ids
-    return torch.tensor([ids], dtype=torch.long, device=policy.model.device)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from datetime import date
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safesteer_lite.errors import ModelError
 from safesteer_lite.method.policies import Batch, Completions, Residual
 from safesteer_lite.models import sampling
 from safesteer_lite.models.sampling import Cache, GrowingCache, mask_behind, positions
+from safesteer_lite.models.template import ChatTemplate, stop_ids
 
 # What a block is told of a cache; transformers' name and Unsloth's.
 _OF_THE_CACHE = ("past_key_values", "past_key_value", "use_cache")
@@ -236,10 +238,12 @@ def _first(output: Any) -> Tensor:
 
 
 def end_of_turn_ids(causal: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that the generation config or the tokenizer calls an end of turn."""
-    configured = getattr(causal.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(index) for index in [*ids, tokenizer.eos_token_id] if index is not None)
+    """Every id that a model's settings, its tokenizer or its chat template end an answer with."""
+    return stop_ids(
+        tokenizer,
+        getattr(causal.generation_config, "eos_token_id", None),
+        getattr(causal.config, "eos_token_id", None),
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -256,6 +260,28 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def check_template(folder: Path, day: date | None = None) -> ChatTemplate:
+    """Try out how a model folder is prompted and what ends its answers, without its weights.
+
+    Args:
+        folder: the model.
+        day: what a chat template that asks the date is told; None for today.
+
+    Raises:
+        ModelError: the chat template will not do, or nothing ends an answer.
+    """
+    tokenizer = load_tokenizer(folder)
+    stop_ids_of(folder, tokenizer)
+    return ChatTemplate(tokenizer, day)
+
+
+def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Every token id that ends an answer of the model in a folder; see `stop_ids`."""
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    settings = [json.loads(file.read_text(encoding="utf-8-sig")) for file in files if file.is_file()]
+    return stop_ids(tokenizer, *(entry.get("eos_token_id") for entry in settings))
 
 
 def load(folder: Path, *, precision: str, device: str, unpack: bool, compute: str = "bf16") -> tuple[nn.Module, Any]:

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from safesteer_lite.errors import SafeSteerError, UsageError
-from safesteer_lite.models.assistant import Message, Policy, Reply
+from safesteer_lite.models.assistant import Policy, Reply
+from safesteer_lite.models.template import Message
 from safesteer_lite.stages.strength import set_strength
 
 VIEWS = ("compare", "hardened", "base")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safesteer_lite.evaluation import judges
-from safesteer_lite.evaluation.measure import Answers, measure
+from safesteer_lite.evaluation.measure import Answers, measure, require_answers
 from safesteer_lite.events import Metric
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
@@ -28,6 +28,7 @@ def run(session: Session, publication: Publication) -> None:
             config.distill.chunk,
             session.progress("answers", sets.total),
         )
+    require_answers(card, config.evaluate.selection_tokens)
     openings = refusal_openings(answers)
     tell_rates(session, card.to_record())
     if openings:

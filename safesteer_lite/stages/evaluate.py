@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from safesteer_lite.evaluation.measure import Answers, PromptSets, all_flips, measure
+from safesteer_lite.evaluation.measure import Answers, PromptSets, all_flips, measure, require_answers
 from safesteer_lite.evaluation.scorecard import Scorecard, verdict
 from safesteer_lite.events import Metric
 from safesteer_lite.models.adapter import read_adapter
@@ -46,6 +46,7 @@ def compare(
     done = session.progress("answers", (1 + both) * sets.total)
     with policy.model.adapters_off():
         before, old = measure(policy, sets, config.answer_tokens, ANSWER_BATCH, reference, chunk, done)
+    require_answers(before, config.answer_tokens)
     if not both:
         return before, before, (old, old)
     after, new = measure(

@@ -144,7 +144,7 @@ def reload_check(session: Session, folder: Path, trained: Trained) -> tuple[floa
     # The head must be able to read the reference's hidden states, so both compute in the same type.
     precision = "fp32" if any(states.dtype == torch.float32 for states in reference.hidden) else "bf16"
     network, tokenizer = loaded.load(folder, precision=precision, device="cpu", unpack=False)
-    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens)
+    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
     answers = policy.answers(trained.prompts, _CHECK_TOKENS, ANSWER_BATCH)
     kl = kl_to_reference(policy, reference, session.config.distill.chunk)
     return kl, sum(now == then for now, then in zip(answers, trained.answers, strict=True))

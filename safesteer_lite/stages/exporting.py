@@ -191,7 +191,7 @@ def _merged_row(session: Session, folder: Path, request: Request, measured: Meas
     # What is decided for training may be too much for a card that could still answer; the reload check used the CPU too.
     device = "cpu" if decision.fit == "does not fit" else decision.device
     network, tokenizer = loaded.load(folder, precision=decision.compute_dtype, device=device, unpack=False)
-    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens)
+    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
     done = session.progress("answers of the merged weights", measured.sets.total)
     tokens, chunk = session.config.evaluate.answer_tokens, session.config.distill.chunk
     found, _ = measure(policy, measured.sets, tokens, ANSWER_BATCH, None, chunk, done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ class Session:
         return self.run.stage_folder(stage)
 
     @property
+    def day(self) -> date:
+        """The day on which the run began: what a chat template that asks the date is told, however long the run takes."""
+        if not (self.run.path / "manifest.json").is_file():
+            return date.today()
+        return datetime.fromisoformat(self.run.manifest.created).date()
+
+    @property
     def policy(self) -> Policy:
         """The loaded model with a fresh adapter; loaded and checked at first use."""
         if self._policy is None:
@@ -83,9 +91,10 @@ class Session:
         unsloth.restore_transformers()
 
     def _load(self) -> Policy:
-        decision = decide(self.config, self.model_folder, self.run.path)
-        self.note(decision.reason)
         distill, folder = self.config.distill, self.model_folder
+        loaded.check_template(folder, self.day)
+        decision = decide(self.config, folder, self.run.path)
+        self.note(decision.reason)
         layers = shape_from_config(loaded.read_config(folder)).layers
         lowest = min(layers - 1, round(distill.depth_start * layers))
         adapter = Adapter(distill.rank, distill.lora_alpha, lowest)
@@ -103,7 +112,9 @@ class Session:
         model.checkpointing = distill.checkpointing == "yes" or (
             distill.checkpointing == "auto" and decision.device == "cuda"
         )
-        policy = Policy(model, self.config.prompts.prompt_tokens)
+        policy = Policy(model, self.config.prompts.prompt_tokens, self.day)
+        for note in policy.notes:
+            self.note(note)
         passed = self_check(policy)
         self.note(f"Self-check: {len(passed)} of {len(passed)} passed ({'; '.join(passed)}).")
         return policy

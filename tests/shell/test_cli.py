@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.commands.shared import settings_from
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, planted
+from tests.models import families
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "rich", "questionary", "numpy")
 
@@ -146,6 +148,24 @@ def test_model_folders_that_lack_a_part(model: Path, tmp_path: Path, capsys: pyt
     assert "has no config.json" in complaint(capsys, 1, "run", str(no_config))
     no_weights = planted.break_folder(model, tmp_path / "d", without="model.safetensors")
     assert "lacks weights" in complaint(capsys, 1, "run", str(no_weights))
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (families.QWEN_25.template.replace("add_generation_prompt", "false"), "does not open the answer"),
+        (families.ALWAYS_THINKS.replace("<|", "<|im_start|"), "think before each answer"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "stopped after"),
+        ("{{ raise_exception('[/red] not today') }}", "refuses a conversation of user ([/red] not today)"),
+    ],
+)
+def test_a_chat_template_that_will_not_do_is_refused_at_once(
+    template: str, told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for command in ("run", "eval"):
+        assert told in complaint(capsys, 1, command, str(other))
 
 
 @pytest.mark.parametrize(

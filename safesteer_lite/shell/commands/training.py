@@ -66,6 +66,7 @@ def resume_command(options: argparse.Namespace) -> int:
 def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
     from safesteer_lite.hardware.machine import package_versions
+    from safesteer_lite.models.loaded import check_template
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.stages.pipeline import STAGE_NAMES
     from safesteer_lite.stages.session import check_prompts, decide
@@ -74,6 +75,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     emit = sink(options)
     model_folder = resolve(settings, emit)
     decide(settings, model_folder, Path.cwd())
+    check_template(model_folder)
     folder = run_folders.create(
         options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=package_versions()
     )

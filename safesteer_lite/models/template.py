@@ -1,0 +1,307 @@
+"""A model's chat template: conversations in, the text and tokens that the model reads out.
+
+A template is a small program that came with the model. It is run with a bound on its work, on a date that stays the same, and
+what people wrote never becomes one of the tokens that mark turns. What it must do for this method is tried when it is
+taken up, which needs the tokenizer but no weights.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime, time
+from types import FrameType
+from typing import Any
+
+from safesteer_lite.errors import ModelError
+
+Message = dict[str, str]
+"""`role` (system, user or assistant) and `content`."""
+
+LARGEST_TEXT = 4_000_000
+"""Characters that a template may add to a conversation; whole libraries of tools stay far below."""
+
+# Lines of the code that Jinja makes of a template. Real ones take some fifty for each message, a loop in a loop billions.
+_MOST_STEPS = 300_000
+
+# Jinja's name for the generated code of a template that came as a text.
+_TEMPLATE_CODE = "<template>"
+
+# What the templates of models that may or may not think call the switch.
+_WITHOUT_THINKING: tuple[Mapping[str, bool], ...] = ({"enable_thinking": False}, {"thinking": False})
+_OPEN_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)", re.DOTALL | re.IGNORECASE)
+
+# Words that no template has of its own, so that what it does with them can be seen.
+_ASKED, _ALSO_ASKED, _ANSWERED = "Zebras wander quietly.", "Is 7 < 9 & 'x' a \"NAME\"?", "Herons answer slowly."
+_ANOTHER_DAY = date(1999, 11, 30)
+
+_TAKE_ANOTHER = "Take the template from the model's own page, or use another model."
+
+
+class ChatTemplate:
+    """What one tokenizer's chat template makes of conversations.
+
+    Attributes:
+        notes: a sentence for each thing that a user should know of what was found.
+        end: the token that the template puts behind an answer; None where it puts none there.
+    """
+
+    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
+        """Try the template out.
+
+        Args:
+            tokenizer: with its chat template.
+            day: what a template that asks the date is told; None for today.
+
+        Raises:
+            ModelError: the template cannot be run, loses what the user says, does not open the answer, or opens a thought
+                that it has no way to leave out.
+        """
+        self.notes: list[str] = []
+        self._tokenizer = tokenizer
+        self._day = day or date.today()
+        self._source = self._choose_source()
+        self._in_parts = False
+        self._switches: Mapping[str, bool] = {}
+        self._check_the_user_is_heard()
+        self._leave_thoughts_out()
+        behind = self._check_the_answer_is_opened()
+        self._note_the_date()
+        self.end = self._marker_at_start(behind)
+        self._spelled_out = self._pattern_of_markers()
+
+    def render(self, messages: Sequence[Mapping[str, str]], day: date | None = None) -> str:
+        """The text that the model reads, up to the opening of its answer.
+
+        Args:
+            messages: `role` and `content` of each turn.
+            day: another date than the template's own.
+
+        Raises:
+            ModelError: the template cannot write this conversation, or would never be done with it.
+        """
+        return self._render(messages, strftime_now=_clock(day or self._day))
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of `render`, in which the tokens that mark turns come from the template alone.
+
+        Where a message spells one of them out, that is read as the letters it is made of.
+
+        Raises:
+            ModelError: as `render`.
+        """
+        mark = _unused_character([self._source, *(turn["content"] for turn in messages)])
+        # Cut behind its first letter, a spelled-out token is two ordinary texts.
+        cut = [{**turn, "content": self._spelled_out.sub(rf"\g<0>{mark}", turn["content"])} for turn in messages]
+        ids: list[int] = []
+        for piece in self.render(cut).split(mark):
+            ids += self._tokenizer(piece, add_special_tokens=False).input_ids
+        return ids
+
+    def _choose_source(self) -> str:
+        """The template's text; of several named ones the one for plain conversations."""
+        found = self._tokenizer.chat_template
+        if isinstance(found, Mapping):
+            names = ", ".join(map(str, found))
+            if "default" not in found:
+                raise ModelError(
+                    f"The model has the chat templates {names or '(none)'}, and none is called default.",
+                    "Save the one for plain conversations as chat_template.jinja in the model's folder.",
+                )
+            if len(found) > 1:
+                self.notes.append(f"Of the model's chat templates ({names}), default is the one that is used.")
+            found = found["default"]
+        if not isinstance(found, str) or not found.strip():
+            raise ModelError(
+                "The model has no chat template, so it cannot be prompted as an assistant.",
+                "Use an instruct model, or add its chat_template.jinja to the folder.",
+            )
+        return found
+
+    def _render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        turns: list[dict[str, Any]] = [dict(turn) for turn in messages]
+        if self._in_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        options = {"add_generation_prompt": True, "strftime_now": _clock(self._day), **self._switches, **options}
+        with _explained(", ".join(turn["role"] for turn in messages)), _bounded():
+            text = str(
+                self._tokenizer.apply_chat_template(turns, chat_template=self._source, tokenize=False, **options)
+            )
+        if len(text) > LARGEST_TEXT + sum(len(turn["content"]) for turn in messages):
+            raise ModelError(
+                f"The chat template makes {len(text):,} characters of {len(turns)} messages.", _TAKE_ANOTHER
+            )
+        return text
+
+    def _check_the_user_is_heard(self) -> None:
+        """Find out whether the template takes a message as a text or in parts."""
+        problem = ModelError("The chat template loses or changes what the user says.", _TAKE_ANOTHER)
+        for in_parts in (False, True):
+            self._in_parts = in_parts
+            try:
+                heard = [text in self._render([_turn("user", text)]) for text in (_ASKED, _ALSO_ASKED)]
+                shows_parts = "'type'" in self._render([_turn("user", _ASKED)])
+            except ModelError as error:
+                # What it makes of a plain text says more than what it makes of parts, which few templates know.
+                problem = problem if in_parts else error
+                continue
+            if all(heard) and not shows_parts:
+                return
+        raise problem
+
+    def _leave_thoughts_out(self) -> None:
+        """Use the template's own switch where it has one, and refuse an answer that can only begin with a thought."""
+        asked = [_turn("user", _ASKED)]
+        plain = self._render(asked)
+        for switch in _WITHOUT_THINKING:
+            if self._render(asked, **switch) != plain:
+                self._switches = switch
+                name = next(iter(switch))
+                self.notes.append(
+                    f"The model can think before it answers. It is trained, judged and asked without ({name}=false in its "
+                    "chat template), and whoever uses the result should switch its thinking off too."
+                )
+                break
+        opening = self._render(asked).rpartition(_ASKED)[2]
+        if _OPEN_THOUGHT.search(opening):
+            raise ModelError(
+                "The chat template makes the model think before each answer, and has no switch that leaves this out; "
+                "models that always think cannot be trained or judged yet.",
+                "Use the model's instruct version.",
+            )
+
+    def _check_the_answer_is_opened(self) -> str:
+        """Compare a prompt with the same prompt and its answer: what comes between them, the model would have to write
+        itself, as if it were part of the answer. Returns what the template puts behind the answer."""
+        asked, answer = [_turn("user", _ASKED)], _turn("assistant", _ANSWERED)
+        prompt = self._render(asked)
+        before, found, behind = self._render([*asked, answer], add_generation_prompt=False).partition(_ANSWERED)
+        if not found:
+            raise ModelError("The chat template loses what the assistant says.", _TAKE_ANOTHER)
+        if prompt.startswith(before.rstrip()):
+            return behind
+        missing = before.removeprefix(prompt.rstrip()).lstrip()
+        if before.startswith(prompt.rstrip()) or prompt == self._render(asked, add_generation_prompt=False):
+            raise ModelError(
+                f"The chat template does not open the answer: the model would have to write {missing[-80:]!r} itself.",
+                f"Add to its end: {{% if add_generation_prompt %}}{missing[-80:]}{{% endif %}}",
+            )
+        return behind
+
+    def _note_the_date(self) -> None:
+        asked = [_turn("user", _ASKED)]
+        if self.render(asked) != self.render(asked, _ANOTHER_DAY):
+            self.notes.append(f"The chat template writes the date: it says {self._day:%d %B %Y} whatever the day.")
+
+    def _marker_at_start(self, text: str) -> int | None:
+        """The added token that a text begins with."""
+        ids: list[int] = self._tokenizer(text.lstrip(), add_special_tokens=False).input_ids[:1]
+        return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
+
+    def _pattern_of_markers(self) -> re.Pattern[str]:
+        """Matches the first letter of each token that only the template may write: special ones, and whatever other added
+        ones it marks turns with."""
+        added = {int(index): token for index, token in self._tokenizer.added_tokens_decoder.items()}
+        turns = [_turn("user", _ASKED), _turn("assistant", _ANSWERED), _turn("user", _ASKED)]
+        written = set(self._tokenizer(self._render(turns), add_special_tokens=False).input_ids)
+        names = {token.content for index, token in added.items() if token.special or index in written}
+        names |= set(self._tokenizer.all_special_tokens)
+        # One letter cannot be cut, and white space marks nothing.
+        names = {name for name in names if len(name) > 1 and name.strip()}
+        return re.compile(f"(?={'|'.join(map(re.escape, sorted(names)))})." if names else "(?!)", re.DOTALL)
+
+
+def stop_ids(tokenizer: Any, *named: object) -> frozenset[int]:
+    """Every token id that ends an answer: in training, judging, chat and whatever is exported.
+
+    Args:
+        tokenizer: its end-of-sequence token counts, and the token that its chat template puts behind an answer.
+        named: `eos_token_id` as generation_config.json and config.json have it: an id, a list of ids, or None.
+
+    Raises:
+        ModelError: nothing ends an answer.
+    """
+    found = ids_of(tokenizer.eos_token_id, ChatTemplate(tokenizer).end, *named)
+    if not found:
+        raise ModelError(
+            "Nothing says which token ends an answer, so answers would run on: neither generation_config.json nor the "
+            "tokenizer has an end token, and the chat template puts none behind an answer.",
+            "Set eos_token_id in the model's generation_config.json.",
+        )
+    return found
+
+
+def ids_of(*named: object) -> frozenset[int]:
+    """The token ids among what settings hold, which name one, a list, or none."""
+    ids = [index for entry in named for index in (entry if isinstance(entry, Iterable) else [entry])]
+    return frozenset(index for index in ids if isinstance(index, int) and not isinstance(index, bool) and index >= 0)
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _clock(day: date) -> Callable[[str], str]:
+    """What templates call `strftime_now`, at noon of one day."""
+    return datetime.combine(day, time(12)).strftime
+
+
+def _unused_character(texts: Iterable[str]) -> str:
+    """A character for private use that occurs in none of the texts."""
+    used = set().union(*texts)
+    return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
+
+
+class _NeverDone(Exception):
+    """The template took more steps than any real one."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Inside, templates that take too many steps are stopped. Steps are counted, not seconds, so that a template is refused
+    on every machine or on none."""
+    left = _MOST_STEPS
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _NeverDone
+        return count
+
+    def enter(frame: FrameType, event: str, argument: object) -> Any:
+        return count if frame.f_code.co_filename == _TEMPLATE_CODE else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def _explained(roles: str) -> Iterator[None]:
+    """Turn what a template raises, which can be anything, into an error that the user can act on."""
+    import jinja2
+
+    try:
+        yield
+    except _NeverDone:
+        raise ModelError(f"The chat template was stopped after {_MOST_STEPS:,} steps.", _TAKE_ANOTHER) from None
+    except (jinja2.TemplateSyntaxError, RecursionError, MemoryError) as error:
+        raise ModelError(f"The chat template cannot be run ({_said_by(error)}).", _TAKE_ANOTHER) from error
+    except jinja2.TemplateError as error:
+        raise ModelError(
+            f"The chat template refuses a conversation of {roles} ({_said_by(error)}).",
+            "Leave the system prompt out, or use another model.",
+        ) from error
+    except Exception as error:
+        raise ModelError(f"The chat template fails ({_said_by(error)}).", _TAKE_ANOTHER) from error
+
+
+def _said_by(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
