@@ -134,8 +134,7 @@ def test_every_file_and_setting_that_is_named_is_there(page: Path) -> None:
 
 @pytest.mark.parametrize(("page", "name"), PARTS, ids=by_name)
 def test_what_the_program_makes_is_up_to_date(page: Path, name: str) -> None:
-    """After a change of settings, files or figures: `python -m tests.readme`."""
-    assert block(name, page) == PARTS[page, name]()
+    assert block(name, page) == PARTS[page, name](), "make it anew: python -m tests.readme"
 
 
 def test_the_picture_and_the_words_beneath_it_are_the_demos() -> None:
