@@ -1,16 +1,17 @@
 """Ollama's Modelfile: the chat template in Ollama's own language, stop tokens and parameters.
 
-Ollama does not run the template that a model brings along, so it is written anew, for the two families that the
-supported models use, and only where it gives the same text as the model's own.
+Ollama does not run the template that a model brings along, so it is written anew, from what the model's own template turns
+out to put around the turns of a conversation, and only where the result is the same text.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safesteer_lite.export.weights import shards
 
@@ -22,32 +23,40 @@ CONTEXT = 4096
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 _SYSTEM, _USER, _ANSWER, _NEXT = "Be brief.", "What is rain?", "Water that falls.", "And snow?"
+_FOLD = "\n\n"
+"""What stands between a system prompt and the question that it is put before, where a template says nothing of it."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models marks turns.
+    """How a family of models marks turns: what stands before and after the text of each.
 
     Attributes:
-        opening: before a turn's text, with `{role}`.
-        closing: after it.
+        user: around a user's text.
+        answer: around an answer that was given.
+        opening: opens the answer that is asked for.
+        system: around a system prompt; None where a family has no turn of its own for it.
         begin: what begins the text in the model's own template, and llama.cpp adds by itself.
     """
 
+    user: tuple[str, str]
+    answer: tuple[str, str]
     opening: str
-    closing: str
+    system: tuple[str, str] | None
     begin: str = ""
 
-    def turn(self, role: str, text: str) -> str:
-        """One whole turn."""
-        return self.opening.format(role=role) + text + self.closing
+
+def _of_roles(opening: str, closing: str, begin: str = "") -> Family:
+    """A family that marks all turns alike; `opening` has `{role}`."""
+    user, answer, system = ((opening.format(role=role), closing) for role in ("user", "assistant", "system"))
+    return Family(user, answer, answer[0], system, begin)
 
 
 FAMILIES = (
-    Family("<|im_start|>{role}\n", "<|im_end|>\n"),
-    Family("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|begin_of_text|>"),
+    _of_roles("<|im_start|>{role}\n", "<|im_end|>\n"),
+    _of_roles("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|begin_of_text|>"),
 )
-"""ChatML (Qwen, SmolLM) and Llama 3."""
+"""ChatML (Qwen, SmolLM) and Llama 3, which may add a system prompt of their own; others are measured."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +67,56 @@ class ChatFormat:
         family: how turns are marked.
         system: the system prompt that the model's template adds where none is given; empty if it adds none.
         preamble: what its template always puts before a system prompt, in the same turn.
+        fold: the question that a system prompt is put before, where it has no turn of its own.
+        between: what stands between the two then.
+        refuses_system: whether the model's own template refuses system prompts.
     """
 
     family: Family
     system: str = ""
     preamble: str = ""
+    fold: Literal["first", "last"] = "first"
+    between: str = ""
+    refuses_system: bool = False
 
     @property
     def template(self) -> str:
         """The template in Ollama's language, Go's `text/template`."""
         family = self.family
-        system = family.turn("system", self.preamble + "{{ .System }}")
-        if not self.preamble:
-            system = "{{ if .System }}" + system + "{{ end }}"
-        user, answer = (family.turn(role, "{{ .Content }}") for role in ("user", "assistant"))
-        turns = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}'
-        return system + "{{ range .Messages }}" + turns + "{{ end }}" + family.opening.format(role="assistant")
+        (before, after), (open_answer, close_answer) = family.user, family.answer
+        question, head = "{{ .Content }}", ""
+        if family.system:
+            head = family.system[0] + self.preamble + "{{ .System }}" + family.system[1]
+            if not self.preamble:
+                head = "{{ if .System }}" + head + "{{ end }}"
+            loop = "{{ range .Messages }}"
+        elif self.fold == "first":
+            # Ollama's messages have the system prompt among them, so the first question has no fixed place.
+            system = "{{ if $system }}{{ $system }}" + self.between + '{{ $system = "" }}{{ end }}'
+            head, loop, question = "{{ $system := .System }}", "{{ range .Messages }}", system + question
+        else:
+            last = "{{ if eq (len (slice $.Messages $place)) 1 }}"
+            question = last + "{{ if $.System }}{{ $.System }}" + self.between + "{{ end }}{{ end }}" + question
+            loop = "{{ range $place, $turn := .Messages }}"
+        turns = (
+            f'{{{{ if eq .Role "user" }}}}{before}{question}{after}'
+            f'{{{{ else if eq .Role "assistant" }}}}{open_answer}{{{{ .Content }}}}{close_answer}{{{{ end }}}}'
+        )
+        return head + loop + turns + "{{ end }}" + family.opening
 
 
-def chat_format(render: Render) -> ChatFormat | None:
+def chat_format(render: Render, begin: str = "") -> ChatFormat | None:
     """The format that gives the same text as a model's own template, or None if there is none.
 
     Args:
         render: the model's own template.
+        begin: the text of the token that llama.cpp puts before every prompt of this model; empty if it puts none.
     """
-    for family in FAMILIES:
-        found = _fitted(family, render)
-        if found is not None and all(
-            render(messages) == family.begin + expected(found, messages) for messages in _conversations()
+    for found in _candidates(render, begin):
+        if _can_be_written(found) and all(
+            _rendered(render, messages) == found.family.begin + expected(found, messages)
+            for messages in _conversations()
+            if messages[0]["role"] != "system" or not found.refuses_system
         ):
             return found
     return None
@@ -93,35 +124,89 @@ def chat_format(render: Render) -> ChatFormat | None:
 
 def expected(form: ChatFormat, messages: Sequence[Mapping[str, str]]) -> str:
     """What Ollama makes of a conversation, up to the opening of the model's answer; without the begin-of-text token."""
-    family, turns, system = form.family, list(messages), form.system
+    family, turns, system, text = form.family, list(messages), form.system, ""
     if turns[0]["role"] == "system":
         system = turns.pop(0)["content"]
-    text = family.turn("system", form.preamble + system) if form.preamble or system else ""
-    text += "".join(family.turn(turn["role"], turn["content"]) for turn in turns)
-    return text + family.opening.format(role="assistant")
+    if family.system and (form.preamble or system):
+        text = family.system[0] + form.preamble + system + family.system[1]
+    questions = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    folded = questions[0 if form.fold == "first" else -1] if system and not family.system else None
+    for place, turn in enumerate(turns):
+        before, after = family.user if turn["role"] == "user" else family.answer
+        text += before + (system + form.between if place == folded else "") + turn["content"] + after
+    return text + family.opening
 
 
-def modelfile(file: str, form: ChatFormat, stops: Sequence[str], generation: Mapping[str, Any], context: int) -> str:
-    """The Modelfile's text.
+@dataclass(frozen=True)
+class Chat:
+    """Everything that a model's Modelfiles say of it.
 
-    Args:
-        file: the weights, relative to the Modelfile: a GGUF file, or `.` for a folder of safetensors.
+    Attributes:
         form: the chat format.
         stops: the tokens that end an answer, as text.
         generation: the model's generation_config.json; sampling parameters are taken over where it states some.
         context: the longest context that the model was made for, in tokens.
     """
-    lines = [f"FROM {'.' if file == '.' else './' + file}", "", f'TEMPLATE """{form.template}"""', ""]
-    if form.system:
-        lines += [f'SYSTEM """{form.system}"""', ""]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    lines.append(f"PARAMETER num_ctx {min(CONTEXT, context)}")
-    lines += [
-        f"PARAMETER {theirs} {generation[ours]:g}"
-        for ours, theirs in _SAMPLING.items()
-        if isinstance(generation.get(ours), int | float)
-    ]
-    return "\n".join(lines) + "\n"
+
+    form: ChatFormat
+    stops: Sequence[str]
+    generation: Mapping[str, Any]
+    context: int
+
+    def modelfile(self, file: str) -> str:
+        """The Modelfile's text.
+
+        Args:
+            file: the weights, relative to the Modelfile: a GGUF file, or `.` for a folder of safetensors.
+        """
+        lines = [f"FROM {'.' if file == '.' else './' + file}", ""]
+        if self.form.refuses_system:
+            lines += ["# The model's own template knows no system prompt: it is put before the first question.", ""]
+        lines += [f'TEMPLATE """{self.form.template}"""', ""]
+        if self.form.system:
+            lines += [f'SYSTEM """{self.form.system}"""', ""]
+        lines += [f'PARAMETER stop "{stop}"' for stop in self.stops]
+        lines.append(f"PARAMETER num_ctx {min(CONTEXT, self.context)}")
+        lines += [
+            f"PARAMETER {theirs} {self.generation[ours]:g}"
+            for ours, theirs in _SAMPLING.items()
+            if _is_number(self.generation.get(ours))
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def read_chat(model_folder: Path) -> Chat | None:
+    """What the Modelfiles of a model say, or None where its chat template cannot be written in Ollama's language.
+
+    Args:
+        model_folder: a folder with the model's tokenizer, template and configuration.
+
+    Raises:
+        ExportError: one of those files cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    config = shards.read_json(model_folder / "config.json")
+    place = model_folder / "generation_config.json"
+    generation = shards.read_json(place) if place.is_file() else {}
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=True
+        )
+        return str(text)
+
+    form = chat_format(render, str(tokenizer.bos_token or ""))
+    if form is None:
+        return None
+    ends = generation.get("eos_token_id", config.get("eos_token_id", tokenizer.eos_token_id))
+    ids = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ids or [tokenizer.eos_token_id]]
+    longest = config.get("max_position_embeddings")
+    # Ollama's quoted words have no escapes, so a stop with a quote or a line break in it cannot be said.
+    said = [stop for stop in dict.fromkeys(stops) if not {'"', "\n"} & set(stop)]
+    return Chat(form, said, generation, longest if isinstance(longest, int) else CONTEXT)
 
 
 def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str]) -> list[str]:
@@ -133,31 +218,15 @@ def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str]) -> 
         files: the weights: GGUF files, or `.` alone.
 
     Returns:
-        The names written; none where the model's template is of no known family.
+        The names written; none where the model's template cannot be written in Ollama's language.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=True
-        )
-        return str(text)
-
-    form = chat_format(render)
-    if form is None:
+    chat = read_chat(model_folder)
+    if chat is None:
         return []
-    config = shards.read_json(model_folder / "config.json")
-    place = model_folder / "generation_config.json"
-    generation = shards.read_json(place) if place.is_file() else {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id", tokenizer.eos_token_id))
-    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in (ends if isinstance(ends, list) else [ends])]
-    context = int(config.get("max_position_embeddings", CONTEXT))
     names = []
     for number, file in enumerate(files):
         names.append("Modelfile" if number == 0 else f"Modelfile.{Path(file).stem.rpartition('-')[2]}")
-        shards.write_text(folder / names[-1], modelfile(file, form, stops, generation, context))
+        shards.write_text(folder / names[-1], chat.modelfile(file))
     return names
 
 
@@ -169,14 +238,86 @@ def _conversations() -> list[list[dict[str, str]]]:
     return [[first], [system, first], rest, [system, *rest]]
 
 
+def _candidates(render: Render, begin: str) -> Iterator[ChatFormat]:
+    for family in FAMILIES:
+        if found := _fitted(family, render):
+            yield found
+    if found := _measured(render, begin):
+        yield found
+
+
 def _fitted(family: Family, render: Render) -> ChatFormat | None:
     """The family's format with the system prompt and the preamble that the template turns out to add."""
-    first = [{"role": "user", "content": _USER}]
-    start, end = family.begin + family.opening.format(role="system"), family.closing
-    plain = render(first)
-    given = render([{"role": "system", "content": _SYSTEM}, *first])
-    if not given.startswith(start) or _SYSTEM + end not in given:
+    first, with_system = _conversations()[:2]
+    plain, given = _rendered(render, first), _rendered(render, with_system)
+    assert family.system is not None
+    start, end = family.begin + family.system[0], family.system[1]
+    if plain is None or given is None or not given.startswith(start) or _SYSTEM + end not in given:
         return None
     preamble = given[len(start) : given.index(_SYSTEM + end)]
     system = plain[len(start) :].partition(end)[0] if plain.startswith(start) else ""
     return ChatFormat(family, system.removeprefix(preamble), preamble)
+
+
+def _measured(render: Render, begin: str) -> ChatFormat | None:
+    """The format of a template that puts the same text around each turn, such as Mistral's, by what it puts there."""
+    first, with_system, two, two_with_system = _conversations()
+    plain, longer = _rendered(render, first), _rendered(render, two)
+    if plain is None or longer is None:
+        return None
+    begin = begin if plain.startswith(begin) else ""
+    (start, end), around = _around(plain, _USER), _around(longer, _USER, _ANSWER, _NEXT)
+    before = start.removeprefix(begin)
+    if len(around) != 4 or around[0] != start or around[3] != end or not around[2].endswith(before):
+        return None
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(around[1], end, strict=False))
+    after = "".join(letter for letter, _ in same)
+    answer = (around[1].removeprefix(after), around[2].removesuffix(before))
+    family = Family((before, after), answer, end.removeprefix(after), None, begin)
+    given = _rendered(render, with_system)
+    if given is None:
+        return ChatFormat(family, between=_FOLD, refuses_system=True)
+    around = _around(given, _SYSTEM, _USER)
+    if len(around) != 3 or around[2] != end:
+        return None
+    if around[0] == start:
+        whole = _rendered(render, two_with_system) or ""
+        place: Literal["first", "last"] = "first" if whole.startswith(start + _SYSTEM) else "last"
+        return ChatFormat(family, fold=place, between=around[1])
+    if not around[1].endswith(before):
+        return None
+    turn = (around[0].removeprefix(begin), around[1].removesuffix(before))
+    return ChatFormat(Family(family.user, family.answer, family.opening, turn, begin))
+
+
+def _around(text: str, *parts: str) -> list[str]:
+    """What stands before, between and after the parts of a text; fewer pieces where a part is not there."""
+    pieces = []
+    for part in parts:
+        before, found, text = text.partition(part)
+        pieces.append(before)
+        if not found:
+            return pieces
+    return [*pieces, text]
+
+
+def _rendered(render: Render, messages: Sequence[Mapping[str, str]]) -> str | None:
+    """What the model's template makes of a conversation; None where it refuses it, as some refuse system prompts."""
+    try:
+        return render(messages)
+    except Exception:  # A template is a program of somebody else's, and may raise anything.
+        return None
+
+
+def _can_be_written(form: ChatFormat) -> bool:
+    """Whether a Modelfile can hold the format: its quotes have no escapes, and Go would run what stands in braces."""
+    family = form.family
+    system = family.system or ("", "")
+    marks = (*family.user, *family.answer, *system, family.opening, form.preamble, form.between)
+    return not any(stop in text for text in (*marks, form.system) for stop in ('"""', "\0")) and not any(
+        "{{" in mark or "}}" in mark for mark in marks
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -91,7 +90,7 @@ def read_sources(base: Checkpoint, config: Mapping[str, Any], weights: Weights) 
         )
     if lost := sorted(statistics.keys() - base.tensors.keys()):
         raise ExportError(f"The 4-bit weights {few(lost)} are missing.", "Download the model again.")
-    rounded = quantised_weights(base.folder) if weights == "dequantised" and not statistics else frozenset()
+    rounded = quantised_weights(config) if weights == "dequantised" and not statistics else frozenset()
     if absent := sorted(rounded - base.tensors.keys()):
         raise ExportError(f"The base model lacks {few(absent)}.", "Its 4-bit form cannot be rebuilt; merge originals.")
     shards = [
@@ -105,16 +104,35 @@ def read_sources(base: Checkpoint, config: Mapping[str, Any], weights: Weights) 
     return [shard for shard in shards if shard]
 
 
-def quantised_weights(folder: Path) -> frozenset[str]:
-    """The weights that transformers turns to 4-bit when it loads this model: all linear layers but the LM head.
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The transformers model that a config.json describes, without memory for its weights.
 
     Args:
-        folder: a model folder; only its configuration is read, and no weight is allocated.
+        config: the contents of config.json.
+
+    Raises:
+        ExportError: it describes no model that transformers knows.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+    except Exception as error:  # A library that builds what somebody else described may raise anything.
+        said = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        raise ExportError(
+            f"config.json does not describe a model that can be built: {said}.",
+            "Check that this is the right, completely downloaded folder.",
+        ) from error
+
+
+def quantised_weights(config: Mapping[str, Any]) -> frozenset[str]:
+    """The weights that transformers turns to 4-bit when it loads this model: all linear layers but the LM head.
+
+    Args:
+        config: the contents of its config.json; no weight is allocated.
+    """
+    model = empty_model(config)
     head = model.get_output_embeddings()
     return frozenset(
         f"{name}.weight"

@@ -107,15 +107,17 @@ def merge_adapter(
         raise ExportError(f"The adapter strength must be a finite number, not {strength}.")
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ExportError(f"Weights cannot be written as {dtype}.", "Use bfloat16, float16 or float32.")
-    config = shards.read_json(base_folder / "config.json")
-    sources = read_sources(shards.read_checkpoint(base_folder), config, weights)
     updates = read_adapter(adapter_folder)
-    matrix_dtype, planned = _planned(sources, updates, config, strength, dtype)
-    divided = [part for shard in planned for part in _divide(shard, max_shard_bytes)]
-    total = sum(tensor.size for shard in divided for tensor in shard)
-    copies = [path for name in COPIED if (path := (words or base_folder) / name).is_file()]
-    # The headers, the index and the configuration are small beside this allowance.
-    shards.require_space(out_folder, total + sum(path.stat().st_size for path in copies) + (1 << 24))
+    plan = plan_merge(
+        base_folder,
+        updates,
+        strength=strength,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        weights=weights,
+        words=words,
+    )
+    shards.require_space(out_folder, plan.room)
     record = _Record(_mark(base_folder, adapter_folder, (strength, str(dtype), max_shard_bytes, weights)))
     record.take_over(shards.draft_name(out_folder))
     done = 0
@@ -123,15 +125,71 @@ def merge_adapter(
     def written(size: int) -> None:
         nonlocal done
         done += size
-        progress(done, total)
+        progress(done, plan.size)
 
     with shards.published(out_folder, is_ours, {RECORD, *record.files} if record.files else ()) as draft:
-        for path in copies:
+        for path in plan.copies:
             shards.copy_file(path, draft / path.name)
-        shards.write_text(draft / "config.json", _config_text(config, matrix_dtype))
-        files = shards.write_shards(draft, divided, written, tuple(record.files), partial(record.add, draft))
-    count = sum(map(len, divided))
-    return MergeResult(out_folder, tuple(files), count, len(updates), total, matrix_dtype, strength, weights)
+        shards.write_text(draft / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+        files = shards.write_shards(draft, plan.shards, written, tuple(record.files), partial(record.add, draft))
+    return MergeResult(
+        out_folder, tuple(files), len(plan.tensors), len(updates), plan.size, plan.dtype, strength, weights
+    )
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will write, known from headers and settings before any weight is read.
+
+    Attributes:
+        config: the new config.json.
+        copies: the files that are copied as they are: tokenizer, chat templates, generation settings.
+        shards: the tensors of each weight file.
+        dtype: the type of the weight matrices.
+    """
+
+    config: Mapping[str, Any]
+    copies: tuple[Path, ...]
+    shards: tuple[tuple[NewTensor, ...], ...]
+    dtype: torch.dtype
+
+    @property
+    def tensors(self) -> dict[str, NewTensor]:
+        """Every tensor by its name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard}
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights."""
+        return sum(tensor.size for shard in self.shards for tensor in shard)
+
+    @property
+    def room(self) -> int:
+        """Bytes that the folder takes; headers, index and configuration are small beside the allowance for them."""
+        return self.size + sum(path.stat().st_size for path in self.copies) + (1 << 24)
+
+
+def plan_merge(
+    base_folder: Path,
+    updates: Mapping[str, Update],
+    *,
+    strength: float = 1.0,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    weights: Weights = "original",
+    words: Path | None = None,
+) -> MergePlan:
+    """What `merge_adapter`, which has the same arguments, will write; without updates, what it writes of the base alone.
+
+    Raises:
+        ExportError: base and updates do not fit each other, or the base is stored in a way that cannot be read.
+    """
+    config = shards.read_json(base_folder / "config.json")
+    sources = read_sources(shards.read_checkpoint(base_folder), config, weights)
+    matrix_dtype, planned = _planned(sources, updates, config, strength, dtype)
+    divided = tuple(tuple(part) for shard in planned for part in _divide(shard, max_shard_bytes))
+    copies = tuple(path for name in COPIED if (path := (words or base_folder) / name).is_file())
+    return MergePlan(_new_config(config, matrix_dtype), copies, divided, matrix_dtype)
 
 
 def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
@@ -161,11 +219,23 @@ def _planned(
     sources = _by_name(shards)
     _check_targets(updates, sources, config)
     matrix_dtype = dtype or _matrix_dtype(sources)
-    # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose.
     uniform = dtype or (None if _matrix_dtype(sources, raw=True) == matrix_dtype else matrix_dtype)
+
+    def written_as(source: Source) -> str:
+        # A 16-bit checkpoint keeps the type of each tensor: some norms are stored in float32 on purpose. A matrix that is
+        # stored wider than the others is rounded like them, as it was when the model was loaded for training.
+        if source.dtype not in FLOATS or (uniform is None and not _is_wide_matrix(source)):
+            return source.dtype
+        return DTYPE_NAMES[uniform or matrix_dtype]
+
     return matrix_dtype, [
-        [_plan(source, updates.get(source.stored.name), strength, uniform) for source in shard] for shard in shards
+        [_plan(source, updates.get(source.stored.name), strength, written_as(source)) for source in shard]
+        for shard in shards
     ]
+
+
+def _is_wide_matrix(source: Source) -> bool:
+    return len(source.shape) >= 2 and source.dtype in ("F32", "F64")
 
 
 @dataclass
@@ -243,10 +313,9 @@ def _matrix_dtype(sources: Mapping[str, Source], raw: bool = False) -> torch.dty
     return dtype if raw or dtype.itemsize == 2 else torch.bfloat16
 
 
-def _plan(source: Source, update: Update | None, strength: float, uniform: torch.dtype | None) -> NewTensor:
-    """What to write for one tensor of the base: its own bytes, or its new values."""
+def _plan(source: Source, update: Update | None, strength: float, dtype: str) -> NewTensor:
+    """What to write for one tensor of the base: its own bytes, or its new values in the type `dtype`."""
     stored = source.stored
-    dtype = DTYPE_NAMES[uniform] if uniform is not None and source.dtype in FLOATS else source.dtype
     update = None if update is None or strength == 0 else replace(update, scale=update.scale * strength)
     if update is None and dtype == stored.dtype and not source.statistics and not source.round_to_nf4:
         return NewTensor(stored.name, dtype, stored.shape, stored.size, stored.chunks)
@@ -278,12 +347,12 @@ def _divide(shard: list[NewTensor], max_bytes: int | None) -> Iterator[list[NewT
     yield part
 
 
-def _config_text(config: Mapping[str, Any], dtype: torch.dtype) -> str:
+def _new_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The base's configuration without a trace of quantisation, and with the type that the weights really have."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     for key in [key for key in ("dtype", "torch_dtype") if key in plain] or ["dtype"]:
         plain[key] = str(dtype).removeprefix("torch.")
-    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    return plain
 
 
 def is_ours(name: str) -> bool:

@@ -6,14 +6,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import shards
-from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint
+from safesteer_lite.export.weights.base import empty_model
+from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint, NewTensor, StoredTensor
 from safesteer_lite.runs.durable import sha256_of
 
 SUMS = "SHA256SUMS"
@@ -66,15 +67,8 @@ def check_files(
     """
     weights = shards.read_checkpoint(folder)
     config = shards.read_json(folder / "config.json")
-    problems: list[str] = []
-    if "quantization_config" in config:
-        problems.append("config.json still has a quantization_config")
-    architecture = _check_architecture(config, problems)
-    _check_values(weights, problems, progress)
-    dtype = _check_dtype(weights, config, problems)
-    length = _check_tokenizer(folder, base_folder, problems)
-    rows = _check_vocabulary(folder, weights, config, length, problems) if architecture else 0
-    _check_template(folder, base_folder, problems)
+    form = check_form(config, weights.tensors, folder, base_folder)
+    problems = [*form.problems, *_broken_values(weights, progress)]
     if problems:
         raise FailedCheck(
             f"{folder} failed {len(problems)} of its checks: {'; '.join(problems)}.",
@@ -82,7 +76,60 @@ def check_files(
         )
     parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
     size = sum(tensor.size for tensor in weights.tensors.values())
-    return FileReport(architecture, len(weights.shards), len(weights.tensors), parameters, size, dtype, rows, length)
+    return FileReport(
+        form.architecture,
+        len(weights.shards),
+        len(weights.tensors),
+        parameters,
+        size,
+        form.dtype,
+        form.vocabulary_rows,
+        form.tokenizer_length,
+    )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model folder is, or will be, but for the values of its weights.
+
+    Attributes:
+        architecture: the transformers class that loads it; empty if there is none.
+        dtype: the type of the weight matrices, as safetensors writes it.
+        vocabulary_rows: rows of the input embedding.
+        tokenizer_length: the highest token id plus one.
+        problems: what is wrong, a clause each.
+    """
+
+    architecture: str
+    dtype: str
+    vocabulary_rows: int
+    tokenizer_length: int
+    problems: tuple[str, ...]
+
+
+def check_form(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor] | Mapping[str, NewTensor],
+    words: Path,
+    base_folder: Path | None = None,
+) -> Form:
+    """Check everything about a model folder that can be known without reading its weights.
+
+    Args:
+        config: its config.json.
+        tensors: its tensors by name: those that lie there, or those that a merge will write.
+        words: the folder with its tokenizer and chat template.
+        base_folder: where those were copied from; they must be the same bytes.
+    """
+    problems: list[str] = []
+    if "quantization_config" in config:
+        problems.append("config.json still has a quantization_config")
+    architecture = _check_architecture(config, problems)
+    dtype = _check_dtype(tensors, config, problems)
+    length = _check_tokenizer(words, base_folder, problems)
+    rows = _check_vocabulary(tensors, config, length, problems) if architecture else 0
+    _check_template(words, base_folder, problems)
+    return Form(architecture, dtype, rows, length, tuple(problems))
 
 
 def write_sums(folder: Path) -> Path:
@@ -130,12 +177,12 @@ def check_sums(folder: Path) -> int:
     return len(listed)
 
 
-def _check_architecture(config: dict[str, Any], problems: list[str]) -> str:
+def _check_architecture(config: Mapping[str, Any], problems: list[str]) -> str:
     """The architecture's name, or an empty string if transformers has no such class."""
     import transformers
 
-    named = config.get("architectures") or [""]
-    name = str(named[0])
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
     found = getattr(transformers, name, None) if name else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return name
@@ -143,24 +190,30 @@ def _check_architecture(config: dict[str, Any], problems: list[str]) -> str:
     return ""
 
 
-def _check_values(weights: Checkpoint, problems: list[str], progress: Callable[[int, int], None]) -> None:
-    total, done = sum(tensor.size for tensor in weights.tensors.values()), 0
+def _broken_values(weights: Checkpoint, progress: Callable[[int, int], None]) -> list[str]:
+    problems, done, total = [], 0, sum(tensor.size for tensor in weights.tensors.values())
     for tensor in weights.tensors.values():
         if tensor.dtype in FLOATS and not shards.is_finite(tensor.load()):
             problems.append(f"{tensor.name} holds NaN or infinite values")
         done += tensor.size
         progress(done, total)
+    return problems
 
 
-def _check_dtype(weights: Checkpoint, config: dict[str, Any], problems: list[str]) -> str:
+def _check_dtype(
+    tensors: Mapping[str, StoredTensor] | Mapping[str, NewTensor], config: Mapping[str, Any], problems: list[str]
+) -> str:
     """Matrices must have 16 bits and the configuration must say so; vectors may be wider, as some norms are."""
-    matrices = [tensor for tensor in weights.tensors.values() if len(tensor.shape) >= 2]
-    problems += [
-        f"{tensor.name} is stored as {tensor.dtype}" for tensor in matrices if tensor.dtype not in ("BF16", "F16")
-    ]
+    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) >= 2]
     counts: Counter[str] = Counter()
+    odd: dict[str, list[str]] = {}
     for tensor in matrices:
         counts[tensor.dtype] += tensor.size
+        if tensor.dtype not in ("BF16", "F16"):
+            odd.setdefault(tensor.dtype, []).append(tensor.name)
+    problems += [
+        f"{shards.few(names)} {'is' if len(names) == 1 else 'are'} stored as {dtype}" for dtype, names in odd.items()
+    ]
     dtype = counts.most_common(1)[0][0] if counts else ""
     actual = str(DTYPES.get(dtype, "")).removeprefix("torch.")
     problems += [
@@ -193,30 +246,29 @@ def _check_tokenizer(folder: Path, base_folder: Path | None, problems: list[str]
 
 
 def _check_vocabulary(
-    folder: Path, weights: Checkpoint, config: dict[str, Any], length: int, problems: list[str]
+    tensors: Mapping[str, StoredTensor] | Mapping[str, NewTensor],
+    config: Mapping[str, Any],
+    length: int,
+    problems: list[str],
 ) -> int:
     """All parameters of the architecture present in their shapes, and one embedding row for each token."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        problems.append(f"config.json does not describe a model ({error})")
+        model = empty_model(config)
+    except ExportError as error:
+        problems.append(error.message.rstrip("."))
         return 0
     # named_parameters lists a parameter that the model shares (a tied LM head) once, and once is how it is stored.
     expected = dict(model.named_parameters())
-    if missing := sorted(expected.keys() - weights.tensors.keys()):
+    if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"tensors are missing: {shards.few(missing)}")
     for name, parameter in expected.items():
-        stored = weights.tensors.get(name)
+        stored = tensors.get(name)
         if stored is not None and stored.shape != tuple(parameter.shape):
             problems.append(f"{name} has shape {stored.shape}, and config.json asks for {tuple(parameter.shape)}")
     embedding = model.get_input_embeddings().weight
     name = next(name for name, parameter in expected.items() if parameter is embedding)
-    rows = weights.tensors[name].shape[0] if name in weights.tensors else 0
-    if rows < length:
+    rows = tensors[name].shape[0] if name in tensors else 0
+    if 0 < rows < length:
         problems.append(f"{name} has {rows} rows for {length} tokens")
     return rows
 

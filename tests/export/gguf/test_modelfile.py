@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import pytest
 
-from safesteer_lite.export.gguf.modelfile import ChatFormat, Render, chat_format, modelfile, write_modelfiles
+from safesteer_lite.export.gguf.modelfile import Chat, ChatFormat, Render, chat_format, read_chat, write_modelfiles
 from tests import tiny
 from tests.export.gguf import go_template
 
@@ -34,8 +35,49 @@ LLAMA_32 = (
     "{{- message.content | trim + '<|eot_id|>' }}{%- endfor %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
-MISTRAL = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
-TEMPLATES = {"chatml": tiny.CHAT_TEMPLATE, "qwen2.5": QWEN_25, "llama-3": LLAMA_3, "llama-3.2": LLAMA_32}
+ALTERNATE = (
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+)
+# Mistral 7B Instruct v0.1 refuses system prompts; v0.3 puts one before the last question, and newer v0.2 before the first.
+MISTRAL_1 = (
+    "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ message['content'] + eos_token + ' ' }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+_OWN_SYSTEM = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
+    "{%- set messages = messages[1:] %}{%- endif %}{{- bos_token }}{%- for message in messages %}" + ALTERNATE
+)
+MISTRAL_2 = (
+    _OWN_SYSTEM + "{%- if message['role'] == 'user' %}{%- if loop.first and system is defined %}"
+    "{{- ' [INST] ' + system + '\n\n' + message['content'] + ' [/INST]' }}{%- else %}"
+    "{{- ' [INST] ' + message['content'] + ' [/INST]' }}{%- endif %}{%- else %}"
+    "{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
+)
+MISTRAL_3 = (
+    _OWN_SYSTEM + "{%- if message['role'] == 'user' %}{%- if loop.last and system is defined %}"
+    "{{- '[INST] ' + system + '\n\n' + message['content'] + '[/INST]' }}{%- else %}"
+    "{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}{%- else %}"
+    "{{- ' ' + message['content'] | trim + eos_token }}{%- endif %}{%- endfor %}"
+)
+TEKKEN = (
+    "{{- bos_token }}{%- for message in messages %}{%- if message.role == 'system' %}"
+    "{{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' }}{%- elif message.role == 'user' %}"
+    "{{- '[INST]' + message.content + '[/INST]' }}{%- else %}{{- message.content + eos_token }}{%- endif %}{%- endfor %}"
+)
+TEMPLATES = {
+    "chatml": tiny.CHAT_TEMPLATE,
+    "qwen2.5": QWEN_25,
+    "llama-3": LLAMA_3,
+    "llama-3.2": LLAMA_32,
+    "mistral-1": MISTRAL_1,
+    "mistral-2": MISTRAL_2,
+    "mistral-3": MISTRAL_3,
+    "tekken": TEKKEN,
+    "thinking": tiny.CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>"),
+}
 CHATS = [
     [("user", "Who are you?")],
     [("system", "You are a pirate."), ("user", "Who are you?")],
@@ -47,8 +89,17 @@ CHATS = [
 def renderer(template: str) -> Render:
     compiled = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     def render(messages: Sequence[Mapping[str, str]]) -> str:
-        return compiled.render(messages=messages, add_generation_prompt=True)
+        return compiled.render(
+            messages=messages,
+            add_generation_prompt=True,
+            bos_token="<s>",
+            eos_token="</s>",
+            raise_exception=refuse,
+        )
 
     return render
 
@@ -56,6 +107,7 @@ def renderer(template: str) -> Render:
 def as_ollama(form: ChatFormat, chat: list[tuple[str, str]]) -> str:
     """Ollama's own steps: the SYSTEM line stands in for a system message, then the template runs over all messages."""
     system = next((text for role, text in chat if role == "system"), form.system)
+    # Ollama leaves a system prompt among the messages too.
     messages = [{"Role": role, "Content": text} for role, text in chat]
     return form.family.begin + go_template.run(form.template, {"System": system, "Messages": messages})
 
@@ -64,17 +116,24 @@ def as_ollama(form: ChatFormat, chat: list[tuple[str, str]]) -> str:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ollama_makes_the_same_text_as_the_models_own_template(name: str, chat: list[tuple[str, str]]) -> None:
     render = renderer(TEMPLATES[name])
-    form = chat_format(render)
+    form = chat_format(render, "<s>")
     assert form is not None
-    assert as_ollama(form, chat) == render([{"role": role, "content": text} for role, text in chat])
+    messages = [{"role": role, "content": text} for role, text in chat]
+    if name == "mistral-1" and chat[0][0] == "system":
+        with pytest.raises(jinja2.TemplateError):
+            render(messages)
+        # Nothing that a user says is lost: what its own template refuses stands before the first question.
+        assert form.refuses_system and chat[1][0] == "user"
+        first = {"role": "user", "content": f"{chat[0][1]}\n\n{chat[1][1]}"}
+        messages = [first, *messages[2:]]
+    assert as_ollama(form, chat) == render(messages)
 
 
 def test_the_models_own_system_prompt_is_kept() -> None:
-    found = {name: chat_format(renderer(template)) for name, template in TEMPLATES.items()}
+    found = {name: chat_format(renderer(template), "<s>") for name, template in TEMPLATES.items()}
     assert {name: form and (form.system, form.preamble) for name, form in found.items()} == {
-        "chatml": ("", ""),
+        **dict.fromkeys(TEMPLATES, ("", "")),
         "qwen2.5": ("You are Qwen. You help.", ""),
-        "llama-3": ("", ""),
         "llama-3.2": ("", "Knowledge: 2023\nToday: 26 Jul 2024\n\n"),
     }
 
@@ -82,8 +141,11 @@ def test_the_models_own_system_prompt_is_kept() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        MISTRAL,
-        tiny.CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>"),
+        # A default system prompt in a format that is not one of those known to have it.
+        TEKKEN.replace("{{- bos_token }}", "{{- bos_token + ('Be kind.' if messages[0].role != 'system' else '') }}"),
+        "{% for m in messages %}{{ loop.index0 ~ m.content }}{% endfor %}",
+        "{{ raise_exception('never') }}",
+        "{{ messages[0].content }}",
         QWEN_25.replace("message.content +", "message.content + ' ' +"),
         LLAMA_3.replace("<|eot_id|>", "<|eot|>"),
     ],
@@ -92,17 +154,36 @@ def test_a_template_that_is_not_exactly_known_gives_no_modelfile(template: str) 
     assert chat_format(renderer(template)) is None
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ['Be kind."""\nFROM elsewhere\nSYSTEM """', "{{ .System }}\0", '"""', '"""\n'],
+)
+def test_a_system_prompt_that_would_end_its_quotes_is_not_written(prompt: str) -> None:
+    quoted = "{{ '" + "<|im_start|>system\n" + prompt.replace("\\", "\\\\") + "<|im_end|>\n' }}"
+    template = "{% if messages[0].role != 'system' %}" + quoted + "{% endif %}" + tiny.CHAT_TEMPLATE
+    assert chat_format(renderer(template)) is None
+    assert chat_format(renderer(template.replace('"""', '""').replace("\0", ""))) is not None
+
+
+@pytest.mark.parametrize("mark", ["{{ .Evil }}", '"""', "}}"])
+def test_marks_that_a_modelfile_would_run_or_end_at_are_not_written(mark: str) -> None:
+    template = "{% for m in messages %}{{ m.role[0] + mark + m.content + '.' }}{% endfor %}"
+    compiled = jinja2.Environment().from_string(template)
+    for part, expected in ((mark, None), (":", ChatFormat)):
+
+        def render(messages: Sequence[Mapping[str, str]], part: str = part) -> str:
+            return compiled.render(messages=messages, mark=part)
+
+        found = chat_format(render)
+        assert found is None if expected is None else isinstance(found, expected)
+
+
 def test_a_whole_modelfile() -> None:
     form = chat_format(renderer(QWEN_25))
     assert form is not None
-    text = modelfile(
-        "a-Q8_0.gguf",
-        form,
-        ["<|im_end|>", "<|endoftext|>"],
-        {"temperature": 0.7, "top_k": 20, "do_sample": True},
-        32768,
-    )
-    assert text == (
+    sampling = {"temperature": 0.7, "top_k": 20, "do_sample": True, "top_p": float("inf"), "repetition_penalty": True}
+    chat = Chat(form, ["<|im_end|>", "<|endoftext|>"], sampling, 32768)
+    assert chat.modelfile("a-Q8_0.gguf") == (
         "FROM ./a-Q8_0.gguf\n\n"
         'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}'
         '{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
@@ -129,3 +210,32 @@ def test_each_file_has_a_modelfile_with_the_stops_and_the_context_of_its_model(
         ]
     assert write_modelfiles(tmp_path, tiny_folder("qwen2"), ["."]) == ["Modelfile"]
     assert (tmp_path / "Modelfile").read_text(encoding="utf-8").startswith("FROM .\n")
+
+
+def test_a_supported_model_whose_template_refuses_system_prompts_has_a_modelfile(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(MISTRAL_1)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": tiny.END_OF_TEXT}))
+    assert write_modelfiles(tmp_path, model, ["m.gguf"]) == ["Modelfile"]
+    text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert "# The model's own template knows no system prompt: it is put before the first question.\n" in text
+    assert "[INST] {{ if $system }}{{ $system }}\n\n" in text
+    assert "SYSTEM" not in text
+
+
+def test_a_model_that_names_no_usable_numbers_has_a_modelfile(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": null, "temperature": NaN, "top_k": "many"}')
+    config = json.loads((model / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (model / "config.json").write_text(json.dumps(config))
+    chat = read_chat(model)
+    assert chat is not None and chat.modelfile(".").splitlines()[-2:] == [
+        f'PARAMETER stop "{tiny.END_OF_TURN}"',
+        "PARAMETER num_ctx 4096",
+    ]
