@@ -230,7 +230,7 @@ def test_a_model_that_names_no_usable_numbers_has_a_modelfile(
     tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
     model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
-    (model / "generation_config.json").write_text('{"eos_token_id": null, "temperature": NaN, "top_k": "many"}')
+    (model / "generation_config.json").write_text('{"eos_token_id": null, "temperature": true, "top_k": "many"}')
     config = json.loads((model / "config.json").read_text())
     del config["max_position_embeddings"]
     (model / "config.json").write_text(json.dumps(config))
