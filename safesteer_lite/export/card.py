@@ -10,9 +10,9 @@ from typing import Any
 
 from safesteer_lite.export.weights import shards
 from safesteer_lite.hardware.units import format_bytes
+from safesteer_lite.sources.hub import is_hub_id
 
 _LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
   refusal that comes late counts as an answer.
@@ -105,7 +105,7 @@ def _front_matter(facts: Facts, gguf: bool) -> str:
     lines.append("library_name: " + ("gguf" if gguf else "transformers"))
     if facts.licence:
         lines.append(f"license: {facts.licence}")
-    if _HUB_NAME.fullmatch(facts.base):
+    if is_hub_id(facts.base):
         lines += [f"base_model: {facts.base}", "base_model_relation: " + ("quantized" if gguf else "finetune")]
     return "\n".join([*lines, "tags:", "- safety", "- safesteer-lite", "---"])
 

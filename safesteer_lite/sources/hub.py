@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,14 @@ from safesteer_lite.sources.folder import UNWANTED, check_architecture, check_to
 CONNECT_SECONDS = 10.0
 """How long the model hub may take to answer before it counts as out of reach."""
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
 _WEIGHTS = ("*.safetensors",)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is written as the hub writes its models: `owner/name`."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path:

@@ -13,7 +13,7 @@ from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.shape import ModelShape, parameters, shape_from_config
 from safesteer_lite.sources.demo import DEMO
 from safesteer_lite.sources.download import cache_folder, quiet_libraries
-from safesteer_lite.sources.hub import ask_hub, cached_model, first_line, hub_refusals, licence_of
+from safesteer_lite.sources.hub import ask_hub, cached_model, first_line, hub_refusals, is_hub_id, licence_of
 from safesteer_lite.sources.resolve import resolve_model
 
 
@@ -52,7 +52,7 @@ def look(name: str, revision: str | None = None) -> Look:
     try:
         folder = resolve_model(name, revision, discard, download=False)
     except ModelError:
-        if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if Path(name).expanduser().exists() or not is_hub_id(name):
             raise
     else:
         return Look(name, _shape(folder), "", False, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from safesteer_lite.errors import ModelError
@@ -12,7 +11,7 @@ from safesteer_lite.events import Emit
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.sources.download import quiet_libraries
 from safesteer_lite.sources.folder import check_folder, matches
-from safesteer_lite.sources.hub import cached_model, fetch_model
+from safesteer_lite.sources.hub import cached_model, fetch_model, is_hub_id
 
 _FINGERPRINTED = (
     "config.json",
@@ -26,7 +25,6 @@ _FINGERPRINTED = (
     "model.safetensors.index.json",
     "*.safetensors",
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MIB = 1 << 20
 
 
@@ -57,7 +55,7 @@ def resolve_model(
     if path.is_dir():
         check_folder(path)
         return path
-    if path.exists() or not _HUB_ID.fullmatch(name_or_path):
+    if path.exists() or not is_hub_id(name_or_path):
         raise ModelError(
             f"{name_or_path} is neither a folder nor the id of a model.",
             "Give a folder with config.json and *.safetensors, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",

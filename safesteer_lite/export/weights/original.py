@@ -12,11 +12,10 @@ from safesteer_lite import config as settings
 from safesteer_lite.errors import ExportError, ModelError
 from safesteer_lite.export.weights import shards
 from safesteer_lite.hardware.shape import parameters, shape_from_config
-from safesteer_lite.sources.hub import cached_model
+from safesteer_lite.sources.hub import cached_model, is_hub_id
 
 # How repositories of bitsandbytes weights are called: Unsloth's, and those that follow it.
 _MARK = re.compile(r"(?:[-_.](?:unsloth|dynamic))*[-_.](?:bnb[-_.])?(?:4bit|nf4|int4)(?:[-_.]bnb)?$", re.IGNORECASE)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Settings in which a model and its 4-bit form must agree; a type of number, say, may differ.
 _SAME = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -68,7 +67,7 @@ def find_original(folder: Path, name: str) -> Original | None:
     for candidate in candidates:
         if here := _here(candidate):
             return Original(candidate, size, here)
-    named = next((candidate for candidate in candidates if _HUB_NAME.fullmatch(candidate)), None)
+    named = next((candidate for candidate in candidates if is_hub_id(candidate)), None)
     return Original(named, size, None) if named else None
 
 
@@ -141,7 +140,7 @@ def _here(name: str) -> Path | None:
     """A 16-bit model's folder on this machine."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        cached = cached_model(name, None) if _HUB_NAME.fullmatch(name) else None
+        cached = cached_model(name, None) if is_hub_id(name) else None
         if cached is None:
             return None
         folder = cached
