@@ -114,7 +114,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        self._stream: TextIO = path.open("a", encoding="utf-8")
+        # Half of a surrogate pair, as in a file name that is no text, is written as JSON's own escape for it.
+        self._stream: TextIO = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def __call__(self, event: Event) -> None:
         write_json_line(self._stream, event)
@@ -126,8 +127,14 @@ class JsonLines:
         self._stream.close()
 
 
-def write_json_line(stream: TextIO, event: Event) -> None:
-    """Write one event to `stream` as a line of JSON and flush it."""
+def write_json_line(stream: TextIO, event: Event, ascii_only: bool = False) -> None:
+    """Write one event to `stream` as a line of JSON and flush it.
+
+    Args:
+        stream: where to.
+        event: any.
+        ascii_only: for a stream whose encoding is not known: all other characters are written as JSON's escapes.
+    """
     record = {"time": round(time.time(), 3), **to_record(event)}
-    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    stream.write(json.dumps(record, ensure_ascii=ascii_only) + "\n")
     stream.flush()

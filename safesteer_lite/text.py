@@ -31,6 +31,8 @@ _ORDINARY = "|".join(
         r"|\U000e0077\U000e006c\U000e0073)\U000e007f",
     )
 )
+# What is ordinary only if the right characters follow.
+_UNDECIDED = re.compile(r"[\u200c\u200d\u180e\U000e0000-\U000e007f]+\Z")
 _ODD = re.compile(rf"(?P<ordinary>{_ORDINARY})|[{_HIDDEN}]")
 
 
@@ -48,6 +50,16 @@ def visible(text: str, lines: bool = False) -> str:
     return _ODD.sub(
         lambda found: found[0] if found["ordinary"] or (lines and found[0] in "\n\t") else _written(found[0]), text
     )
+
+
+def visible_so_far(text: str) -> str:
+    """The part of `visible(text, lines=True)` that stays whatever is added to `text`, for what is shown as it grows."""
+    return visible(_UNDECIDED.sub("", text), lines=True)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether every encoding of Unicode can write `text`: bytes that are no text came in as lone surrogates."""
+    return re.search(r"[\ud800-\udfff]", text) is None
 
 
 def _written(character: str) -> str:

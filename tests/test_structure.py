@@ -109,6 +109,19 @@ def test_nothing_below_the_shell_prints() -> None:
                 assert taken_from != "sys", f"{path}:{node.lineno}"
 
 
+def test_the_shell_speaks_through_two_files() -> None:
+    """What is shown goes through the console or the streams that make it visible: nobody can forget to."""
+    for path in MODULES:
+        if part_of(path) not in SHELL or path.name in ("console.py", "streams.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("print", "Console", "rich.print", "Text.from_markup"), f"{path}:{node.lineno}"
+            assert called not in ("sys.stdout.write", "sys.stderr.write"), f"{path}:{node.lineno}"
+
+
 def test_nothing_works_at_import() -> None:
     """Module bodies define; they call nothing for its effect."""
     for path in MODULES:

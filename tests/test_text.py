@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from safesteer_lite.text import visible
+from safesteer_lite.text import is_unicode, visible, visible_so_far
 
 # Everything, and often the few that matter: among a million characters they would hardly ever meet.
 CHARACTERS = st.one_of(
@@ -98,3 +98,14 @@ def test_hostile_strings_are_written_out(text: str) -> None:
 def test_new_lines_and_tabs_stay_where_asked() -> None:
     assert visible("a\n\tb\r\n\x1b", lines=True) == "a\n\tb\\r\n\\x1b"
     assert visible("a\n\tb") == r"a\n\tb"
+
+
+@given(TEXTS, TEXTS)
+@example("👩\u200d", "💻")
+@example("🏴\U000e0067\U000e0062", "\U000e0065\U000e006e\U000e0067\U000e007f")
+def test_what_is_shown_so_far_stays_when_more_comes(text: str, more: str) -> None:
+    assert visible(text + more, lines=True).startswith(visible_so_far(text))
+
+
+def test_bytes_that_are_no_text_are_told_from_text() -> None:
+    assert is_unicode("naïve 👩🏽‍💻 \x00") and not is_unicode(b"caf\xe9".decode("utf-8", "surrogateescape"))

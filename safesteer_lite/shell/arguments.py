@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safesteer_lite import __version__
+from safesteer_lite.text import visible
 
 EPILOG = """on a terminal, `safesteer-lite` alone asks a few questions and does the rest
 
@@ -22,9 +23,16 @@ examples:
 exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (the run can be resumed)"""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that makes visible what it quotes of a command line that it cannot read."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message, lines=True))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` of what it reads is the command's name, and missing where none was given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="safesteer-lite",
         description="Make a local instruct model safer on one consumer GPU, and see honestly what changed.",
         epilog=EPILOG,
@@ -41,29 +49,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _training(commands: Any) -> None:
     run = _command(commands, "run", "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
-    run.add_argument("model", nargs="?", help="a preset, a Hub id, or a local folder")
-    run.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
+    run.add_argument("model", nargs="?", type=_filled, help="a preset, a Hub id, or a local folder")
+    run.add_argument("--config", type=_path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
     _run_options(run)
 
     demo = _command(commands, "demo", "the whole method on a small real model", "safesteer-lite demo --quick")
-    demo.add_argument("--model", metavar="FOLDER", help="any local model instead of the demo's own")
+    demo.add_argument("--model", type=_filled, metavar="FOLDER", help="any local model instead of the demo's own")
     demo.add_argument("--quick", action="store_true", help="fewer prompts, steps and tokens: to see that it works")
     _run_options(demo)
 
     resume = _command(commands, "resume", "go on with an unfinished run", "safesteer-lite resume")
-    resume.add_argument("run", nargs="?", help="a run's name or folder; the newest unfinished one if left out")
+    resume.add_argument(
+        "run", nargs="?", type=_filled, help="a run's name or folder; the newest unfinished one if left out"
+    )
     _plain_option(resume)
     _output_options(resume)
 
     evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
-    evaluate.add_argument("target", help="a run, a preset, a Hub id, or a local folder")
+    evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, or a local folder")
     evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     _output_options(evaluate)
 
 
 def _exporting(commands: Any) -> None:
     export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
-    export.add_argument("run", help="a run's name or folder")
+    export.add_argument("run", type=_filled, help="a run's name or folder")
     export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged", help="what to write (merged)")
     kinds = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
     export.add_argument(
@@ -74,24 +84,27 @@ def _exporting(commands: Any) -> None:
         metavar="KIND",
         help=f"GGUF files: {', '.join(kinds)} (Q8_0)",
     )
-    export.add_argument("--out", type=Path, metavar="FOLDER", help="a folder that does not exist yet")
+    export.add_argument("--out", type=_path, metavar="FOLDER", help="a folder that does not exist yet")
     export.add_argument(
         "--weights",
         choices=("original", "dequantised"),
         help="base to merge into (original; for a base that is itself in 4 bits, dequantised)",
     )
     export.add_argument(
-        "--original", metavar="MODEL", help="of such a base: its 16-bit original, a folder or a Hub id to fetch"
+        "--original",
+        type=_filled,
+        metavar="MODEL",
+        help="of such a base: its 16-bit original, a folder or a Hub id to fetch",
     )
     export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 2 (1)")
-    export.add_argument("--base", type=Path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
+    export.add_argument("--base", type=_path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
     export.add_argument("--measure", type=int, default=0, metavar="N", help="measure on N test prompts a set (all)")
-    export.add_argument("--push", metavar="NAME", help="upload to the model hub as NAME, private")
+    export.add_argument("--push", type=_filled, metavar="NAME", help="upload to the model hub as NAME, private")
     export.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     _output_options(export)
 
     verify = _command(commands, "verify", "check an exported folder", "safesteer-lite verify ./safer")
-    verify.add_argument("folder", type=Path, help="a folder that `export` wrote")
+    verify.add_argument("folder", type=_path, help="a folder that `export` wrote")
     verify.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -99,12 +112,14 @@ def _looking(commands: Any) -> None:
     strength = _command(
         commands, "strength", "measure a run's adapter at several strengths", "safesteer-lite strength RUN"
     )
-    strength.add_argument("run", help="a run's name or folder")
-    strength.add_argument("--at", metavar="X,Y,...", help="factors on the adapter, 0 to 2 (0 to 1.5 in quarters)")
+    strength.add_argument("run", type=_filled, help="a run's name or folder")
+    strength.add_argument(
+        "--at", type=_filled, metavar="X,Y,...", help="factors on the adapter, 0 to 2 (0 to 1.5 in quarters)"
+    )
     _output_options(strength)
 
     chat = _command(commands, "chat", "talk to a run's model", "safesteer-lite chat RUN --view compare")
-    chat.add_argument("run", help="a run's name or folder")
+    chat.add_argument("run", type=_filled, help="a run's name or folder")
     chat.add_argument(
         "--view", choices=("compare", "hardened", "base"), default="compare", help="who answers (compare)"
     )
@@ -113,11 +128,11 @@ def _looking(commands: Any) -> None:
     chat.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
     chat.add_argument("--tokens", type=int, default=400, help="tokens an answer, at most (400)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    chat.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
+    chat.add_argument("--runs", type=_path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
 
     report = _command(commands, "report", "write a run's report again", "safesteer-lite report RUN")
-    report.add_argument("run", help="a run's name or folder")
-    report.add_argument("--picture", type=Path, metavar="FILE.svg", help="before and after as one picture too")
+    report.add_argument("run", type=_filled, help="a run's name or folder")
+    report.add_argument("--picture", type=_path, metavar="FILE.svg", help="before and after as one picture too")
     _output_options(report)
 
 
@@ -133,6 +148,19 @@ def _listing(commands: Any) -> None:
     doctor.add_argument("--json", action="store_true", help="for machines")
 
 
+def _filled(text: str) -> str:
+    """A name: nothing, as from a variable of the shell that is not set, would mean something else."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("must not hold the character NUL")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_filled(text))
+
+
 def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, epilog=f"example: {example}"
@@ -143,7 +171,7 @@ def _command(commands: Any, name: str, text: str, example: str) -> argparse.Argu
 
 def _output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="events and result as JSON Lines, for machines")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
+    parser.add_argument("--runs", type=_path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
 
 
 def _plain_option(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +181,10 @@ def _plain_option(parser: argparse.ArgumentParser) -> None:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     parser.add_argument("--seed", type=int, help="seed of every random choice")
-    parser.add_argument("--prompts", metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt")
-    parser.add_argument("--column", metavar="NAME", help="column of that file")
+    parser.add_argument(
+        "--prompts", type=_filled, metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt"
+    )
+    parser.add_argument("--column", type=_filled, metavar="NAME", help="column of that file")
     parser.add_argument("--effort", choices=("quick", "standard", "thorough"), help="how thorough (standard)")
     parser.add_argument("--yes", action="store_true", help="ask nothing")
     _plain_option(parser)

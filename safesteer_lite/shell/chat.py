@@ -17,7 +17,9 @@ from rich.text import Text
 from safesteer_lite.errors import SafeSteerError, UsageError
 from safesteer_lite.models.assistant import Policy, Reply
 from safesteer_lite.models.template import Message
+from safesteer_lite.shell.console import as_text
 from safesteer_lite.stages.strength import set_strength
+from safesteer_lite.text import is_unicode, visible, visible_so_far
 
 VIEWS = ("compare", "hardened", "base")
 
@@ -78,7 +80,7 @@ class Chat:
 
     def talk(self) -> None:
         """Until the user quits."""
-        self.console.print(Text(self._state()))
+        self.console.print(as_text(self._state()))
         self.console.print(Text("Type a message; /help lists the commands.", "dim"))
         while True:
             try:
@@ -89,12 +91,14 @@ class Chat:
             if line in ("/quit", "/exit"):
                 return
             try:
+                if not is_unicode(line):
+                    raise UsageError("What was typed is not text in this terminal's encoding.", "Type it again.")
                 if line.startswith("/"):
-                    self.console.print(Text(self.command(line)))
+                    self.console.print(as_text(self.command(line)))
                 elif line:
                     self.answer(line)
             except SafeSteerError as error:
-                self.console.print(Text(str(error), "yellow"))
+                self.console.print(as_text(str(error), "yellow"))
 
     def command(self, line: str) -> str:
         """Do what a line such as `/strength 0.5` says; returns what to tell the user.
@@ -203,16 +207,16 @@ class Chat:
             while not all(reply.done for reply in replies):
                 self._step(sides, replies)
             for side, reply in zip(sides, replies, strict=True):
-                self.console.print(Text(f"{side.name}: {reply.text}"), soft_wrap=True)
+                self.console.print(as_text(f"{side.name}: {reply.text}"), soft_wrap=True)
             return
         shown = 0
         self.console.print(Text(f"{sides[0].name}: ", "bold"), end="")
         while not replies[0].done:
             self._step(sides, replies)
-            text = replies[0].text
+            text = visible_so_far(replies[0].text)
             self.console.print(Text(text[shown:]), end="", soft_wrap=True)
             shown = len(text)
-        self.console.print()
+        self.console.print(Text(visible(replies[0].text, lines=True)[shown:]), soft_wrap=True)
 
     def _step(self, sides: Sequence[Side], replies: Sequence[Reply]) -> None:
         for side, reply in zip(sides, replies, strict=True):
@@ -227,7 +231,7 @@ class Chat:
         for side, reply in zip(sides, replies, strict=True):
             at = f", strength {self.strength:g}" if side.name == "hardened" and self.strength != 1 else ""
             table.add_column(f"{side.name}{at}", ratio=1)
-            wrapped = Text(reply.text).wrap(self.console, width)
+            wrapped = as_text(reply.text).wrap(self.console, width)
             texts.append(Text("\n").join(wrapped[-lines:] if lines else wrapped))
         table.add_row(*texts)
         return table

@@ -10,10 +10,12 @@ from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands import exporting, machine, results, training
 from safesteer_lite.shell.commands.shared import on_terminal, open_settings, run_settings
+from safesteer_lite.shell.streams import complain, protect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    protect()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "command"):
@@ -47,15 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, hint: str, code: int) -> int:
-    print(f"safesteer-lite: {message}" + (f"\n  {hint}" if hint else ""), file=sys.stderr)  # noqa: T201
+    complain(f"safesteer-lite: {message}" + (f"\n  {hint}" if hint else ""))
     return code
 
 
 def wizard() -> int:
     """No command at all: questions, the run, its results."""
-    from rich.console import Console
-
     from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.wizard.ask import forget_typed_ahead
     from safesteer_lite.shell.wizard.flow import start
     from safesteer_lite.shell.wizard.program import Program
@@ -80,7 +81,7 @@ def wizard() -> int:
             open_settings=lambda path: open_settings(run_folders.open_run(path)),
             exports=exports,
             runs=run_folders.RUNS_FOLDER,
-            console=Console(highlight=False),
+            console=SafeConsole(),
         )
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -24,6 +23,8 @@ from safesteer_lite.events import (
     write_json_line,
 )
 from safesteer_lite.hardware.units import format_bytes, format_duration
+from safesteer_lite.shell.console import as_text
+from safesteer_lite.text import visible
 
 # A line of progress at most this often, in seconds: often enough to see that it lives, seldom enough to read a log.
 _EVERY = 15.0
@@ -76,11 +77,12 @@ class Lines:
 
     def _line(self, text: str, style: str = "") -> None:
         """One line of a log; at a terminal wrapped between words, below where its text begins."""
+        text = visible(text)  # A new line in a name begins no new line.
         if not self.console.is_terminal:
-            self.console.print(Text(text, style), soft_wrap=True)
+            self.console.print(as_text(text, style), soft_wrap=True)
             return
         words = text.lstrip()
-        self.console.print(Padding(Text(words, style), (0, 0, 0, len(text) - len(words)), expand=False))
+        self.console.print(Padding(as_text(words, style), (0, 0, 0, len(text) - len(words)), expand=False))
 
 
 class Json:
@@ -90,7 +92,7 @@ class Json:
         self.stream = stream
 
     def __call__(self, event: Event) -> None:
-        write_json_line(self.stream, event)
+        write_json_line(self.stream, event, ascii_only=True)
 
 
 def metric_text(name: str, value: float, n: int | None, step: int | None) -> str:
@@ -154,9 +156,9 @@ def artifacts_table(record: dict[str, Any]) -> Table:
         close = ("", "")
         if agreement:
             close = (f"{agreement['same_answers']} of {agreement['prompts']}", f"{agreement['first_kl']:.4f}")
-        table.add_row(Text(row["artifact"], style="red" if lost else ""), *cells, *close)
+        table.add_row(as_text(row["artifact"], "red" if lost else ""), *cells, *close)
     told = [f"{row['artifact']} lost safety: {row['safety_lost']}." for row in rows if row["safety_lost"]]
-    table.caption = Text("\n".join(told), style="red") if told else None
+    table.caption = as_text("\n".join(told), "red") if told else None
     return table
 
 
@@ -170,8 +172,3 @@ def rate_text(rate: dict[str, float]) -> str:
     """`51 (80 %, 68 to 88)`."""
     share = rate["refused"] / rate["n"] if rate["n"] else 0.0
     return f"{rate['refused']} ({100 * share:.0f} %, {100 * rate['low']:.0f} to {100 * rate['high']:.0f})"
-
-
-def dump(record: object) -> str:
-    """A record as indented JSON."""
-    return json.dumps(record, ensure_ascii=False, indent=1)

@@ -28,7 +28,9 @@ from safesteer_lite.events import (
     Warned,
 )
 from safesteer_lite.hardware.units import format_bytes, format_duration, format_estimate
+from safesteer_lite.shell.console import as_text
 from safesteer_lite.shell.lines import metric_text
+from safesteer_lite.text import visible
 
 SMALLEST = (80, 24)
 """Columns and rows that the layout needs; on less, plain lines are better."""
@@ -220,7 +222,7 @@ class Screen:
         self._live.stop()
         # The screen takes its warnings along when it goes, and they matter afterwards too.
         for warning in self.view.warnings:
-            self._console.print(Text(f"Warning: {warning}"), soft_wrap=True)
+            self._console.print(as_text(f"Warning: {warning}"), soft_wrap=True)
 
 
 class Frame:
@@ -264,7 +266,7 @@ def _head(view: RunView) -> Text:
     spent = format_duration(view.clock() - view.started)
     left = view.left()
     about = f", about {format_estimate(left)} left" if left else ""
-    return Text.assemble((f" {view.title}", "bold"), f"  {spent}{about}", overflow="ellipsis", no_wrap=True)
+    return Text.assemble((f" {visible(view.title)}", "bold"), f"  {spent}{about}", overflow="ellipsis", no_wrap=True)
 
 
 _MARKS = {"waiting": " ", "running": ">", "done": "x", "kept": "x"}
@@ -284,11 +286,11 @@ def _stages(view: RunView) -> Table:
             "running": f"~{format_estimate(left)}" if left else "running",
         }[stage.state]
         table.add_row(
-            Text(f"[{_MARKS[stage.state]}]"), Text(stage.title, "bold" if stage.state == "running" else ""), told
+            Text(f"[{_MARKS[stage.state]}]"), as_text(stage.title, "bold" if stage.state == "running" else ""), told
         )
     running = next((stage for stage in view.stages.values() if stage.state == "running"), None)
     if running and running.of:
-        table.add_row("", Text(_amount(running), "dim"), "")
+        table.add_row("", as_text(_amount(running), "dim"), "")
     return table
 
 
@@ -344,7 +346,7 @@ def _sample(view: RunView, console: Console, width: int, lines: int) -> Text:
 
 
 def _spoken(name: str, words: str, console: Console, width: int) -> list[Text]:
-    text = Text.assemble((f"{name + ':':<7}", "bold"), " ".join(words.split()) or "(nothing)")
+    text = Text.assemble((f"{name + ':':<7}", "bold"), visible(" ".join(words.split())) or "(nothing)")
     return list(text.wrap(console, width))
 
 
@@ -361,7 +363,7 @@ def _messages(view: RunView, console: Console, width: int, lines: int) -> Text:
     """The newest messages, wrapped, as many as the lines hold."""
     shown: list[Text] = []
     for message in reversed(view.messages):
-        wrapped = Text(message).wrap(console, width - 2)
+        wrapped = as_text(message).wrap(console, width - 2)
         if len(shown) + len(wrapped) > lines and shown:
             break
         shown = [*wrapped, *shown]
@@ -372,7 +374,7 @@ def _messages(view: RunView, console: Console, width: int, lines: int) -> Text:
 def _foot(view: RunView, memory: str) -> Text:
     # An answer comes first: what does not fit is cut off at the right.
     parts = [view.banner, memory] if view.banner else [memory, "Ctrl-C finishes the step and saves; it can be resumed."]
-    return Text(f" {'  '.join(parts)}", "reverse", no_wrap=True, overflow="ellipsis")
+    return Text(f" {visible('  '.join(parts))}", "reverse", no_wrap=True, overflow="ellipsis")
 
 
 def memory_line() -> str:

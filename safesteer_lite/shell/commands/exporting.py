@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safesteer_lite.errors import ExportError, ModelError, UsageError
 from safesteer_lite.shell.commands.shared import open_settings, resolve, sink
+from safesteer_lite.shell.streams import tell, tell_json
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
@@ -146,11 +146,10 @@ def _show(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> Non
     if record and options.json:
         _line(options, {"event": "Artifacts", **record}, "")
     elif record:
-        from rich.console import Console
-
+        from safesteer_lite.shell.console import SafeConsole
         from safesteer_lite.shell.lines import artifacts_table
 
-        Console(highlight=False).print(artifacts_table(record))
+        SafeConsole().print(artifacts_table(record))
     _line(options, {"event": "Exported", "path": str(out)}, str(out))
 
 
@@ -163,6 +162,7 @@ def _push(options: argparse.Namespace, out: Path, name: str) -> None:
 
 def _line(options: argparse.Namespace, record: dict[str, Any], text: str) -> None:
     """One line of the result, for machines or for people."""
-    from safesteer_lite.shell.lines import dump
-
-    sys.stdout.write((dump(record).replace("\n", " ") if options.json else text) + "\n")
+    if options.json:
+        tell_json(record)
+    else:
+        tell(text)

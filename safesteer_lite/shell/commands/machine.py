@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from safesteer_lite import config
 from safesteer_lite.errors import UsageError
+from safesteer_lite.shell.streams import tell, tell_json
 
 
 def presets_command(options: argparse.Namespace) -> int:
@@ -16,10 +16,10 @@ def presets_command(options: argparse.Namespace) -> int:
         if not options.name:
             raise UsageError("Which preset?", f"There are: {', '.join(config.preset_names())}.")
         config.preset_values(options.name)
-        sys.stdout.write((config.preset_folder() / f"{options.name}.toml").read_text(encoding="utf-8"))
+        tell((config.preset_folder() / f"{options.name}.toml").read_text(encoding="utf-8").removesuffix("\n"))
         return 0
     for name in config.preset_names():
-        sys.stdout.write(f"{name}  {config.preset_values(name).get('model.name', '')}\n")
+        tell(f"{name}  {config.preset_values(name).get('model.name', '')}")
     return 0
 
 
@@ -27,15 +27,14 @@ def doctor_command(options: argparse.Namespace) -> int:
     """`doctor`: each check with its remedy."""
     from safesteer_lite.hardware.doctor import checks
     from safesteer_lite.hardware.machine import inspect
-    from safesteer_lite.shell.lines import dump
 
     found = checks(inspect(Path.cwd()))
     if options.json:
-        sys.stdout.write(dump([vars(check) for check in found]) + "\n")
+        tell_json([vars(check) for check in found], indent=1)
     else:
         for check in found:
             mark = {True: "ok  ", False: "FAIL", None: "note"}[check.ok]
-            sys.stdout.write(f"{mark}  {check.name}: {check.found}\n")
+            tell(f"{mark}  {check.name}: {check.found}")
             if check.remedy and check.ok is not True:
-                sys.stdout.write(f"      {check.remedy}\n")
+                tell(f"      {check.remedy}")
     return 1 if any(check.ok is False for check in found) else 0

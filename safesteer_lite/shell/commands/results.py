@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 from safesteer_lite import config
 from safesteer_lite.errors import ModelError, UsageError
 from safesteer_lite.shell.commands.shared import on_terminal, open_settings, resolve, settings_of, sink
+from safesteer_lite.shell.streams import tell, tell_json
+from safesteer_lite.text import is_unicode, visible
 
 if TYPE_CHECKING:
     from safesteer_lite.events import Emit
@@ -22,32 +23,30 @@ if TYPE_CHECKING:
 def runs_command(options: argparse.Namespace) -> int:
     """`runs`: one line a run."""
     from safesteer_lite.runs import folder as run_folders
-    from safesteer_lite.shell.lines import dump
 
     entries = run_folders.list_runs(options.runs)
     if options.json:
         rows = [{**vars(entry), "path": str(entry.path)} for entry in entries]
-        sys.stdout.write(dump(rows) + "\n")
+        tell_json(rows, indent=1)
         return 0
     if not entries:
-        sys.stdout.write(f"There are no runs in {options.runs}.\n")
+        tell(f"There are no runs in {options.runs}.")
     for entry in entries:
         state = entry.damage or (
             "finished" if entry.finished else f"stopped after {entry.stages[-1] if entry.stages else 'nothing'}"
         )
-        sys.stdout.write(f"{entry.name}  {entry.created[:16]}  {state}\n")
+        tell(f"{visible(entry.name)}  {entry.created[:16]}  {state}")
     return 0
 
 
 def report_command(options: argparse.Namespace) -> int:
     """`report`: a run's report.json and report.html, written again; and a picture, if asked."""
-    from rich.console import Console
-
     from safesteer_lite.report import record as report
     from safesteer_lite.report.page import FILE
     from safesteer_lite.report.picture import write_picture
     from safesteer_lite.runs import folder as run_folders
-    from safesteer_lite.shell.lines import artifacts_table, dump
+    from safesteer_lite.shell.console import SafeConsole
+    from safesteer_lite.shell.lines import artifacts_table
 
     folder = run_folders.open_run(options.run, options.runs)
     with folder.lock():
@@ -55,22 +54,21 @@ def report_command(options: argparse.Namespace) -> int:
     if options.picture:
         write_picture(options.picture, record)
     if options.json:
-        sys.stdout.write(dump({"event": "Report", **record}).replace("\n", " ") + "\n")
+        tell_json({"event": "Report", **record})
         return 0
     for export in record["exports"]:
-        Console(highlight=False).print(artifacts_table(export))
-    sys.stdout.write(f"{folder.path / FILE}\n")
+        SafeConsole().print(artifacts_table(export))
+    tell(f"{folder.path / FILE}")
     if options.picture:
-        sys.stdout.write(f"{options.picture}\n")
+        tell(f"{options.picture}")
     return 0
 
 
 def eval_command(options: argparse.Namespace) -> int:
     """`eval`: a run's adapter, or any model as it is."""
-    from rich.console import Console
-
     from safesteer_lite.runs import folder as run_folders
-    from safesteer_lite.shell.lines import dump, scorecard_table
+    from safesteer_lite.shell.console import SafeConsole
+    from safesteer_lite.shell.lines import scorecard_table
     from safesteer_lite.stages import pipeline
 
     emit = sink(options)
@@ -90,19 +88,18 @@ def eval_command(options: argparse.Namespace) -> int:
     settings = config.build(layers)
     cards = pipeline.evaluate_model(settings, folder, resolve(settings, emit), emit)
     if options.json:
-        sys.stdout.write(dump({"event": "Evaluation", **cards}).replace("\n", " ") + "\n")
+        tell_json({"event": "Evaluation", **cards})
     else:
-        Console(highlight=False).print(scorecard_table(cards["before"], cards["after"]))
+        SafeConsole().print(scorecard_table(cards["before"], cards["after"]))
     return 0
 
 
 def strength_command(options: argparse.Namespace) -> int:
     """`strength`: the adapter of a run at several strengths."""
-    from rich.console import Console
-
     from safesteer_lite.report import record as report
     from safesteer_lite.runs import folder as run_folders
-    from safesteer_lite.shell.lines import dial_table, dump
+    from safesteer_lite.shell.console import SafeConsole
+    from safesteer_lite.shell.lines import dial_table
     from safesteer_lite.stages import strength
 
     try:
@@ -118,26 +115,27 @@ def strength_command(options: argparse.Namespace) -> int:
         if (folder.path / "report.json").is_file():
             report.write(folder, session.config)  # The report shows the dial.
     if options.json:
-        sys.stdout.write(dump({"event": "Strengths", "points": points}).replace("\n", " ") + "\n")
+        tell_json({"event": "Strengths", "points": points})
     else:
-        Console(highlight=False).print(dial_table(points))
+        SafeConsole().print(dial_table(points))
     return 0
 
 
 def chat_command(options: argparse.Namespace) -> int:
     """`chat`: base and hardened model of a run."""
-    from rich.console import Console
-
     from safesteer_lite.events import Event, Progress, Warned
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.shell.chat import Chat
+    from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.lines import Lines
     from safesteer_lite.stages.strength import check_strength
 
     check_strength(options.strength)
     if options.tokens < 1 or not options.temperature >= 0:
         raise UsageError("--tokens must be at least 1, --temperature at least 0.", "Leave them out for the defaults.")
-    folder, console = run_folders.open_run(options.run, options.runs), Console(highlight=False)
+    if not is_unicode(options.system):
+        raise UsageError("--system is not text in this terminal's encoding.", "Write it in UTF-8.")
+    folder, console = run_folders.open_run(options.run, options.runs), SafeConsole()
     adapter = folder.stage_folder("distill") / "adapter"
     with suppress(ImportError):
         import readline  # noqa: F401  (makes the arrow keys work in `input`)

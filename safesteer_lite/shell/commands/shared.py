@@ -28,11 +28,10 @@ def on_terminal() -> bool:
 
 def sink(options: argparse.Namespace) -> Emit:
     """Plain lines for people, or JSON Lines for machines."""
-    from rich.console import Console
-
+    from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.lines import Json, Lines
 
-    return Json(sys.stdout) if options.json else Lines(Console(highlight=False))
+    return Json(sys.stdout) if options.json else Lines(SafeConsole())
 
 
 def settings_from(options: argparse.Namespace, preset: str, file: Path | None, extra: config.Values) -> RunConfig:

@@ -25,6 +25,7 @@ from safesteer_lite.shell.commands.shared import (
     settings_from,
     sink,
 )
+from safesteer_lite.shell.streams import complain, tell_json
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
@@ -90,10 +91,9 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
 
 def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit) -> int:
     """Run to the end, and show the result."""
-    from rich.console import Console
-
     from safesteer_lite.hardware.units import format_bytes, format_duration
-    from safesteer_lite.shell.lines import dump, scorecard_table
+    from safesteer_lite.shell.console import SafeConsole
+    from safesteer_lite.shell.lines import scorecard_table
     from safesteer_lite.stages import pipeline
 
     try:
@@ -105,9 +105,9 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
             error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
         raise
     if options.json:
-        sys.stdout.write(dump({"event": "Report", **report}).replace("\n", " ") + "\n")
+        tell_json({"event": "Report", **report})
         return 0
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.print(scorecard_table(report["scorecard"]["before"], report["scorecard"]["after"]))
     console.print(report["verdict"], soft_wrap=not console.is_terminal)
     seconds = sum(stage["seconds"] for stage in report["stages"].values())
@@ -125,18 +125,17 @@ def _painter(
     options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit
 ) -> Iterator[tuple[Emit, Callable[[str], None]]]:
     """The live screen where there is a terminal for it, else `emit`; with what answers the user meanwhile."""
-    from rich.console import Console
-
     from safesteer_lite.hardware.pace import expected_seconds, probe
     from safesteer_lite.hardware.shape import shape_from_config
     from safesteer_lite.models.loaded import read_config
+    from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.screen import Screen, fits_terminal
     from safesteer_lite.stages import pipeline
     from safesteer_lite.stages.session import decide
 
-    console = Console(highlight=False)
+    console = SafeConsole()
     if options.json or options.plain or not fits_terminal(console):
-        yield emit, lambda message: print(f"\n{message}", file=sys.stderr)  # noqa: T201
+        yield emit, lambda message: complain(f"\n{message}")
         return
     with console.status("Measuring how fast this machine is"):
         decision = decide(settings, model_folder, folder.path)

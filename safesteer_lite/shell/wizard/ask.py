@@ -12,6 +12,8 @@ from prompt_toolkit.application import Application
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
 from prompt_toolkit.keys import Keys
 
+from safesteer_lite.text import visible
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -52,10 +54,14 @@ def choose(message: str, options: Sequence[Option], default: Any = None, escape:
     Raises:
         Back: Esc. KeyboardInterrupt: Ctrl-C.
     """
-    choices = [questionary.Choice(option.title, value=index) for index, option in enumerate(options)]
+    choices = [questionary.Choice(visible(option.title), value=index) for index, option in enumerate(options)]
     start = next((choice for choice, option in zip(choices, options, strict=True) if option.value == default), None)
     question = questionary.select(
-        message, choices, default=start, use_shortcuts=len(options) <= 9, instruction=f"(arrows, Enter; Esc: {escape})"
+        visible(message),
+        choices,
+        default=start,
+        use_shortcuts=len(options) <= 9,
+        instruction=f"(arrows, Enter; Esc: {escape})",
     )
     return options[_ask(question)].value
 
@@ -66,7 +72,7 @@ def write(message: str, default: str = "", instruction: str = "") -> str:
     Raises:
         Back: Esc. KeyboardInterrupt: Ctrl-C.
     """
-    return str(_ask(questionary.text(message, default=default, instruction=instruction or None))).strip()
+    return str(_ask(questionary.text(visible(message), default=default, instruction=instruction or None))).strip()
 
 
 def write_path(message: str, default: str = "") -> str:
@@ -75,7 +81,7 @@ def write_path(message: str, default: str = "") -> str:
     Raises:
         Back: Esc. KeyboardInterrupt: Ctrl-C.
     """
-    return str(_ask(questionary.path(message, default=default))).strip()
+    return str(_ask(questionary.path(visible(message), default=default))).strip()
 
 
 def until_right(question: Callable[[], Answer], wrong: type[Exception], tell: Callable[[Exception], None]) -> Answer:

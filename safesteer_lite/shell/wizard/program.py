@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import SafeSteerError
+from safesteer_lite.shell.console import as_text
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Program:
 
     def say(self, text: str, style: str = "") -> None:
         """Sentences, wrapped between words."""
-        self.console.print(Text(text, style))
+        self.console.print(as_text(text, style))
 
     def say_whole(self, text: str) -> None:
         """A path or a command on one line, so that it can be copied."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(as_text(text), soft_wrap=True)
 
     def explain(self, error: Exception) -> None:
         """An error as a sentence and what to do next."""

@@ -16,10 +16,12 @@ from safesteer_lite.export.gguf.convert import check_extra
 from safesteer_lite.hardware.units import format_estimate
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.shell.console import as_text
 from safesteer_lite.shell.lines import dial_table, scorecard_table
 from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write_path
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.stages import strength
+from safesteer_lite.text import visible
 
 _WHERE = {"report": "report.html", "figures": "report.json", "model": "06-export/merged", "settings": "config.toml"}
 
@@ -214,14 +216,14 @@ def show_answers(console: Console, entry: Flip, title: str, whole: bool) -> bool
         ("hardened", entry.after, entry.after_refused),
     ):
         judged = "" if refused is None else f" ({'refuses' if refused else 'answers'})"
-        text = Text.assemble((f"{name}{judged}: ", "bold"), words.strip() or "(nothing)")
+        text = Text.assemble((f"{name}{judged}: ", "bold"), visible(words.strip(), lines=True) or "(nothing)")
         lines = list(text.wrap(console, console.width - 4))
         if not whole and len(lines) > most:
             cut = True
             lines = [*lines[: most - 1], Text("(cut)", "dim")]
         told.append(Text("\n").join(lines)).append("\n\n")
     told.rstrip()
-    console.print(Panel(told, title=title, title_align="left"))
+    console.print(Panel(told, title=as_text(title), title_align="left"))
     return cut
 
 
