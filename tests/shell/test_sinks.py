@@ -97,6 +97,10 @@ def artifacts(text: str) -> Table:
     )
 
 
+def answers(console: SafeConsole, text: str) -> None:
+    show_answers(console, Flip("s", "i", text, text, text, True, False), text, False)
+
+
 PAINTED: dict[str, Callable[[SafeConsole, str], None]] = {
     "note": say(lambda text: Note("load", text)),
     "warning": say(lambda text: Warned("load", text)),
@@ -111,9 +115,7 @@ PAINTED: dict[str, Callable[[SafeConsole, str], None]] = {
     "wizard, a sentence": lambda console, text: program(console).say(text),
     "wizard, a path": lambda console, text: program(console).say_whole(text),
     "wizard, an error": lambda console, text: program(console).explain(ModelError(text, text)),
-    "wizard, answers": lambda console, text: (
-        show_answers(console, Flip("s", "i", text, text, text, True, False), text, False) and None
-    ),
+    "wizard, answers": answers,
 }
 
 
