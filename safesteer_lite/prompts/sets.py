@@ -30,6 +30,9 @@ NEAR_DUPLICATE = 0.6
 
 Kind = Literal["harmful", "harmless", "borderline"]
 
+# More of a value than any table has room for.
+_SHOWN_LENGTH = 1000
+
 _FUNCTION_WORDS = """
 a about all am an and any are as at be been but by can could did do does for from give had has have he help her him his
 how i id if im in into is it its lets me my of off on or our out please she should show so some tell than that the their
@@ -66,12 +69,12 @@ class LoadedPrompts:
     Args:
         prompts: at least one; no two with the same text.
         duplicates_removed: how many rows repeated an earlier text exactly.
-        column: the column the texts came from; None for a plain list of texts.
+        columns: the columns the texts came from: one, or an instruction and its input; none for a plain list of texts.
     """
 
     prompts: list[Prompt]
     duplicates_removed: int
-    column: str | None
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:
         source: JSON Lines; a JSON list, or an object that holds one list; CSV with a header (comma, semicolon or tab);
             or text with one prompt a line. Entries are texts, or objects with a column for the text and perhaps
             `category` and `language`. Blank lines do not count.
-        column: where the text is; None takes the first of `COLUMNS` that is there.
+        column: where the text is; None takes the first of `COLUMNS` that is there. What a column named `input` holds is
+            part of the request in a column named `instruction`, and comes behind it.
 
     Raises:
         PromptError: the file cannot be read, is empty or malformed, or lacks the column; names the line or entry.
@@ -156,13 +160,14 @@ def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:
         there = f"The columns there are: {', '.join(columns)}. Name the one that holds the prompts."
         hint = there if columns else "It is a plain list without columns: name none."
         raise PromptError(f"{source} has no column {wanted}.", hint)
+    extra = next((name for name in columns if _folded(name) == "input"), "") if _folded(found) == "instruction" else ""
     prompts: dict[str, Prompt] = {}
-    for number, record in rows:
-        text = text_of(source, number, record, found or PLAIN)
-        language = _label(record, "language") or "en"
-        prompt = Prompt(text, f"{source.stem}-{number:05d}", _label(record, "category"), language)
+    for row in rows:
+        text = text_of(source, row, found or PLAIN, extra)
+        language = _label(row, "language") or "en"
+        prompt = Prompt(text, f"{source.stem}-{row.number:05d}", _label(row, "category"), language)
         prompts.setdefault(text, prompt)
-    return LoadedPrompts(list(prompts.values()), len(rows) - len(prompts), found)
+    return LoadedPrompts(list(prompts.values()), len(rows) - len(prompts), tuple(filter(None, (found, extra))))
 
 
 def preview(source: Path, rows: int = 3) -> Preview:
@@ -173,7 +178,7 @@ def preview(source: Path, rows: int = 3) -> Preview:
     """
     records = read_rows(source)
     columns = _columns(records)
-    shown = [tuple(_shown(record.get(name)) for name in columns or (PLAIN,)) for _, record in islice(records, rows)]
+    shown = [tuple(_shown(row.fields.get(name)) for name in columns or (PLAIN,)) for row in islice(records, rows)]
     return Preview(columns, shown, len(records), _find_column(columns, None))
 
 
@@ -242,34 +247,38 @@ def _similar_pairs(
 def _splits(kind: Kind, folder: str) -> dict[str, tuple[Prompt, ...]]:
     source = next(path for path in data_files(folder) if path.stem == kind)
     splits: defaultdict[str, list[Prompt]] = defaultdict(list)
-    for number, record in read_rows(source):
-        split = _label(record, "split")
+    for row in read_rows(source):
+        split = _label(row, "split")
         if not split:
-            raise PromptError(f"{source}, line {number} names no split.", "Give each line a `split`.")
-        text = text_of(source, number, record, "prompt")
-        name = _label(record, "id") or f"{source.name}:{number}"
-        splits[split].append(Prompt(text, name, _label(record, "category"), _label(record, "language") or "en"))
+            raise PromptError(f"{source}: {row.unit} {row.number} names no split.", "Give each line a `split`.")
+        text = text_of(source, row, "prompt")
+        name = _label(row, "id") or f"{source.name}:{row.number}"
+        splits[split].append(Prompt(text, name, _label(row, "category"), _label(row, "language") or "en"))
     return {split: tuple(prompts) for split, prompts in splits.items()}
 
 
 def _columns(rows: list[Row]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for _, record in rows for name in record if name != PLAIN))
+    return tuple(dict.fromkeys(name for row in rows for name in row.fields if name != PLAIN))
 
 
 def _find_column(columns: tuple[str, ...], wanted: str | None) -> str | None:
     """The column named `wanted`, or the first of `COLUMNS` in any case; None if it is not there."""
     if wanted is not None:
         return wanted if wanted in columns else None
-    folded = {name.strip().casefold(): name for name in reversed(columns)}
+    folded = {_folded(name): name for name in reversed(columns)}
     return next((folded[name] for name in COLUMNS if name in folded), None)
 
 
-def _label(record: dict[str, object], name: str) -> str:
-    value = record.get(name)
+def _folded(name: str | None) -> str:
+    return (name or "").strip().casefold()
+
+
+def _label(row: Row, name: str) -> str:
+    value = row.fields.get(name)
     return value.strip() if isinstance(value, str) else ""
 
 
 def _shown(value: object) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))[:_SHOWN_LENGTH]

@@ -222,11 +222,11 @@ def own_prompts(config: RunConfig, note: Callable[[str], None]) -> list[Prompt]:
     if settings.training:
         place = Path(settings.training)
         loaded = sets.load_prompts(place, settings.column or None)
-        given, column, duplicates = loaded.prompts, loaded.column or "text", loaded.duplicates_removed
+        given, columns, duplicates = loaded.prompts, loaded.columns, loaded.duplicates_removed
     else:
         place = Path(settings.folder)
         given = sets.prompt_set("harmful", "train", settings.train, settings.folder)
-        column, duplicates = "prompt", 0
+        columns, duplicates = ("prompt",), 0
     held_out = [
         prompt
         for split in ("selection", "test")
@@ -234,8 +234,9 @@ def own_prompts(config: RunConfig, note: Callable[[str], None]) -> list[Prompt]:
     ]
     leaks = {leak.prompt.id for leak in sets.check_leaks(given, held_out)}
     kept = [prompt for prompt in given if prompt.id not in leaks]
+    origin = f" from column{'s' * (len(columns) > 1)} {' and '.join(columns)}" if columns else ""
     note(
-        f"{place.name}: {len(kept)} prompts from column {column}; {duplicates} duplicates "
+        f"{place.name}: {len(kept)} prompts{origin}; {duplicates} duplicates "
         f"and {len(leaks)} near-copies of evaluation prompts left out."
     )
     if not kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,10 @@ GOOD_FILES = {
     "wrapped.json": json.dumps({"version": 1, "data": OBJECTS}),
     "comma.CSV": 'id,prompt,category\n0,"Boil an egg, please",food\n\n1,Say “grüezi”,food\n',
     "semicolon.csv": "id;Prompt\n0;Boil an egg, please\n1;Say “grüezi”\n",
+    "lines.json": "".join(json.dumps(entry) + "\n" for entry in OBJECTS) + "\n",
+    "list.jsonl": json.dumps(OBJECTS, indent=1),
+    "one-line.jsonl": json.dumps(OBJECTS),
+    "unseen.txt": "\u200b\n" + TEXTS[0] + "\n \u200b\ufeff\x07\n\u3164\n" + TEXTS[1],
     "unnamed.csv": ',prompt\n0,"Boil an egg, please"\n1,Say “grüezi”\n',
 }
 
@@ -50,9 +55,8 @@ def test_every_format_gives_the_same_texts(name: str, windows: bool, write: Writ
     assert [prompt.text for prompt in loaded.prompts] == TEXTS
     assert len({prompt.id for prompt in loaded.prompts}) == 2
     assert loaded.duplicates_removed == 0
-    assert (loaded.column or "none").casefold() == (
-        "none" if name in ("lines.txt", "texts.json", "texts.jsonl") else "prompt"
-    )
+    plain = name in ("lines.txt", "unseen.txt", "texts.json", "texts.jsonl")
+    assert [column.casefold() for column in loaded.columns] == ([] if plain else ["prompt"])
 
 
 def test_category_and_language_are_taken_along(write: Write) -> None:
@@ -64,7 +68,32 @@ def test_columns_are_found_in_order_and_a_named_one_wins(write: Write) -> None:
     source = write("mine.csv", "text,prompt,instruction,other\na,b,c,d\n")
     assert load_prompts(source).prompts[0].text == "c"
     assert load_prompts(source, "other").prompts[0].text == "d"
-    assert load_prompts(source, "text").column == "text"
+    assert load_prompts(source, "text").columns == ("text",)
+
+
+def test_the_input_of_an_instruction_belongs_to_the_request(write: Write) -> None:
+    entries = [
+        {"instruction": "Answer the question.", "input": "Why do eggs harden?", "output": "Protein."},
+        {"instruction": "Answer the question.", "input": "How long does an egg boil?", "output": "Six minutes."},
+        {"instruction": "Answer the question.", "input": " "},
+        {"instruction": "Tell a joke.", "input": None},
+        {"instruction": "Sing."},
+    ]
+    expected = [
+        "Answer the question.\n\nWhy do eggs harden?",
+        "Answer the question.\n\nHow long does an egg boil?",
+        "Answer the question.",
+        "Tell a joke.",
+        "Sing.",
+    ]
+    source = write("alpaca.json", json.dumps(entries))
+    for column in (None, "instruction"):
+        loaded = load_prompts(source, column)
+        assert [prompt.text for prompt in loaded.prompts] == expected
+        assert (loaded.columns, loaded.duplicates_removed) == (("instruction", "input"), 0)
+    # Beside another column it means something else.
+    assert load_prompts(write("a.csv", "input,prompt\nx,egg\n")).prompts[0].text == "egg"
+    assert load_prompts(write("a.csv", "Input,Instruction\nx,egg\n")).prompts[0].text == "egg\n\nx"
 
 
 def test_exact_duplicates_are_removed_and_counted(write: Write) -> None:
@@ -83,7 +112,7 @@ def test_a_csv_text_may_span_lines_and_a_json_text_hold_a_line_separator(write: 
 def test_the_bundled_files_load_like_a_users_own() -> None:
     folder = REPOSITORY / "safesteer_lite" / "data"
     loaded = load_prompts(folder / "harmful.jsonl")
-    assert (len(loaded.prompts), loaded.duplicates_removed, loaded.column) == (360, 0, "prompt")
+    assert (len(loaded.prompts), loaded.duplicates_removed, loaded.columns) == (360, 0, ("prompt",))
 
 
 BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
@@ -125,8 +154,83 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "surrogate": ("a.jsonl", '{"prompt": "\\ud83d"}\n', "line 1 holds half a character"),
     "extra field": ("a.csv", "prompt\negg, boiled\n", r"line 2 has 2 fields, but the header has 1\. Quote texts"),
     "open quote": ("a.csv", 'prompt\n"egg\n', "line 2 is malformed"),
+    "utf-16 without a mark": ("a.txt", "egg".encode("utf-16-le"), "has NUL bytes"),
+    "a NUL byte": ("a.jsonl", b'"eg\0g"\n', "has NUL bytes"),
+    "only unseen": ("a.txt", "\u200b\n\u2060\n\x1b\n", "has no prompts"),
+    "an unseen value": ("a.jsonl", '{"prompt": "egg"}\n{"prompt": "\u200b\\u0007"}\n', "line 2 has an empty prompt"),
+    "a number as input": ("a.jsonl", '{"instruction": "egg", "input": 7}', "line 1 has a number where the prompt"),
+    "messages": ("a.jsonl", '{"prompt": [{"role": "user", "content": "egg"}]}', "line 1 has a list where the prompt"),
+    "an object": ("a.json", '[{"prompt": {"text": "egg"}}]', "entry 1 has an object where the prompt"),
+    "NaN": ("a.jsonl", '"egg"\n{"prompt": NaN}\n', "line 2 is JSON that cannot be taken in: it holds NaN"),
+    "infinity": ("a.json", '[{"prompt": "egg", "score": 1e999}]', "cannot be taken in: it holds 1e999"),
+    "a long number": ("a.json", f"[{'7' * 5000}]", "cannot be taken in"),
+    "a key twice": ("a.jsonl", '{"prompt": "egg", "prompt": "ham"}\n', "line 1 .* the key 'prompt' twice"),
+    "a broken line in .json": ("a.json", '{"prompt": "egg"}\n{oops\n', "line 2 is not JSON"),
+    "an empty text in .json lines": ("a.json", '{"prompt": "egg"}\n{"prompt": ""}\n', "line 2 has an empty prompt"),
+    "JSON called text": (
+        "a.txt",
+        '{"prompt": "egg"}\n{"prompt": "ham"}\n',
+        r"is JSON and no plain text\. Name it \.jsonl",
+    ),
+    "JSON called CSV": ("a.csv", '{"prompt": "egg"}\n{"prompt": "ham"}\n', "has no column"),
+    "CSV called JSON": ("a.json", "prompt\negg\n", "is not JSON"),
+    "CSV called JSON Lines": ("a.jsonl", "prompt\negg\n", "line 1 is not JSON"),
+    "an endless prompt": ("a.txt", "egg\n" + "egg " * 30_000, "line 2 has a prompt of 119,999 characters"),
+    "an endless field": ("a.csv", "prompt\n" + "egg " * 50_000, "line 2 is malformed: field larger than"),
     "twin columns": ("a.csv", "prompt,prompt\nan,egg\n", "several columns named 'prompt'"),
 }
+
+
+CONVERSATIONS = [
+    "<|im_start|>user\nBoil an egg<|im_end|>\n<|im_start|>assistant\nSure",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nBoil an egg<|eot_id|>",
+    "<s>[INST] Boil an egg [/INST] Sure</s>",
+    "[INST] Boil an egg [/INST]",
+    "<bos><start_of_turn>user\nBoil an egg<end_of_turn>",
+    "<|user|>\nBoil an egg<|end|>",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>Boil an egg",
+    "### Instruction:\nBoil an egg\n\n### Response:\nSure",
+    "Below is an instruction that describes a task.\n\n### Instruction:\nBoil an egg\n\n### Response:\n",
+    "### Human: Boil an egg\n### Assistant: Sure",
+    "Human: Boil an egg\n\nAssistant: Sure",
+    "USER: Boil an egg\nASSISTANT: Sure",
+]
+REQUESTS = [
+    "What does <|im_start|> mean?",
+    "Strike this out: <s>egg</s>",
+    "<s>egg</s> is struck out. Why?",
+    "### Eggs\nHow long do they boil?",
+    "Human: all too human, who wrote it?",
+    "[EGG] Boil it.",
+    "Answer [INST] literally.",
+    "???",
+    "\U0001f95a",
+]
+
+
+def test_whole_conversations_are_no_requests(write: Write) -> None:
+    for text in CONVERSATIONS:
+        lines = [json.dumps({"text": entry}) for entry in ("egg", text)]
+        with pytest.raises(PromptError, match=r"line 2 has a whole conversation with its markers") as caught:
+            load_prompts(write("a.jsonl", "\n".join(lines)))
+        assert "the user's words alone" in caught.value.hint
+    source = write("b.jsonl", "\n".join(json.dumps({"text": text}) for text in REQUESTS))
+    assert [prompt.text for prompt in load_prompts(source).prompts] == REQUESTS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(PromptError, match="cannot be read: it is no regular file"):
+        load_prompts(tmp_path / "pipe.txt")
+
+
+def test_a_file_without_end_is_not_read(tmp_path: Path) -> None:
+    place = tmp_path / "huge.jsonl"
+    with place.open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(PromptError, match=r"is too large: it has 1,099,511,627,776 bytes"):
+        load_prompts(place)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
