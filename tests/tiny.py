@@ -28,10 +28,11 @@ from transformers import (
 )
 
 from safesteer_lite.method.policies import Batch, Completions, pad_left
-from safesteer_lite.models import loaded, unsloth
+from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.sources.base import open_base
 
 DEVICE = os.environ.get("SAFESTEER_LITE_TEST_DEVICE", "cpu")
 BACKEND = os.environ.get("SAFESTEER_LITE_TEST_BACKEND", "plain")
@@ -131,9 +132,9 @@ def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: b
     if BACKEND == "unsloth":
         if precision not in ("bf16", "nf4-packed"):
             pytest.skip(f"Unsloth does not load {precision}")
-        model: PlainModel = unsloth.load(folder, kind, adapter, 3, DEVICE)
+        model: PlainModel = unsloth.load(open_base(folder), kind, adapter, 3, DEVICE)
     else:
-        network, tokenizer = loaded.load(folder, precision=kind, device=DEVICE, unpack=packing == "unpacked")
+        network, tokenizer = plain.load(open_base(folder), precision=kind, device=DEVICE, unpack=packing == "unpacked")
         model = with_adapter(network, tokenizer, adapter, seed=3)
     if filled:
         fill_adapter(model)

@@ -9,28 +9,10 @@ from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.scorecard import Flip, Rate, Scorecard, flips, rate
 from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference
+from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.prompts.sets import Prompt
 
 SETS = ("harmful", "borderline", "harmless")
-
-
-@dataclass(frozen=True)
-class PromptSets:
-    """The prompts of one split."""
-
-    harmful: Sequence[Prompt]
-    borderline: Sequence[Prompt]
-    harmless: Sequence[Prompt]
-
-    def texts(self, name: str) -> list[str]:
-        """The prompts of one set, as text."""
-        prompts: Sequence[Prompt] = getattr(self, name)
-        return [prompt.text for prompt in prompts]
-
-    @property
-    def total(self) -> int:
-        """How many prompts there are."""
-        return len(self.harmful) + len(self.borderline) + len(self.harmless)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safesteer_lite.export.weights import shards
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.sources.hub import is_hub_id
-
-_LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
 
 _LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
   refusal that comes late counts as an answer.
@@ -47,18 +42,6 @@ class Facts:
     answer_tokens: int
     strength: float
     weights: str
-
-
-def licence_in(folder: Path) -> str:
-    """The licence that a model's folder states, as an identifier of the model hub; empty if it states none."""
-    readme = folder / "README.md"
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8", errors="replace")
-        head = text.split("\n---", 1)[0] if text.startswith("---") else ""
-        if found := _LICENCE.search(head):
-            return found[1].lower()
-    source = folder / "source.json"
-    return str(shards.read_json(source).get("licence", "")).lower() if source.is_file() else ""
 
 
 def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> str:

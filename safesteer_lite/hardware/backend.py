@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
-from safesteer_lite.errors import UsageError
-from safesteer_lite.hardware.machine import Gpu, Machine
+from safesteer_lite.config import ModelConfig
+from safesteer_lite.errors import ModelError, UsageError
+from safesteer_lite.hardware.machine import Gpu, Machine, inspect
 from safesteer_lite.hardware.need import Need, Precision, estimate
 from safesteer_lite.hardware.shape import ModelShape
 from safesteer_lite.hardware.units import format_bytes
@@ -103,6 +105,27 @@ def choose_library(machine: Machine, device: str, precision: str, requested: str
     if why_not:
         return Library("plain", f"Plain transformers and bitsandbytes, because {why_not}.")
     return Library("unsloth", f"Unsloth {version}, if it passes its checks.")
+
+
+def decide(settings: ModelConfig, shape: ModelShape, folder: Path) -> Decision:
+    """How a model will be loaded on this machine; cheap, so that a run is refused before its folder is made.
+
+    Args:
+        settings: the section `model`.
+        shape: the model.
+        folder: where the run goes.
+
+    Raises:
+        ModelError: the settings ask for a device that is not there.
+        UsageError: they ask for a library that cannot be used here.
+    """
+    machine = inspect(folder)
+    if settings.device == "cuda" and machine.gpu is None:
+        raise ModelError("There is no usable CUDA device.", "Set model.device=cpu, or see `safesteer-lite doctor`.")
+    if settings.device == "cpu":
+        machine = replace(machine, gpus=())
+    decision = choose_backend(machine, shape, settings.precision, settings.backend)
+    return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
 
 
 def choose_backend(machine: Machine, shape: ModelShape, requested: str, library: str = "auto") -> Decision:

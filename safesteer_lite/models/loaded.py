@@ -1,25 +1,20 @@
-"""The plain backend: transformers + bitsandbytes + peft, on CUDA and on the CPU."""
+"""A loaded model on the plain backend (transformers, bitsandbytes, peft): base, teacher and student in one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from datetime import date
-from logging import getLogger
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from safesteer_lite.errors import ModelError
 from safesteer_lite.method.policies import Batch, Completions, Residual
 from safesteer_lite.models import sampling
 from safesteer_lite.models.sampling import Cache, GrowingCache, mask_behind, positions
-from safesteer_lite.models.template import ChatTemplate, stop_ids
+from safesteer_lite.models.template import stop_ids
 
 # What a block is told of a cache; transformers' name and Unsloth's.
 _OF_THE_CACHE = ("past_key_values", "past_key_value", "use_cache")
@@ -244,123 +239,3 @@ def end_of_turn_ids(causal: Any, tokenizer: Any) -> frozenset[int]:
         getattr(causal.generation_config, "eos_token_id", None),
         getattr(causal.config, "eos_token_id", None),
     )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, padding on the left."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{folder} has no chat template, so it cannot be prompted as an assistant.",
-            "Use an instruct model, or add its chat_template.jinja to the folder.",
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def check_template(folder: Path, day: date | None = None) -> ChatTemplate:
-    """Try out how a model folder is prompted and what ends its answers, without its weights.
-
-    Args:
-        folder: the model.
-        day: what a chat template that asks the date is told; None for today.
-
-    Raises:
-        ModelError: the chat template will not do, or nothing ends an answer.
-    """
-    tokenizer = load_tokenizer(folder)
-    stop_ids_of(folder, tokenizer)
-    return ChatTemplate(tokenizer, day)
-
-
-def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Every token id that ends an answer of the model in a folder; see `stop_ids`."""
-    files = [folder / name for name in ("generation_config.json", "config.json")]
-    settings = [json.loads(file.read_text(encoding="utf-8-sig")) for file in files if file.is_file()]
-    return stop_ids(tokenizer, *(entry.get("eos_token_id") for entry in settings))
-
-
-def load(folder: Path, *, precision: str, device: str, unpack: bool, compute: str = "bf16") -> tuple[nn.Module, Any]:
-    """Load weights without an adapter.
-
-    Args:
-        folder: a Hugging Face model folder with safetensors.
-        precision: `nf4` (4-bit NF4, double quantisation, bf16 compute), `bf16` or `fp32`.
-        device: `cuda` or `cpu`.
-        unpack: expand 4-bit weights once after loading. The numbers are the same, each forward is spared the
-            unpacking, and 4 times the memory is used; for CPUs.
-        compute: `bf16` or `fp32`, the dtype that 4-bit weights compute in.
-
-    Returns:
-        The causal language model in evaluation mode, all weights frozen, and its tokenizer.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
-    getLogger("bitsandbytes").setLevel("ERROR")
-    tokenizer = load_tokenizer(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    already = getattr(config, "quantization_config", None) is not None
-    wide = precision == "fp32" or (precision == "nf4" and compute == "fp32")
-    dtype = torch.float32 if wide else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype}
-    if precision == "nf4" and not already:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, device_map={"": device}, **options
-    )
-    keep_cpu_autograd(model)
-    if unpack:
-        unpack_4bit(model, dtype)
-    model.requires_grad_(False)
-    return model.eval(), tokenizer
-
-
-def keep_cpu_autograd(model: nn.Module) -> None:
-    """Stop bitsandbytes 0.50 from repacking weights on CPUs with AVX512-BF16.
-
-    The repacking, done in place at the first no-grad forward, is lossy, cannot be saved, and has no autograd.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def unpack_4bit(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every 4-bit linear layer by an ordinary one that holds its dequantised weights."""
-    import bitsandbytes as bnb
-
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
-                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
-                plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-                if child.bias is not None:
-                    plain.bias = nn.Parameter(child.bias.data.to(dtype), requires_grad=False)
-                setattr(parent, name, plain)
-    # peft and transformers decide by these marks how to treat the layers, which are ordinary ones now.
-    causal: Any = model
-    for mark, value in (("is_loaded_in_4bit", False), ("is_quantized", False), ("quantization_method", None)):
-        if hasattr(causal, mark):
-            setattr(causal, mark, value)
-    if hasattr(causal.config, "quantization_config"):
-        del causal.config.quantization_config
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config

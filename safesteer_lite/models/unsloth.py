@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from safesteer_lite import children
 from safesteer_lite.errors import ModelError, SelfCheckError
 from safesteer_lite.method.policies import Residual
-from safesteer_lite.models import loaded
+from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Cache
 from safesteer_lite.models.selfcheck import self_check
+from safesteer_lite.sources.base import Base, open_base
 from safesteer_lite.sources.download import cache_folder
 
 _PROBE_SECONDS = 300
@@ -118,24 +119,23 @@ def _import() -> Any:
         return importlib.import_module("unsloth")
 
 
-def load(folder: Path, precision: str, adapter: Adapter, seed: int, device: str = "cuda") -> UnslothModel:
+def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = "cuda") -> UnslothModel:
     """Load a model and attach a fresh LoRA adapter (B = 0, so the student starts as the base).
 
     Args:
-        folder: a Hugging Face model folder with safetensors.
+        base: the model.
         precision: `nf4` or `bf16`.
         adapter: the adapter's size and place.
         seed: of the adapter's A matrices.
         device: where to.
     """
     unsloth = _import()
-    config = loaded.read_config(folder)
-    _remember(config["model_type"])
+    _remember(base.config["model_type"])
     with redirect_stdout(io.StringIO()):
         network, _ = unsloth.FastLanguageModel.from_pretrained(
-            model_name=str(folder),
+            model_name=str(base.folder),
             # Longer sequences would be cut without an error, so the limit is the model's own.
-            max_seq_length=config["max_position_embeddings"],
+            max_seq_length=base.config["max_position_embeddings"],
             dtype=torch.bfloat16,
             load_in_4bit=precision == "nf4",
             load_in_16bit=precision == "bf16",
@@ -158,7 +158,7 @@ def load(folder: Path, precision: str, adapter: Adapter, seed: int, device: str 
             use_gradient_checkpointing=False,
             random_state=seed,
         )
-    return UnslothModel(network.eval(), loaded.load_tokenizer(folder), adapter.first_layer)
+    return UnslothModel(network.eval(), plain.load_tokenizer(base.folder), adapter.first_layer)
 
 
 def _remember(family: str) -> None:
@@ -232,13 +232,13 @@ def try_out(folder: str, precision: str, device: str = "cuda") -> None:
     getLogger("bitsandbytes").setLevel("ERROR")
     _import()
     with tempfile.TemporaryDirectory() as scratch:
-        small = small_copy(Path(folder), Path(scratch))
+        small = open_base(small_copy(Path(folder), Path(scratch)))
         adapter = Adapter(rank=4, alpha=8)
         policy = Policy(load(small, precision, adapter, 0, device), 128)
         self_check(policy)
         found = _log_probabilities(policy)
         restore_transformers()
-        network, tokenizer = loaded.load(small, precision=precision, device=device, unpack=False)
+        network, tokenizer = plain.load(small, precision=precision, device=device, unpack=False)
         known = _log_probabilities(Policy(with_adapter(network, tokenizer, adapter, 0), 128))
     kl = float((known.exp() * (known - found)).sum(-1).mean())
     if not kl < _LARGEST_KL:
@@ -259,7 +259,7 @@ def small_copy(folder: Path, out: Path) -> Path:
         del config.quantization_config
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
-    loaded.load_tokenizer(folder).save_pretrained(out)
+    plain.load_tokenizer(folder).save_pretrained(out)
     return out
 
 

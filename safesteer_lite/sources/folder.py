@@ -41,7 +41,7 @@ def missing_weights(folder: Path) -> list[str]:
     """The weight files that `folder` should hold and does not; `*.safetensors` stands for all of them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        named = sorted(set(read_json(index).get("weight_map", {}).values()))
         return [name for name in named if not (folder / name).is_file()]
     return [] if next(folder.glob("*.safetensors"), None) else ["*.safetensors"]
 
@@ -72,7 +72,7 @@ def check_architecture(folder: Path) -> None:
     Raises:
         ModelError: config.json is missing or damaged, or names another architecture; lists what is supported.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
     if any(name in SUPPORTED_ARCHITECTURES for name in architectures):
         return
@@ -97,7 +97,7 @@ def check_tokenizer(folder: Path) -> None:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return
     settings = folder / "tokenizer_config.json"
-    if not (settings.is_file() and _read_json(settings).get("chat_template")):
+    if not (settings.is_file() and read_json(settings).get("chat_template")):
         raise ModelError(
             f"{folder} has no chat template, so it is a base model or its template was lost.",
             "Use the model's instruct or chat version, or copy its chat_template.jinja into the folder.",
@@ -110,9 +110,14 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in UNWANTED)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """One of the JSON files of a model's folder.
+
+    Raises:
+        ModelError: it is missing, or holds something else.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ModelError(
             f"{path.parent} has no {path.name}, so it is not a model's folder.", "Check the path."

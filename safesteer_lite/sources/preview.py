@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import discard
@@ -13,6 +11,7 @@ from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.shape import ModelShape, parameters, shape_from_config
 from safesteer_lite.sources.demo import DEMO
 from safesteer_lite.sources.download import cache_folder, quiet_libraries
+from safesteer_lite.sources.folder import read_json
 from safesteer_lite.sources.hub import ask_hub, cached_model, first_line, hub_refusals, is_hub_id, licence_of
 from safesteer_lite.sources.resolve import resolve_model
 
@@ -24,7 +23,7 @@ class Look:
     Attributes:
         name: as it was given.
         shape: its size.
-        licence: as its page states it; empty for a local folder.
+        licence: as its page states it; empty where it states none.
         gated: whether a licence must be accepted first.
         download_bytes: what is still to come; 0 where the model is on this machine.
     """
@@ -50,12 +49,12 @@ def look(name: str, revision: str | None = None) -> Look:
         known = KNOWN[name]
         return Look(name, known.shape, known.licence, known.gated, 0 if _is_here(name, revision) else known.size)
     try:
-        folder = resolve_model(name, revision, discard, download=False)
+        base = resolve_model(name, revision, discard, download=False)
     except ModelError:
         if Path(name).expanduser().exists() or not is_hub_id(name):
             raise
     else:
-        return Look(name, _shape(folder), "", False, 0)
+        return Look(name, base.shape, base.licence, False, 0)
     return _look_on_hub(name, revision)
 
 
@@ -80,15 +79,7 @@ def _look_on_hub(name: str, revision: str | None) -> Look:
             f"{name} is not a folder, not on this machine, and the model hub cannot be asked ({first_line(error)}).",
             "Check the spelling and the connection, or give a local folder.",
         ) from error
-    shape = _shape(folder)
+    shape = shape_from_config(read_json(folder / "config.json"))
     sizes: list[int] = [file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")]
     gated = bool(getattr(info, "gated", False))
     return Look(name, shape, licence_of(info), gated, sum(sizes) or 2 * parameters(shape))
-
-
-def _shape(folder: Path) -> ModelShape:
-    try:
-        content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} has no config.json that can be read.", "Choose another model.") from error
-    return shape_from_config(content)

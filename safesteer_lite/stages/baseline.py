@@ -17,7 +17,7 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 def run(session: Session, publication: Publication) -> None:
     """Measure refusals on the selection split and report which words open the refusals."""
     config, policy = session.config, session.policy
-    sets = session.prompt_sets("selection")
+    sets = session.prompts.split("selection")
     with policy.model.adapters_off():
         card, answers = measure(
             policy,

@@ -22,8 +22,9 @@ from safesteer_lite.method.directions import Activations, Candidate
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import Batch, Steering, teacher
 from safesteer_lite.models.assistant import Policy
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 _BATCH = 32
 
@@ -63,8 +64,8 @@ def run(session: Session, publication: Publication) -> None:
     """Find the direction and the strength, or stop with the reason."""
     config, policy = session.config.direction, session.policy
     refusal = policy.token_ids(config.refusal_openings)
-    harmful, harmless = session.direction_prompts()
-    selection = session.prompt_sets("selection")
+    harmful, harmless = session.prompts.direction()
+    selection = session.prompts.split("selection")
     total = 2 * (len(harmful) + len(selection.harmful))
     done = session.progress("prompts read", total)
     counts = [0, len(harmful), 2 * len(harmful), 2 * len(harmful) + len(selection.harmful)]

@@ -14,25 +14,24 @@ from torch import Tensor
 
 from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation.judges import judge
-from safesteer_lite.evaluation.measure import PromptSets, measure
+from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
-from safesteer_lite.hardware.shape import shape_from_config
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.method.distill import Distillation, Recipe, prompts_at
 from safesteer_lite.models.adapter import adapter_tensors, freeze_reading, load_adapter, save_adapter, scale_adapter
 from safesteer_lite.models.assistant import Reference, reference_answers
-from safesteer_lite.models.loaded import read_config
 from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.models.reading import read_discriminants
+from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 from safesteer_lite.stages.tokens import load_tokens
 
 # So many measurements in a row beyond the tax budget are no accident of a small sample.
@@ -112,7 +111,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         policy.model,
         load_steering(session),
         load_tokens(session),
-        [policy.encode(prompt.text) for prompt in session.training_prompts()],
+        [policy.encode(prompt.text) for prompt in session.prompts.training()],
         [policy.encode(prompt.text) for prompt in anchors],
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
@@ -160,10 +159,10 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
         freeze_reading(policy.model)
         return
     blocks = len(policy.model.layers) - policy.model.first_adapter_layer
-    harmful = texts(session.training_prompts()) + texts(session.direction_prompts()[0])
+    harmful = texts(session.prompts.training()) + texts(session.prompts.direction()[0])
     if settings.reading_prompts == "answered":
         harmful = _answered(session, harmful)
-    harmless = texts(session.anchor_prompts())
+    harmless = texts(session.prompts.anchors())
     done = session.progress("reading directions of blocks", blocks)
     read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
     session.note(
@@ -188,8 +187,8 @@ def _answered(session: Session, harmful: list[str]) -> list[str]:
 
 def drawn_anchors(session: Session) -> list[Prompt]:
     """What steps draw anchors from. In an `even` mix the smaller kind is repeated until it is about as many as the larger."""
-    anchors = session.anchor_prompts()
-    everyday = session.direction_prompts()[1]
+    anchors = session.prompts.anchors()
+    everyday = session.prompts.direction()[1]
     borderline = anchors[len(everyday) :]
     if session.config.distill.anchor_mix == "pooled" or not everyday or not borderline:
         return anchors
@@ -206,7 +205,7 @@ def _fit_micro_batch(session: Session, training: Distillation) -> None:
     config, model = session.config, session.policy.model
     if model.device.type != "cuda":
         return
-    shape, free = shape_from_config(read_config(session.model_folder)), free_cuda_memory()
+    shape, free = session.base.shape, free_cuda_memory()
     element = model.decoder.embed_tokens.weight.element_size()
 
     def need(rollouts: int) -> int:
@@ -254,7 +253,7 @@ def _one_step(session: Session, training: Distillation, history: History, shown:
     if record["anchor_loss"] is not None:
         session.emit(Metric(session.stage, "anchor loss", result.anchor_loss, result.tokens, result.step))
     rollout = session.policy.tokenizer.decode(result.rollout, skip_special_tokens=True)
-    prompt = session.training_prompts()[result.prompt].text
+    prompt = session.prompts.training()[result.prompt].text
     session.emit(Sample(session.stage, prompt, shown.of_step(result.step - 1), rollout))
     session.emit(Progress(session.stage, "steps", result.step, session.config.distill.steps))
 
@@ -275,7 +274,7 @@ class ShownAnswers:
         if prompt not in self._known:
             ahead = range(step, min(step + _SHOWN_AHEAD, self._recipe.steps))
             wanted = sorted({prompt, *map(self._prompt, ahead)} - self._known.keys())
-            asked = [self._session.training_prompts()[index].text for index in wanted]
+            asked = [self._session.prompts.training()[index].text for index in wanted]
             policy = self._session.policy
             with policy.model.adapters_off():
                 answers = policy.answers(asked, _SHOWN_TOKENS, _SHOWN_AHEAD)
@@ -283,7 +282,7 @@ class ShownAnswers:
         return self._known[prompt]
 
     def _prompt(self, step: int) -> int:
-        return prompts_at(step, self._recipe.prompts, len(self._session.training_prompts()), self._recipe.seed)[0]
+        return prompts_at(step, self._recipe.prompts, len(self._session.prompts.training()), self._recipe.seed)[0]
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,7 @@ class _Yardstick:
 
 
 def _yardstick(session: Session) -> _Yardstick:
-    sets = session.prompt_sets("selection")
+    sets = session.prompts.split("selection")
     with session.policy.model.adapters_off():
         reference = reference_answers(
             session.policy, texts(sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH

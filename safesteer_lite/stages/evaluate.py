@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from safesteer_lite.evaluation.measure import Answers, PromptSets, all_flips, measure, require_answers
+from safesteer_lite.evaluation.measure import Answers, all_flips, measure, require_answers
 from safesteer_lite.evaluation.scorecard import Scorecard, verdict
 from safesteer_lite.events import Metric
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 
 def run(session: Session, publication: Publication) -> None:
     """Measure before and after, write every answer that changed sides."""
     config, policy = session.config.evaluate, session.policy
     read_adapter(policy.model, session.folder("distill") / "adapter")
-    sets = session.prompt_sets("test")
+    sets = session.prompts.split("test")
     before, after, answers = compare(session, policy, sets)
     sentence = verdict(before, after, config.tax_budget)
     changed = all_flips(sets, *answers)

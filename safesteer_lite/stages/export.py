@@ -14,12 +14,14 @@ from safesteer_lite.export.weights import merge, shards, verify
 from safesteer_lite.export.weights.original import describe_original
 from safesteer_lite.export.weights.verify import FailedCheck
 from safesteer_lite.method.policies import Batch, Completions
-from safesteer_lite.models import loaded
+from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, Reference, kl_to_reference, reference_answers
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.sources.base import open_base
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # Greedy answers of the reload check, in tokens.
 _CHECK_TOKENS = 32
@@ -70,10 +72,10 @@ def merged(
         FailedCheck: they are written, and failed a check; the caller keeps them aside or removes them.
     """
     trained = trained_answers(session, adapter, strength)
-    stored_quantised = "quantization_config" in loaded.read_config(session.model_folder)
+    stored_quantised = session.base.is_quantised
     quantised = session.config.model.precision == "nf4" or stored_quantised
     if stored_quantised and weights == "original" and original is None:
-        about = describe_original(session.model_folder, session.config.model.name)
+        about = describe_original(session.base.folder, session.config.model.name)
         session.note(f"The adapter is merged into the dequantised weights. {about}")
         weights = "dequantised"
     if weights == "dequantised" and not quantised:
@@ -83,15 +85,15 @@ def merged(
     session.drop_policy()
     _reopen(out)
     result = merge.merge_adapter(
-        original if original and weights == "original" else session.model_folder,
+        original if original and weights == "original" else session.base.folder,
         adapter,
         out,
         strength=strength,
-        words=session.model_folder,
+        words=session.base.folder,
         weights="dequantised" if weights == "dequantised" else "original",
         progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
     )
-    report = verify.check_files(out, session.model_folder)
+    report = verify.check_files(out, session.base.folder)
     kl, same = reload_check(session, out, trained)
     limit = KL_LIMITS[weights if quantised else "dequantised"]
     if not kl <= limit:
@@ -132,7 +134,7 @@ def trained_answers(session: Session, adapter: Path, strength: float) -> Trained
     policy = session.policy
     read_adapter(policy.model, adapter)
     scale_adapter(policy.model, strength)
-    sets, half = session.prompt_sets("selection"), session.config.export.check_prompts // 2
+    sets, half = session.prompts.split("selection"), session.config.export.check_prompts // 2
     prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[: session.config.export.check_prompts - half]
     answers = policy.answers(prompts, _CHECK_TOKENS, ANSWER_BATCH)
     return Trained(prompts, answers, reference_answers(policy, prompts, _CHECK_TOKENS, ANSWER_BATCH))
@@ -143,7 +145,7 @@ def reload_check(session: Session, folder: Path, trained: Trained) -> tuple[floa
     reference = on_cpu(trained.reference)
     # The head must be able to read the reference's hidden states, so both compute in the same type.
     precision = "fp32" if any(states.dtype == torch.float32 for states in reference.hidden) else "bf16"
-    network, tokenizer = loaded.load(folder, precision=precision, device="cpu", unpack=False)
+    network, tokenizer = plain.load(open_base(folder), precision=precision, device="cpu", unpack=False)
     policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
     answers = policy.answers(trained.prompts, _CHECK_TOKENS, ANSWER_BATCH)
     kl = kl_to_reference(policy, reference, session.config.distill.chunk)

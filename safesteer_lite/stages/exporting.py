@@ -13,7 +13,7 @@ import torch
 
 from safesteer_lite.config import to_toml
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.evaluation.measure import SETS, Answers, PromptSets, counting_from, measure, scorecard
+from safesteer_lite.evaluation.measure import SETS, Answers, counting_from, measure, scorecard
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import card
 from safesteer_lite.export.folder import MERGED, WORK, exported
@@ -23,13 +23,16 @@ from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.export.rows import Row, rows_record, write_rows
 from safesteer_lite.export.weights import shards, verify
 from safesteer_lite.export.weights.verify import FailedCheck
+from safesteer_lite.hardware.backend import decide
 from safesteer_lite.method.policies import last_logits
-from safesteer_lite.models import loaded
+from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.prompts.plan import PromptSets, texts
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import evaluate, export
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, decide, texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # The comparison with the trained policy: prompts, half of them harmful, and tokens of each greedy answer.
 _WITNESS_PROMPTS, _WITNESS_TOKENS = 16, 32
@@ -119,24 +122,23 @@ def copy_adapter(adapter: Path, out: Path) -> None:
 
 def _check_first(session: Session, out: Path, request: Request) -> None:
     """What can be refused at once is refused before any work."""
-    config = loaded.read_config(session.model_folder)
     shares = 0.0
     if request.kind == "gguf":
         convert.check_extra(request.quants)
         shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants)
         if quantise.MIXES.keys() & set(request.quants):
-            quantise.check_quantisable(config)
+            quantise.check_quantisable(session.base.config)
             shares += 2  # The 16-bit file that they are made from.
-    tensors = shards.read_checkpoint(request.original or session.model_folder).tensors.values()
+    tensors = shards.read_checkpoint(request.original or session.base.folder).tensors.values()
     # Two bytes a weight; a 4-bit base has about four times as many weights as bytes say, and is merged at 16 bits.
-    packed = "quantization_config" in config and request.original is None
+    packed = session.base.is_quantised and request.original is None
     sixteen = sum(tensor.size for tensor in tensors) * (4 if packed else 1)
     shards.require_space(out, int(sixteen * (1 + shares / 2)))
 
 
 def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
     """Base and trained policy on the test prompts, from the run where it has that, and what artifacts are compared with."""
-    whole = session.prompt_sets("test")
+    whole = session.prompts.split("test")
     sets = whole if not request.prompts else PromptSets(*(getattr(whole, name)[: request.prompts] for name in SETS))
     rows = _stored_rows(session, request) if request.strength == 1 else None
     policy = session.policy
@@ -168,7 +170,7 @@ def _stored_rows(session: Session, request: Request) -> list[Row] | None:
 
 def _witness(session: Session, policy: Policy) -> Witness:
     """What the trained policy does on prompts of the selection split."""
-    sets, half = session.prompt_sets("selection"), _WITNESS_PROMPTS // 2
+    sets, half = session.prompts.split("selection"), _WITNESS_PROMPTS // 2
     prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[:half]
     answers: list[list[int]] = [[]] * len(prompts)
     first: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
@@ -186,11 +188,11 @@ def _witness(session: Session, policy: Policy) -> Witness:
 def _merged_row(session: Session, folder: Path, request: Request, measured: Measured) -> Row:
     """The merged weights, loaded as a user loads them, in 16 bits where the machine computes in them."""
     started = time.monotonic()
-    sixteen = replace(session.config, model=replace(session.config.model, precision="bf16"))
-    decision = decide(sixteen, folder, folder)
+    written = open_base(folder)
+    decision = decide(replace(session.config.model, precision="bf16"), written.shape, folder)
     # What is decided for training may be too much for a card that could still answer; the reload check used the CPU too.
     device = "cpu" if decision.fit == "does not fit" else decision.device
-    network, tokenizer = loaded.load(folder, precision=decision.compute_dtype, device=device, unpack=False)
+    network, tokenizer = plain.load(written, precision=decision.compute_dtype, device=device, unpack=False)
     policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
     done = session.progress("answers of the merged weights", measured.sets.total)
     tokens, chunk = session.config.evaluate.answer_tokens, session.config.distill.chunk
@@ -280,7 +282,7 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
     facts = card.Facts(
         title=f"{_model_name(session)}-safer",
         base=_base_name(session),
-        licence=card.licence_in(session.model_folder),
+        licence=session.base.licence,
         settings=to_toml(_without_paths(session)),
         prompts=_prompts_told(session),
         versions={**session.run.manifest.versions, **convert.versions()},

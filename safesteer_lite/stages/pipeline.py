@@ -24,13 +24,14 @@ from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, Stag
 from safesteer_lite.export.rows import keep_rows
 from safesteer_lite.export.weights import merge, shards
 from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
+from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.prompts import sets
 from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.runs.steps import Checkpoints
-from safesteer_lite.sources import resolve
+from safesteer_lite.sources.base import Base
 from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, tokens
 from safesteer_lite.stages.session import Session
 
@@ -138,20 +139,22 @@ def prompts_fingerprint(config: RunConfig) -> str:
 def run(
     config: RunConfig,
     run_folder: RunFolder,
-    model_folder: Path,
+    base: Base,
     emit: Emit,
     stop_requested: Callable[[], bool] = lambda: False,
     last: str = STAGE_NAMES[-1],
+    decision: Decision | None = None,
 ) -> dict[str, Any]:
     """Do every stage that is not done yet.
 
     Args:
         config: all settings; equal to what `run_folder` was started with.
         run_folder: where results go.
-        model_folder: the base model.
+        base: the base model.
         emit: sink for events; they are kept in the run folder too.
         stop_requested: asked after each optimizer step and each stage.
         last: the last stage to do.
+        decision: how the base is loaded; None to decide when it is needed.
 
     Returns:
         The report, as written to `report.json`; nothing before the last stage of all is done.
@@ -162,8 +165,8 @@ def run(
     """
     keep_freed_memory()
     with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
-        session = Session(config, run_folder, model_folder, tee(keep, emit), stop_requested=stop_requested)
-        wanted = stage_fingerprints(config, resolve.model_fingerprint(model_folder))
+        session = Session(config, run_folder, base, tee(keep, emit), "", stop_requested, decision)
+        wanted = stage_fingerprints(config, base.fingerprint)
         for number, stage in enumerate(STAGES[: STAGE_NAMES.index(last) + 1], 1):
             session.stage = stage.name
             if run_folder.is_done(stage.name, wanted[stage.name]):
@@ -181,7 +184,7 @@ def run(
 def export_run(
     config: RunConfig,
     run_folder: RunFolder,
-    model_folder: Path,
+    base: Base,
     emit: Emit,
     kind: str,
     out: Path,
@@ -194,7 +197,7 @@ def export_run(
     """Write a finished run's adapter, merged weights or GGUF files to a folder that does not exist yet.
 
     Args:
-        config, run_folder, model_folder, emit: as for `run`.
+        config, run_folder, base, emit: as for `run`.
         kind: `adapter`, `merged` or `gguf`.
         out: the folder to create.
         weights: base to merge into, `original` or `dequantised`.
@@ -216,22 +219,20 @@ def export_run(
     if damaged:
         raise ExportError(f"The run's adapter is damaged: {', '.join(damaged)}.", "Run `safesteer-lite resume` on it.")
     # Half a download would only be called another model by its fingerprint.
-    shards.read_checkpoint(model_folder)
-    if stage_fingerprints(config, resolve.model_fingerprint(model_folder))["baseline"] != (
-        run_folder.manifest.stages["baseline"].fingerprint
-    ):
+    shards.read_checkpoint(base.folder)
+    if stage_fingerprints(config, base.fingerprint)["baseline"] != (run_folder.manifest.stages["baseline"].fingerprint):
         raise ModelError(
-            f"{model_folder} is not the base model that this run was made with, or its prompts have changed.",
+            f"{base.folder} is not the base model that this run was made with, or its prompts have changed.",
             "Give the run its own base model back.",
         )
-    merge.check_adapter(model_folder, adapter)
+    merge.check_adapter(base.folder, adapter)
     if kind == "adapter":
         if strength != 1:
             raise UsageError("--strength scales merged weights only.", "Add --to merged.")
         exporting.copy_adapter(adapter, out)
         return {}
     keep_freed_memory()
-    session = Session(config, run_folder, model_folder, emit, stage="export")
+    session = Session(config, run_folder, base, emit, stage="export")
     request = exporting.Request(kind, weights, strength, quants, prompts, original)
     record = exporting.export_files(session, adapter, out, request)
     try:
@@ -246,7 +247,7 @@ def export_run(
 
 
 def evaluate_model(
-    config: RunConfig, run_folder: RunFolder | None, model_folder: Path, emit: Emit
+    config: RunConfig, run_folder: RunFolder | None, base: Base, emit: Emit
 ) -> dict[str, dict[str, Any]]:
     """Measure a model on the test split: a run's base and student, or (twice the same) a model as it is.
 
@@ -255,10 +256,12 @@ def evaluate_model(
     """
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
-        session = Session(config, run_folder or RunFolder(Path(scratch)), model_folder, emit, stage="evaluate")
+        session = Session(config, run_folder or RunFolder(Path(scratch)), base, emit, stage="evaluate")
         if run_folder:
             read_adapter(session.policy.model, run_folder.stage_folder("distill") / "adapter")
-        before, after, _ = evaluate.compare(session, session.policy, session.prompt_sets("test"), both=bool(run_folder))
+        before, after, _ = evaluate.compare(
+            session, session.policy, session.prompts.split("test"), both=bool(run_folder)
+        )
     return {"before": before.to_record(), "after": after.to_record()}
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import RunFolderError, UsageError
-from safesteer_lite.evaluation.measure import PromptSets, measure
+from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
 from safesteer_lite.events import Metric, Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, Reference, reference_answers
+from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.runs.folder import RunFolder
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 HIGHEST = 2.0
@@ -73,7 +74,7 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
     wanted = sorted({0.0, *map(check_strength, strengths)})
     adapter = session.folder("distill") / "adapter"
     policy, evaluate = session.policy, session.config.evaluate
-    sets = session.prompt_sets("selection")
+    sets = session.prompts.split("selection")
     with policy.model.adapters_off():
         reference = reference_answers(policy, texts(sets.harmless), evaluate.kl_tokens, ANSWER_BATCH)
     points: list[Point] = []

@@ -12,9 +12,10 @@ from safesteer_lite.errors import DirectionError
 from safesteer_lite.method import tokens as method
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.tokens import VotePositions
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.direction import load_steering
-from safesteer_lite.stages.session import Session, texts
+from safesteer_lite.stages.session import Session
 
 # Prompts a batch, fewer where memory is short; each stands for `samples` sequences.
 _BATCH = 8
@@ -24,7 +25,7 @@ def run(session: Session, publication: Publication) -> None:
     """Let every position of the teacher's answers to held-out harmless prompts vote."""
     config, policy = session.config.tokens, session.policy
     model, steer = policy.model, load_steering(session)
-    prompts = texts(session.prompt_sets("selection").harmless)
+    prompts = texts(session.prompts.split("selection").harmless)
     done = session.progress("prompts continued", len(prompts))
 
     def read(size: int) -> list[VotePositions]:

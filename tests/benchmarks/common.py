@@ -11,6 +11,7 @@ from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.commands.shared import DEMO_PRESET
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.demo import demo_model
 from safesteer_lite.stages.session import Session
 
@@ -34,4 +35,5 @@ def session(arguments: list[str]) -> Session:
     settings = config.build([("preset", config.preset_values(DEMO_PRESET)), ("flag", flags)])
     keep_freed_memory()
     run = run_folders.create(Path(tempfile.mkdtemp()), "benchmark")
-    return Session(settings, run, Path(folders[0]) if folders else demo_model(discard), notes, stage="direction")
+    base = open_base(Path(folders[0]) if folders else demo_model(discard))
+    return Session(settings, run, base, notes, stage="direction")

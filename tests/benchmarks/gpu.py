@@ -42,10 +42,11 @@ from safesteer_lite.method import directions, objective, policies, tokens
 from safesteer_lite.method.distill import Distillation, Recipe
 from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.policies import Batch, Completions, Steering
-from safesteer_lite.models import loaded, unsloth
+from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.optimizer import optimizing_on
+from safesteer_lite.sources.base import open_base
 from tests.benchmarks.common import say
 from tests.benchmarks.random_models import PRESETS, write
 
@@ -143,8 +144,8 @@ def load(folder: Path, backend: str, device: str) -> PlainModel:
     """The model with a fresh adapter, as a run loads it."""
     adapter = Adapter(_RANK, 2 * _RANK)
     if backend == "unsloth":
-        return unsloth.load(folder, "nf4", adapter, 0, device)
-    network, tokenizer = loaded.load(folder, precision="nf4", device=device, unpack=False)
+        return unsloth.load(open_base(folder), "nf4", adapter, 0, device)
+    network, tokenizer = plain.load(open_base(folder), precision="nf4", device=device, unpack=False)
     return with_adapter(network, tokenizer, adapter, 0)
 
 

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 
 from safesteer_lite.hardware import pace
-from safesteer_lite.hardware.shape import ModelShape, parameters, shape_from_config
+from safesteer_lite.hardware.backend import decide
+from safesteer_lite.hardware.shape import ModelShape, parameters
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering
-from safesteer_lite.models.loaded import read_config
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import bundled
 from safesteer_lite.stages.direction import read
 from safesteer_lite.stages.distill import recipe
-from safesteer_lite.stages.session import Session, decide, texts
+from safesteer_lite.stages.session import Session
 from tests.benchmarks.common import say, session
 
 _PROMPTS = 32
@@ -69,7 +70,7 @@ def main() -> None:
     """Print the figures, and the constants that follow from them."""
     work = session(sys.argv[1:])
     policy = work.policy
-    decision = decide(work.config, work.model_folder, work.run.path)
+    decision = decide(work.config.model, work.base.shape, work.run.path)
     flops = pace.probe(decision)
     prompts = texts(bundled("harmful", "direction", _PROMPTS))
     encoded = [policy.encode(prompt) for prompt in prompts]
@@ -77,7 +78,7 @@ def main() -> None:
     refusal = policy.token_ids(work.config.direction.refusal_openings)
     reading = fastest(lambda: read(policy, prompts, refusal, lambda done: None))
     lengths = {tokens: fastest(partial(policy.answers, prompts, tokens, _PROMPTS)) for tokens in (24, 96)}
-    shape = shape_from_config(read_config(work.model_folder))
+    shape = work.base.shape
     spent, trained = training_seconds(work, encoded, shape)
     token = reading / prompt_tokens
     say(f"threads {torch.get_num_threads()}, probe {flops / 1e9:.0f} billion operations a second")

@@ -13,9 +13,9 @@ import sys
 import torch
 from torch import Tensor
 
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind, bundled
 from safesteer_lite.stages.direction import read
-from safesteer_lite.stages.session import texts
 from tests.benchmarks.common import say, session
 
 _RIDGE = 2.0

@@ -19,9 +19,10 @@ from safesteer_lite.method import directions as method
 from safesteer_lite.method import tokens as voting
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering, pad_left, teacher
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.direction import keep_clear, read, score
 from safesteer_lite.stages.distill import recipe
-from safesteer_lite.stages.session import Session, texts
+from safesteer_lite.stages.session import Session
 from tests.benchmarks import plain_procedure as authors
 from tests.benchmarks.common import session
 
@@ -87,8 +88,8 @@ def our_direction(options: argparse.Namespace) -> dict[str, Any]:
     work = work_of(options)
     config, policy = work.config.direction, work.policy
     refusal = policy.token_ids(config.refusal_openings)
-    selection = work.prompt_sets("selection")
-    groups = [texts(group) for group in (*work.direction_prompts(), selection.harmful, selection.harmless)]
+    selection = work.prompts.split("selection")
+    groups = [texts(group) for group in (*work.prompts.direction(), selection.harmful, selection.harmless)]
 
     def choose() -> dict[str, Any]:
         kept, threshold = keep_clear([read(policy, group, refusal, lambda done: None) for group in groups], minimum)
@@ -191,7 +192,7 @@ def our_tokens(options: argparse.Namespace) -> dict[str, Any]:
     """Our token stage, and the continuations that it sampled."""
     work, steer = work_of(options), _steering(options)
     config, policy = work.config.tokens, work.policy
-    prompts = texts(work.prompt_sets("selection").harmless)
+    prompts = texts(work.prompts.split("selection").harmless)
     batches = [batch for _, batch in policy.batches(prompts, _PROMPTS_A_BATCH)]
 
     def vote() -> dict[str, Any]:
@@ -277,7 +278,7 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
     """Our loss, gradients and update for one step's rollouts, which go to the scratch folder."""
     work, steer = work_of(options), _steering(options)
     policy, safety = work.policy, torch.tensor(_safety(options))
-    prompts = [policy.encode(text) for text in texts(work.training_prompts())]
+    prompts = [policy.encode(text) for text in texts(work.prompts.training())]
     loop = Distillation(policy.model, steer, safety, prompts, [], recipe(work))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

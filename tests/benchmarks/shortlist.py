@@ -9,8 +9,8 @@ import sys
 import time
 
 from safesteer_lite.method import directions as method
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.direction import describe, keep_clear, read, score
-from safesteer_lite.stages.session import texts
 from tests.benchmarks.common import say, session
 
 
@@ -19,8 +19,8 @@ def main() -> None:
     work = session(sys.argv[1:])
     config, policy = work.config.direction, work.policy
     refusal = policy.token_ids(config.refusal_openings)
-    selection = work.prompt_sets("selection")
-    groups = (*work.direction_prompts(), selection.harmful, selection.harmless)
+    selection = work.prompts.split("selection")
+    groups = (*work.prompts.direction(), selection.harmful, selection.harmless)
     sets = [read(policy, texts(group), refusal, lambda done: None) for group in groups]
     kept, threshold = keep_clear(sets, config.minimum_prompts)
     say(f"threshold {threshold:.2f}, kept {[len(entry.prompts) for entry in kept]}")

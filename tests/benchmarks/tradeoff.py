@@ -31,13 +31,14 @@ from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import Checkpoints, RunFolder
 from safesteer_lite.shell.commands.shared import DEMO_PRESET
-from safesteer_lite.sources import resolve
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.demo import demo_model
 from safesteer_lite.stages import distill, pipeline
-from safesteer_lite.stages.session import ANSWER_BATCH, Session, texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
 from tests import REPOSITORY
 from tests.benchmarks.common import say
 
@@ -80,10 +81,11 @@ def say_event(event: Event) -> None:
 
 def upstream(settings: config.RunConfig, model: Path, work: Path) -> RunFolder:
     """A run folder in which everything before distillation is done with these settings."""
-    name = pipeline.stage_fingerprints(settings, resolve.model_fingerprint(model))[UPSTREAM][:16]
+    base = open_base(model)
+    name = pipeline.stage_fingerprints(settings, base.fingerprint)[UPSTREAM][:16]
     places = sorted(work.glob(f"{name}-*"))
     run = run_folders.open_run(places[0]) if places else run_folders.create(work, name)
-    pipeline.run(settings, run, model, say_event, last=UPSTREAM)
+    pipeline.run(settings, run, base, say_event, last=UPSTREAM)
     return run
 
 
@@ -128,7 +130,7 @@ class Bench:
     def __init__(self, session: Session, split: str, tokens: int) -> None:
         """Measure the base, or read what an earlier row measured of it."""
         self.session, self.tokens = session, tokens
-        self.sets = session.prompt_sets(split)
+        self.sets = session.prompts.split(split)
         self.text = harmless_text(session.policy)
         policy = session.policy
         with policy.model.adapters_off():
@@ -181,7 +183,7 @@ def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
     ]
     settings = config.build(layers)
     run = upstream(settings, place.model, place.work)
-    session = Session(settings, run, place.model, say_event, stage="distill")
+    session = Session(settings, run, open_base(place.model), say_event, stage="distill")
     bench = Bench(session, place.split, place.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         training, history, best = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))

@@ -29,7 +29,7 @@ from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.lines import artifacts_table
-from safesteer_lite.sources.resolve import model_fingerprint
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from safesteer_lite.stages.exporting import Request, export_files
 from safesteer_lite.stages.session import Session
@@ -55,17 +55,17 @@ def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
     run = run_folders.create(parent, "tiny", versions={"torch": "2.13.0"})
     run.write_config(config.to_toml(settings))
-    session = Session(settings, run, model, discard, stage="export")
+    session = Session(settings, run, open_base(model), discard, stage="export")
     student = session.policy.model
     tiny.fill_adapter(student, scale=0.002)
     with run.publish("distill", 4, "d") as publication:
         save_adapter(student, publication.path / "adapter")
     session.drop_policy()
-    mark = pipeline.stage_fingerprints(settings, model_fingerprint(model))["baseline"]
+    mark = pipeline.stage_fingerprints(settings, session.base.fingerprint)["baseline"]
     with run.publish("baseline", 1, mark):
         pass
     with run.publish("evaluate", 5, "e") as publication:
-        sizes = [session.prompt_sets("test").texts(name) for name in SETS]
+        sizes = [session.prompts.split("test").texts(name) for name in SETS]
         for when, harmful in (("before", ANSWER), ("after", REFUSAL)):
             answers = Answers(
                 *([text] * len(texts) for text, texts in zip((harmful, ANSWER, ANSWER), sizes, strict=True))
@@ -83,7 +83,7 @@ def run_of_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[
 
 def export(session: Session, out: Path, **request: Any) -> tuple[dict[str, Any], list[Event]]:
     events: list[Event] = []
-    fresh = Session(session.config, session.run, session.model_folder, events.append, stage="export")
+    fresh = Session(session.config, session.run, session.base, events.append, stage="export")
     adapter = session.folder("distill") / "adapter"
     return export_files(fresh, adapter, out, Request(**request)), events
 
@@ -110,7 +110,7 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
     told = [event.message for event in events if isinstance(event, Warned)]
     assert told == [f"merged lost safety: {merged['safety_lost']}."] and "--weights dequantised" in told[0]
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert str(run_of_tiny.model_folder) not in card and "**merged lost safety**" in card
+    assert str(run_of_tiny.base.folder) not in card and "**merged lost safety**" in card
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
@@ -129,7 +129,7 @@ def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: 
     work, draft = tmp_path / "out.tmp" / "work", tmp_path / "out.tmp"
     adapter = run_of_tiny.folder("distill") / "adapter"
     # As a kill leaves it while the merged weights are measured: they are whole, and nothing else is.
-    merge_adapter(run_of_tiny.model_folder, adapter, work / "merged", words=run_of_tiny.model_folder)
+    merge_adapter(run_of_tiny.base.folder, adapter, work / "merged", words=run_of_tiny.base.folder)
     (work / "merged" / "SHA256SUMS").write_text("")
     (draft / "Modelfile").write_text("half")
     before = (work / "merged" / "model.safetensors").stat().st_ino
@@ -238,7 +238,7 @@ def test_a_base_model_that_is_gone_is_told_with_the_way_out(
     assert main([*command, "--base", str(tmp_path / "gone")]) == 1
     told = capsys.readouterr().err
     assert "base model cannot be used" in told and "name its folder with --base" in told
-    half = shutil.copytree(run_of_tiny.model_folder, tmp_path / "half")
+    half = shutil.copytree(run_of_tiny.base.folder, tmp_path / "half")
     (half / "model.safetensors").unlink()
     assert main([*command, "--base", str(half)]) == 1 and "base model cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard
-from safesteer_lite.export.card import Facts, card, licence_in
+from safesteer_lite.export.card import Facts, card
 from safesteer_lite.export.gguf.agreement import Agreement
 from safesteer_lite.export.rows import Row, losses, rows_record, safety_lost, write_rows
 from safesteer_lite.export.weights.verify import check_sums, sums_of, write_sums
+from safesteer_lite.sources.base import licence_in
 
 FACTS = Facts(
     "Tiny-safer",

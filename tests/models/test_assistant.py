@@ -9,7 +9,7 @@ import torch
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method import policies
-from safesteer_lite.models import loaded
+from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, save_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
 from tests import tiny
@@ -112,7 +112,7 @@ def test_a_folder_without_a_chat_template_is_refused(tiny_policy: tiny.Loader, t
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no chat template") as caught:
-        loaded.load_tokenizer(tmp_path)
+        plain.load_tokenizer(tmp_path)
     assert "instruct" in caught.value.hint
 
 

@@ -21,6 +21,7 @@ from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.optimizer import paged_adamw_8bit
 from safesteer_lite.models.unsloth import problem_with
+from safesteer_lite.sources.base import open_base
 from tests import REPOSITORY, tiny
 from tests.method.test_distill import RECIPE, SAFETY_TOKENS
 
@@ -50,9 +51,9 @@ def test_unsloth_passes_its_trial(architecture: str, tmp_path: Path) -> None:
 
 def on_card(folder: Path) -> Policy:
     """A tiny policy on the card."""
-    from safesteer_lite.models import loaded
+    from safesteer_lite.models import plain
 
-    network, tokenizer = loaded.load(folder, precision="nf4", device="cuda", unpack=False)
+    network, tokenizer = plain.load(open_base(folder), precision="nf4", device="cuda", unpack=False)
     return Policy(with_adapter(network, tokenizer, Adapter(4, 8), 3), 128)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from safesteer_lite.models.assistant import Policy, Reply
 from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.models.unsloth import PairCache
+from safesteer_lite.sources.base import open_base
 from tests import REPOSITORY, tiny
 from tests.models import pair_blocks
 from tests.models.pair_blocks import as_unsloth
@@ -126,12 +128,12 @@ def test_importing_the_whole_program_leaves_transformers_for_unsloth_to_change()
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
-def test_unsloth_is_not_tried_after_transformers(tmp_path: Path) -> None:
+def test_unsloth_is_not_tried_after_transformers(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """This process has imported transformers, and Unsloth would change it too late."""
     assert "transformers" in sys.modules and "unsloth" not in sys.modules
     assert unsloth.problem_with(tmp_path, "nf4") == "transformers was imported first in this process"
     with pytest.raises(ModelError, match="before transformers"):
-        unsloth.load(tmp_path, "nf4", Adapter(4, 8), 0)
+        unsloth.load(open_base(tiny_folder("llama")), "nf4", Adapter(4, 8), 0)
 
 
 def test_a_trial_that_fails_says_why_in_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safesteer_lite.events import discard
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import planted
 
@@ -54,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         tmp_path_factory.mktemp("runs"), "planted", planned=pipeline.STAGE_NAMES, versions={"torch": "2"}
     )
     run.write_config(config.to_toml(settings))
-    assert pipeline.run(settings, run, model, discard) == report.read(run.path)
+    assert pipeline.run(settings, run, open_base(model), discard) == report.read(run.path)
     return run
 
 

@@ -20,6 +20,7 @@ from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.chat import Chat
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline, strength
 from safesteer_lite.stages.session import Session
 from tests import planted
@@ -37,7 +38,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFo
     folder = run_folders.create(tmp_path_factory.mktemp("runs"), "planted", planned=pipeline.STAGE_NAMES)
     folder.write_config(config.to_toml(settings))
     with planted.one_thread():
-        policy = Session(settings, folder, model, discard, stage="distill").policy
+        policy = Session(settings, folder, open_base(model), discard, stage="distill").policy
         torch.manual_seed(0)
         for name, parameter in policy.model.network.named_parameters():
             if "lora_B" in name:
@@ -49,7 +50,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFo
 
 @pytest.fixture(scope="module")
 def policy(run: RunFolder, model: Path) -> Policy:
-    return Session(planted.settings(model), run, model, discard, stage="chat").policy
+    return Session(planted.settings(model), run, open_base(model), discard, stage="chat").policy
 
 
 def talk(policy: Policy, run: RunFolder, lines: Sequence[str], view: str = "compare", terminal: bool = False) -> str:
@@ -200,7 +201,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
 
 def test_the_dial_begins_at_the_base_and_is_kept(run: RunFolder, model: Path) -> None:
     told: list[Event] = []
-    session = Session(planted.settings(model), run, model, told.append, stage="strength")
+    session = Session(planted.settings(model), run, open_base(model), told.append, stage="strength")
     points = strength.dial(session, [1.0, 0.5])
     assert [point.strength for point in points] == [0.0, 0.5, 1.0]
     assert (points[0].score, points[0].card.kl_to_base) == (0.0, 0.0)

@@ -17,6 +17,16 @@ from tests import REPOSITORY
 from tests.sources.local_hub import LocalHub, serving
 from tests.sources.tiny_gguf import TEMPLATE
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+}
+
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -39,7 +49,7 @@ def model_folder(tmp_path: Path) -> Path:
     """The least that counts as a usable folder."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     save_file({"weight": torch.arange(1 << 20, dtype=torch.float32)}, folder / "model.safetensors")

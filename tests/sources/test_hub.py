@@ -29,9 +29,9 @@ def test_hub_model_offline_needs_a_whole_local_copy(model_folder: Path, tmp_path
     snapshot.parent.mkdir()
     model_folder.rename(snapshot)
     notes: list[Event] = []
-    assert resolve_model(HUB_ID, None, notes.append) == snapshot
+    assert resolve_model(HUB_ID, None, notes.append).folder == snapshot
     assert len(notes) == 1 and isinstance(notes[0], Note)
-    assert resolve_model(HUB_ID, commit, discard, download=False) == snapshot
+    assert resolve_model(HUB_ID, commit, discard, download=False).folder == snapshot
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="hub cannot be reached"):
         resolve_model(HUB_ID, None, discard)
@@ -43,7 +43,7 @@ from safesteer_lite.events import Note
 from safesteer_lite.sources.resolve import resolve_model
 for _ in range(2):
     try:
-        folder = resolve_model({HUB_ID!r}, None, lambda event: isinstance(event, Note) and print(event.message))
+        folder = resolve_model({HUB_ID!r}, None, lambda event: isinstance(event, Note) and print(event.message)).folder
         print(*sorted(path.name for path in folder.iterdir()))
     except ModelError as error:
         print(error)

@@ -60,4 +60,4 @@ def test_a_mixture_of_experts_is_refused_before_its_weights_come(hub: Any) -> No
 def test_a_config_that_is_no_json(hub: Any) -> None:
     server, run = hub
     server.files.update({"config.json": b"{", "model.safetensors": b""})
-    assert "no config.json that can be read" in run(LOOK)[0]
+    assert "config.json is not valid JSON" in run(LOOK)[0]

@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import discard
-from safesteer_lite.sources.resolve import model_fingerprint, resolve_model
+from safesteer_lite.sources.base import model_fingerprint
+from safesteer_lite.sources.resolve import resolve_model
 
 pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_local_folder_is_taken_as_it_is(model_folder: Path) -> None:
-    assert resolve_model(str(model_folder), None, discard) == model_folder
+    assert resolve_model(str(model_folder), None, discard).folder == model_folder
 
 
 @pytest.mark.parametrize("name", ["./missing", "missing", "model.gguf", "owner/name/more", "owner/", ""])

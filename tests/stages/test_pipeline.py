@@ -25,13 +25,14 @@ from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.method.distill import prompts_at
-from safesteer_lite.models import loaded
+from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import Adapter, read_adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.prompts.sets import bundled, data_files
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import distill, pipeline
 from safesteer_lite.stages.distill import ShownAnswers, recipe
 from safesteer_lite.stages.session import Session
@@ -84,7 +85,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """One finished run; tests that change it work on a copy."""
     run = new_run(tmp_path_factory.mktemp("runs"), planted.settings(model))
-    pipeline.run(planted.settings(model), run, model, discard)
+    pipeline.run(planted.settings(model), run, open_base(model), discard)
     return run
 
 
@@ -165,7 +166,7 @@ def test_each_step_shows_the_base_beside_the_student(done: RunFolder) -> None:
 
 def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) -> None:
     settings = planted.settings(model, {"distill.steps": 100})
-    session = Session(settings, done, model, discard)
+    session = Session(settings, done, open_base(model), discard)
     asked: list[str] = []
 
     def answers(prompts: list[str], tokens: int, size: int) -> list[str]:
@@ -176,7 +177,7 @@ def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) 
     session._policy = known
     plan = recipe(session)
     shown = ShownAnswers(session, plan)
-    prompts = session.training_prompts()
+    prompts = session.prompts.training()
     for step in range(100):
         first = prompts_at(step, plan.prompts, len(prompts), plan.seed)[0]
         assert shown.of_step(step) == f"base: {prompts[first].text}"
@@ -186,7 +187,7 @@ def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) 
 def test_a_second_call_skips_every_stage_and_changes_nothing(run: RunFolder, model: Path) -> None:
     before = files_of(run.path)
     events: list[Event] = []
-    pipeline.run(planted.settings(model), run, model, events.append)
+    pipeline.run(planted.settings(model), run, open_base(model), events.append)
     assert stages_seen(events, StageSkipped) == list(pipeline.STAGE_NAMES)
     assert not stages_seen(events, StageStarted)
     after = files_of(run.path)
@@ -198,7 +199,7 @@ def test_a_new_learning_rate_keeps_the_direction(run: RunFolder, model: Path) ->
     before = files_of(run.path)
     events: list[Event] = []
     settings = planted.settings(model, {"distill.learning_rate": 2e-3, "distill.steps": 2})
-    pipeline.run(settings, run, model, events.append)
+    pipeline.run(settings, run, open_base(model), events.append)
     assert stages_seen(events, StageSkipped) == ["baseline", "direction", "tokens"]
     assert stages_seen(events, StageDone) == ["distill", "evaluate", "export"]
     after = files_of(run.path)
@@ -241,12 +242,12 @@ def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) ->
     }
     settings = planted.settings(model, change)
     whole, broken = new_run(tmp_path / "whole", settings), new_run(tmp_path / "broken", settings)
-    pipeline.run(settings, whole, model, discard, last="distill")
+    pipeline.run(settings, whole, open_base(model), discard, last="distill")
     asked = itertools.count(1)
     with pytest.raises(Interrupted, match="after step 2"):
         # It is asked four times around the stages before, and then after each step.
-        pipeline.run(settings, broken, model, discard, lambda: next(asked) == 6, last="distill")
-    pipeline.run(settings, broken, model, discard, last="distill")
+        pipeline.run(settings, broken, open_base(model), discard, lambda: next(asked) == 6, last="distill")
+    pipeline.run(settings, broken, open_base(model), discard, last="distill")
     found, expected = (
         load_file(run.stage_folder("distill") / "adapter" / "adapter_model.safetensors") for run in (broken, whole)
     )
@@ -262,7 +263,7 @@ def test_the_last_step_is_always_measured_and_earlier_ones_when_asked(
 ) -> None:
     settings = planted.settings(model, {"distill.steps": 3, "evaluate.every": every})
     run = new_run(tmp_path, settings)
-    pipeline.run(settings, run, model, discard, last="distill")
+    pipeline.run(settings, run, open_base(model), discard, last="distill")
     history = json.loads((run.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in history["measured"]] == measured
 
@@ -272,7 +273,7 @@ def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
     which: str, minimum: int, run: RunFolder, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change = {"distill.reading": "discriminant", "distill.reading_prompts": which, "direction.minimum_prompts": minimum}
-    session = Session(planted.settings(model, change), run, model, discard, "distill")
+    session = Session(planted.settings(model, change), run, open_base(model), discard, "distill")
     read: list[str] = []
 
     def note(policy: Policy, harmful: list[str], *others: Any) -> None:
@@ -280,7 +281,7 @@ def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
 
     monkeypatch.setattr(distill, "read_discriminants", note)
     distill.prepare_adapter(session, None)
-    prompts = [*session.training_prompts(), *session.direction_prompts()[0]]
+    prompts = [*session.prompts.training(), *session.prompts.direction()[0]]
     answered = [prompt.text for prompt in prompts if prompt.category not in planted.REFUSED_CATEGORIES]
     assert 0 < len(answered) < len(prompts)
     # Too few to read from are no better than all.
@@ -301,16 +302,16 @@ def test_an_even_mix_draws_everyday_and_borderline_anchors_equally_often(
     mix: str, everyday: int, contrast: int, times: tuple[int, int], run: RunFolder, model: Path
 ) -> None:
     change = {"distill.anchor_mix": mix, "prompts.direction": everyday, "prompts.contrast": contrast}
-    session = Session(planted.settings(model, change), run, model, discard, "distill")
+    session = Session(planted.settings(model, change), run, open_base(model), discard, "distill")
     anchors = Counter(prompt.text for prompt in distill.drawn_anchors(session))
-    assert {anchors[prompt.text] for prompt in session.direction_prompts()[1]} == {times[0]}
-    borderline = session.anchor_prompts()[everyday:]
+    assert {anchors[prompt.text] for prompt in session.prompts.direction()[1]} == {times[0]}
+    borderline = session.prompts.anchors()[everyday:]
     assert len(borderline) == contrast and all(anchors[prompt.text] == times[1] for prompt in borderline)
     assert len(anchors) == everyday + contrast
 
 
 def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter(done: RunFolder, model: Path) -> None:
-    network, tokenizer = loaded.load(model, precision="fp32", device="cpu", unpack=False)
+    network, tokenizer = plain.load(open_base(model), precision="fp32", device="cpu", unpack=False)
     student = Policy(with_adapter(network, tokenizer, Adapter(8, 16), 0), 512)
     read_adapter(student.model, done.stage_folder("distill") / "adapter")
     folder = done.stage_folder("export") / "merged"
@@ -342,7 +343,7 @@ def test_other_precisions_run_to_the_end(precision: str, model: Path, tmp_path: 
         "direction.minimum_prompts": 4,
     }
     run = new_run(tmp_path, planted.settings(model, change))
-    result = pipeline.run(planted.settings(model, change), run, model, discard)
+    result = pipeline.run(planted.settings(model, change), run, open_base(model), discard)
     assert result["finished"]
     assert result["stages"]["export"]["result"]["precision_trained"] == precision
 
@@ -351,7 +352,7 @@ def test_a_model_that_never_refuses_is_told_so_before_training(tmp_path: Path) -
     model = planted.build(tmp_path / "obliging", refused=(), steps=40)
     run = new_run(tmp_path / "runs", planted.settings(model))
     with pytest.raises(DirectionError, match="barely refuses: 0 of 28 harmful prompts") as caught:
-        pipeline.run(planted.settings(model), run, model, discard)
+        pipeline.run(planted.settings(model), run, open_base(model), discard)
     assert "presets" in caught.value.hint
     assert list(run.manifest.stages) == ["baseline"]
     assert not [path for path in run.path.iterdir() if path.name.startswith(("02", "04"))]
@@ -359,15 +360,15 @@ def test_a_model_that_never_refuses_is_told_so_before_training(tmp_path: Path) -
 
 def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_showed(run: RunFolder, model: Path) -> None:
     with pytest.raises(DirectionError, match="No refusal direction met all criteria") as caught:
-        pipeline.run(planted.settings(model, {"direction.kl_limit": 1e-9}), run, model, discard)
+        pipeline.run(planted.settings(model, {"direction.kl_limit": 1e-9}), run, open_base(model), discard)
     alone = planted.settings(model, {"direction.kl_limit": 1e-9, "direction.strengths": [1.0]})
     with pytest.raises(DirectionError) as single:
-        pipeline.run(alone, run, model, discard)
+        pipeline.run(alone, run, open_base(model), discard)
     assert caught.value.message == single.value.message
     # What the advice names does help.
     hint = re.search(r"--set (direction.kl_limit)=([0-9.]+);", caught.value.hint)
     assert hint
-    pipeline.run(planted.settings(model, {hint[1]: float(hint[2])}), run, model, discard, last="direction")
+    pipeline.run(planted.settings(model, {hint[1]: float(hint[2])}), run, open_base(model), discard, last="direction")
 
 
 def own_file(folder: Path, leaked: int, fresh: int) -> Path:
@@ -379,7 +380,7 @@ def own_file(folder: Path, leaked: int, fresh: int) -> Path:
 
 def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder, model: Path) -> None:
     events: list[Event] = []
-    pipeline.run(planted.settings(model, {"distill.steps": 3}), run, model, events.append, last="distill")
+    pipeline.run(planted.settings(model, {"distill.steps": 3}), run, open_base(model), events.append, last="distill")
     notes = [event.message for event in events if isinstance(event, Note)]
     assert [note for note in notes if "way of training" in note] == [
         f"The default way of training was measured on {measured_on(str(model))}."
@@ -390,7 +391,7 @@ def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Pat
     path = own_file(tmp_path, leaked=3, fresh=20)
     settings = planted.settings(model, {"prompts.training": str(path), "distill.steps": 3})
     events: list[Event] = []
-    pipeline.run(settings, run, model, events.append)
+    pipeline.run(settings, run, open_base(model), events.append)
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
     assert told == [
         "own.jsonl: 20 prompts from column prompt; 0 duplicates and 3 near-copies of evaluation prompts left out."
@@ -400,7 +401,7 @@ def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Pat
 def test_own_prompts_that_are_all_evaluated_on_are_refused(run: RunFolder, model: Path, tmp_path: Path) -> None:
     settings = planted.settings(model, {"prompts.training": str(own_file(tmp_path, leaked=3, fresh=0))})
     with pytest.raises(PromptError, match="no prompt left to train on"):
-        pipeline.run(settings, run, model, discard)
+        pipeline.run(settings, run, open_base(model), discard)
 
 
 def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp
     (folder / "harmful.jsonl").write_text(f"{leaked}\n{lines}", encoding="utf-8")
     settings = planted.settings(model, {"prompts.folder": str(folder), "distill.steps": 1})
     run, events = new_run(tmp_path, settings), list[Event]()
-    assert pipeline.run(settings, run, model, events.append, last="distill") == {}
+    assert pipeline.run(settings, run, open_base(model), events.append, last="distill") == {}
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
     assert told == [
         "sets: 27 prompts from column prompt; 0 duplicates and 1 near-copies of evaluation prompts left out."
@@ -422,20 +423,22 @@ def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp
     assert list(run.manifest.stages) == ["baseline", "direction", "tokens", "distill"]
     (folder / "harmless.jsonl").unlink()
     with pytest.raises(PromptError, match=r"harmless\.jsonl cannot be read"):
-        pipeline.run(settings, run, model, discard)
+        pipeline.run(settings, run, open_base(model), discard)
 
 
 def test_own_prompts_that_have_gone_are_named(run: RunFolder, model: Path, tmp_path: Path) -> None:
     settings = planted.settings(model, {"prompts.training": str(tmp_path / "gone.txt")})
     with pytest.raises(PromptError, match=r"gone\.txt"):
-        pipeline.run(settings, run, model, discard)
+        pipeline.run(settings, run, open_base(model), discard)
 
 
 def test_a_stop_between_stages_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     run = new_run(tmp_path, planted.settings(model))
     with pytest.raises(Interrupted, match="Refusal direction"):
-        pipeline.run(planted.settings(model), run, model, events.append, lambda: bool(stages_seen(events, StageDone)))
+        pipeline.run(
+            planted.settings(model), run, open_base(model), events.append, lambda: bool(stages_seen(events, StageDone))
+        )
     assert list(run.manifest.stages) == ["baseline"]
     assert not any(isinstance(event, Warned) for event in events)
 
@@ -444,14 +447,14 @@ def test_export_at_strength_0_is_the_base_and_the_adapter_is_copied(
     done: RunFolder, model: Path, tmp_path: Path
 ) -> None:
     settings = planted.settings(model)
-    pipeline.export_run(settings, done, model, discard, "merged", tmp_path / "zero", "original", 0.0)
+    pipeline.export_run(settings, done, open_base(model), discard, "merged", tmp_path / "zero", "original", 0.0)
     assert (tmp_path / "zero" / "model.safetensors").read_bytes() != (
         done.stage_folder("export") / "merged" / "model.safetensors"
     ).read_bytes()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
     zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero", dtype=torch.float32).state_dict()
     assert all(torch.equal(zero[name], tensor.to(torch.bfloat16).float()) for name, tensor in base.items())
-    pipeline.export_run(settings, done, model, discard, "adapter", tmp_path / "adapter", "original", 1.0)
+    pipeline.export_run(settings, done, open_base(model), discard, "adapter", tmp_path / "adapter", "original", 1.0)
     assert files_of(tmp_path / "adapter") == files_of(done.stage_folder("distill") / "adapter")
 
 
@@ -459,7 +462,9 @@ def test_export_refuses_another_base_model(done: RunFolder, model: Path, tmp_pat
     other = shutil.copytree(model, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")
     with pytest.raises(ModelError, match="is not the base model"):
-        pipeline.export_run(planted.settings(model), done, other, discard, "merged", tmp_path / "out", "original", 1.0)
+        pipeline.export_run(
+            planted.settings(model), done, open_base(other), discard, "merged", tmp_path / "out", "original", 1.0
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -471,7 +476,9 @@ def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, 
 
     def export(folder: RunFolder) -> dict[str, Any]:
         settings = planted.settings(model)
-        return pipeline.export_run(settings, folder, model, discard, "merged", tmp_path / "out", "original", 1.0)
+        return pipeline.export_run(
+            settings, folder, open_base(model), discard, "merged", tmp_path / "out", "original", 1.0
+        )
 
     with pytest.raises(ExportError, match=r"adapter/adapter_model\.safetensors"):
         export(run)
@@ -481,8 +488,8 @@ def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, 
 
 
 def test_a_model_alone_is_measured_once_and_equals_the_run_s_base(done: RunFolder, model: Path) -> None:
-    alone = pipeline.evaluate_model(planted.settings(model), None, model, discard)
+    alone = pipeline.evaluate_model(planted.settings(model), None, open_base(model), discard)
     assert alone["before"] == alone["after"]
-    again = pipeline.evaluate_model(planted.settings(model), done, model, discard)
+    again = pipeline.evaluate_model(planted.settings(model), done, open_base(model), discard)
     assert again == report.read(done.path)["scorecard"]
     assert alone["before"]["harmful"] == again["before"]["harmful"]

@@ -31,6 +31,7 @@ from safesteer_lite.events import Event, to_record
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, planted
 
@@ -80,7 +81,7 @@ def attempt(model: Path, run: Path, deadly: str = "") -> None:
         if deadly and deadly in json.dumps(to_record(event)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pipeline.run(planted.settings(model), RunFolder(run), model, emit)
+    pipeline.run(planted.settings(model), RunFolder(run), open_base(model), emit)
 
 
 @pytest.fixture(scope="module")

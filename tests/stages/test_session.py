@@ -12,6 +12,7 @@ from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages.session import Session
 from tests import planted
 
@@ -29,14 +30,14 @@ def test_every_prompt_of_a_run_bears_the_date_on_which_it_began(model: Path, tmp
     manifest = run.path / "manifest.json"
     manifest.write_text(manifest.read_text().replace(run.manifest.created[:10], "2025-03-02"))
     events: list[Event] = []
-    session = Session(planted.settings(dated), run, dated, events.append)
+    session = Session(planted.settings(dated), run, open_base(dated), events.append)
     prompt = session.policy.template.render([{"role": "user", "content": "Hi"}])
     assert prompt.startswith("2025 02 March\n<|im_start|>user\nHi")
     assert any("02 March 2025 whatever the day" in event.message for event in events if isinstance(event, Note))
 
 
 def test_what_belongs_to_no_run_bears_today_s_date(model: Path, tmp_path: Path) -> None:
-    assert Session(planted.settings(model), RunFolder(tmp_path), model, discard).day == date.today()
+    assert Session(planted.settings(model), RunFolder(tmp_path), open_base(model), discard).day == date.today()
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(RunFolderError):
-        _ = Session(planted.settings(model), RunFolder(tmp_path), model, discard).day
+        _ = Session(planted.settings(model), RunFolder(tmp_path), open_base(model), discard).day

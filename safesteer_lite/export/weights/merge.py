@@ -23,7 +23,7 @@ from safesteer_lite.export.weights.shards import DTYPE_NAMES, DTYPES, FLOATS, Ne
 from safesteer_lite.export.weights.verify import SUMS
 from safesteer_lite.runs.durable import read_json, sha256_of, write_json
 from safesteer_lite.runs.manifest import fingerprint
-from safesteer_lite.sources.resolve import model_fingerprint
+from safesteer_lite.sources.base import is_quantised, model_fingerprint
 
 RECORD = "merge.json"
 """In a merged folder: what was merged, as a fingerprint, and the SHA-256 of each weight file that is whole."""
@@ -199,7 +199,7 @@ def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
         ExportError: one of them cannot be read, or they do not belong together; the message names the tensors.
     """
     config = shards.read_json(base_folder / "config.json")
-    weights: Weights = "original" if "quantization_config" not in config else "dequantised"
+    weights: Weights = "dequantised" if is_quantised(config) else "original"
     sources = read_sources(shards.read_checkpoint(base_folder), config, weights)
     _check_targets(read_adapter(adapter_folder), _by_name(sources), config)
 

@@ -12,6 +12,7 @@ from safesteer_lite import config as settings
 from safesteer_lite.errors import ExportError, ModelError
 from safesteer_lite.export.weights import shards
 from safesteer_lite.hardware.shape import parameters, shape_from_config
+from safesteer_lite.sources import base as sources
 from safesteer_lite.sources.hub import cached_model, is_hub_id
 
 # How repositories of bitsandbytes weights are called: Unsloth's, and those that follow it.
@@ -45,7 +46,7 @@ def is_quantised(folder: Path) -> bool:
     Raises:
         ExportError: its config.json cannot be read.
     """
-    return "quantization_config" in shards.read_json(folder / "config.json")
+    return sources.is_quantised(shards.read_json(folder / "config.json"))
 
 
 def find_original(folder: Path, name: str) -> Original | None:
@@ -99,7 +100,7 @@ def check_same_model(base: Path, original: Path) -> None:
     """
     hint = "Give the 16-bit model that the base was made from, or --weights dequantised, which needs none."
     small, large = (shards.read_json(folder / "config.json") for folder in (base, original))
-    if "quantization_config" in large:
+    if sources.is_quantised(large):
         raise ExportError(f"{original} holds quantised weights too, not 16-bit ones.", hint)
     differing = [key for key in _SAME if key in small and key in large and small[key] != large[key]]
     if differing:

@@ -14,6 +14,7 @@ from safesteer_lite.shell.streams import tell, tell_json
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
     from safesteer_lite.events import Emit
+    from safesteer_lite.sources.base import Base
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -46,8 +47,8 @@ def export_command(options: argparse.Namespace) -> int:
         raise _taken(options.out)
     name = check_push(options.push) if options.push else ""
     settings = open_settings(folder)
-    model_folder = _base_of(settings, options.base, emit)
-    weights, original = _weights_of(options, settings, model_folder, emit)
+    base = _base_of(settings, options.base, emit)
+    weights, original = _weights_of(options, settings, base, emit)
     kind = f"{options.to}-{weights}-{options.strength:g}" if weights else options.to
     out = options.out or folder.path / f"export-{kind}"
     if out.exists():
@@ -55,7 +56,7 @@ def export_command(options: argparse.Namespace) -> int:
     record = export_run(
         settings,
         folder,
-        model_folder,
+        base,
         emit,
         options.to,
         out,
@@ -80,8 +81,8 @@ def verify_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Path:
-    """The folder of a run's base model: where it was, or where the user says it is now."""
+def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Base:
+    """A run's base model: where it was, or where the user says it is now."""
     if place:
         # An absolute path is never taken for the name of a model on the hub.
         settings = replace(settings, model=replace(settings.model, name=str(place.resolve())))
@@ -94,7 +95,7 @@ def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Path:
         ) from error
 
 
-def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Path, emit: Emit) -> tuple[str, Path | None]:
+def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Base, emit: Emit) -> tuple[str, Path | None]:
     """What to merge into, and where the 16-bit original of a 4-bit base lies; fetched only if the user named it.
 
     Raises:
@@ -108,7 +109,7 @@ def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Path, em
     name = settings.model.name
     if options.to == "adapter":
         return "", None
-    if not original.is_quantised(base):
+    if not base.is_quantised:
         if options.original:
             raise UsageError("The run's base has its 16-bit weights, so there is no other original.", "Leave it out.")
         return options.weights or "original", None
@@ -116,24 +117,25 @@ def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Path, em
     if options.original:
         place = Path(options.original).expanduser()
         wanted = str(place.resolve()) if place.exists() else options.original
-        folder = resolve(replace(settings, model=replace(settings.model, name=wanted, revision="")), emit)
+        folder = resolve(replace(settings, model=replace(settings.model, name=wanted, revision="")), emit).folder
     elif options.weights == "original":
-        found = original.find_original(base, name)
+        found = original.find_original(base.folder, name)
         if found is None or found.folder is None:
             raise ExportError(
-                f"Original weights are not at hand. {original.describe_original(base, name)}",
-                original.ways_out(base, name),
+                f"Original weights are not at hand. {original.describe_original(base.folder, name)}",
+                original.ways_out(base.folder, name),
             )
         folder = found.folder
     if folder is None:
         emit(
             Note(
                 "export",
-                f"Merging into the dequantised weights, which are what was trained. {original.describe_original(base, name)}",
+                "Merging into the dequantised weights, which are what was trained. "
+                f"{original.describe_original(base.folder, name)}",
             )
         )
         return "dequantised", None
-    original.check_same_model(base, folder)
+    original.check_same_model(base.folder, folder)
     emit(Note("export", f"Merging into the 16-bit original of the 4-bit base: {options.original or folder.name}."))
     return "original", folder
 

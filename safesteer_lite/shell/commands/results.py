@@ -164,19 +164,18 @@ def _session(folder: RunFolder, emit: Emit, stage: str) -> Session:
     """
     from safesteer_lite.events import Warned
     from safesteer_lite.hardware.allocator import keep_freed_memory
-    from safesteer_lite.sources.resolve import model_fingerprint
     from safesteer_lite.stages.pipeline import stage_fingerprints
     from safesteer_lite.stages.session import Session
 
     folder.stage_folder("distill")
     settings = open_settings(folder)
-    model_folder = resolve(settings, emit)
-    wanted = stage_fingerprints(settings, model_fingerprint(model_folder))["baseline"]
+    base = resolve(settings, emit)
+    wanted = stage_fingerprints(settings, base.fingerprint)["baseline"]
     if folder.manifest.stages["baseline"].fingerprint != wanted:
-        doubt = f"{model_folder} is not the base model that this run was made with, or its prompts have changed."
+        doubt = f"{base.folder} is not the base model that this run was made with, or its prompts have changed."
         # Whoever chats sees what he gets; figures of another model would be kept, and believed.
         if stage != "chat":
             raise ModelError(doubt, "Give the run its own base model back.")
         emit(Warned(stage, doubt))
     keep_freed_memory()
-    return Session(settings, folder, model_folder, emit, stage=stage)
+    return Session(settings, folder, base, emit, stage=stage)

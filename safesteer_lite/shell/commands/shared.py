@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
     from safesteer_lite.events import Emit
     from safesteer_lite.runs.folder import RunFolder
+    from safesteer_lite.sources.base import Base
 
 
 DEMO_PRESET = "qwen2.5-coder-0.5b-demo"
@@ -92,13 +93,14 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
     return settings
 
 
-def resolve(settings: RunConfig, emit: Emit) -> Path:
-    """The folder of the base model that the settings name, fetched if need be."""
+def resolve(settings: RunConfig, emit: Emit) -> Base:
+    """The base model that the settings name, fetched if need be."""
+    from safesteer_lite.sources.base import open_base
     from safesteer_lite.sources.demo import DEMO, demo_model
     from safesteer_lite.sources.resolve import resolve_model
 
     if settings.model.name == DEMO.name:
-        return demo_model(emit)
+        return open_base(demo_model(emit))
     return resolve_model(settings.model.name, settings.model.revision or None, emit)
 
 

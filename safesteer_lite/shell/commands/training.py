@@ -30,7 +30,10 @@ from safesteer_lite.shell.streams import complain, tell_json
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
     from safesteer_lite.events import Emit
+    from safesteer_lite.hardware.backend import Decision
+    from safesteer_lite.hardware.shape import ModelShape
     from safesteer_lite.runs.folder import RunFolder
+    from safesteer_lite.sources.base import Base
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -50,6 +53,7 @@ def demo_command(options: argparse.Namespace) -> int:
 
 def resume_command(options: argparse.Namespace) -> int:
     """`resume`: the named run, or the newest unfinished one."""
+    from safesteer_lite.hardware.backend import decide
     from safesteer_lite.runs import folder as run_folders
 
     if options.run:
@@ -61,22 +65,24 @@ def resume_command(options: argparse.Namespace) -> int:
         folder = run_folders.open_run(max(unfinished, key=lambda entry: entry.created).path)
     settings = open_settings(folder)
     emit = sink(options)
-    return _work(options, settings, folder, resolve(settings, emit), emit)
+    base = resolve(settings, emit)
+    return _work(options, settings, folder, base, decide(settings.model, base.shape, folder.path), emit)
 
 
 def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
+    from safesteer_lite.hardware.backend import decide
     from safesteer_lite.hardware.machine import package_versions
-    from safesteer_lite.models.loaded import check_template
+    from safesteer_lite.models.loading import check_template
+    from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.stages.pipeline import STAGE_NAMES
-    from safesteer_lite.stages.session import check_prompts, decide
 
-    check_prompts(settings)
+    PromptPlan(settings.prompts).check()
     emit = sink(options)
-    model_folder = resolve(settings, emit)
-    decide(settings, model_folder, Path.cwd())
-    check_template(model_folder)
+    base = resolve(settings, emit)
+    decision = decide(settings.model, base.shape, Path.cwd())
+    check_template(base)
     folder = run_folders.create(
         options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=package_versions()
     )
@@ -86,10 +92,12 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
         # A run without settings could not be resumed: it would only be in the way.
         shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    return _work(options, settings, folder, model_folder, emit)
+    return _work(options, settings, folder, base, decision, emit)
 
 
-def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit) -> int:
+def _work(
+    options: argparse.Namespace, settings: RunConfig, folder: RunFolder, base: Base, decision: Decision, emit: Emit
+) -> int:
     """Run to the end, and show the result."""
     from safesteer_lite.hardware.units import format_bytes, format_duration
     from safesteer_lite.shell.console import SafeConsole
@@ -97,9 +105,9 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
     from safesteer_lite.stages import pipeline
 
     try:
-        painter = _painter(options, settings, folder, model_folder, emit)
+        painter = _painter(options, settings, folder, base.shape, decision, emit)
         with painter as (paint, say), _stop_on_interrupt(say) as stop_requested:
-            report = pipeline.run(settings, folder, model_folder, paint, stop_requested)
+            report = pipeline.run(settings, folder, base, paint, stop_requested, decision=decision)
     except SafeSteerError as error:
         if not error.hint:
             error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
@@ -122,24 +130,24 @@ def _work(options: argparse.Namespace, settings: RunConfig, folder: RunFolder, m
 
 @contextmanager
 def _painter(
-    options: argparse.Namespace, settings: RunConfig, folder: RunFolder, model_folder: Path, emit: Emit
+    options: argparse.Namespace,
+    settings: RunConfig,
+    folder: RunFolder,
+    shape: ModelShape,
+    decision: Decision,
+    emit: Emit,
 ) -> Iterator[tuple[Emit, Callable[[str], None]]]:
     """The live screen where there is a terminal for it, else `emit`; with what answers the user meanwhile."""
     from safesteer_lite.hardware.pace import expected_seconds, probe
-    from safesteer_lite.hardware.shape import shape_from_config
-    from safesteer_lite.models.loaded import read_config
     from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.screen import Screen, fits_terminal
     from safesteer_lite.stages import pipeline
-    from safesteer_lite.stages.session import decide
 
     console = SafeConsole()
     if options.json or options.plain or not fits_terminal(console):
         yield emit, lambda message: complain(f"\n{message}")
         return
     with console.status("Measuring how fast this machine is"):
-        decision = decide(settings, model_folder, folder.path)
-        shape = shape_from_config(read_config(model_folder))
         seconds = expected_seconds(settings, shape, decision.device, probe(decision))
     stages = [(stage.name, stage.title) for stage in pipeline.STAGES]
     with Screen(console, folder.path.name, stages, seconds) as screen:

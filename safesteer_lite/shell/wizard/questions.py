@@ -198,10 +198,10 @@ class Questions:
         self.answers = replace(before, prompts=str(path), column=column)
         try:
             with self.program.console.status("Comparing with the prompts that are measured on"):
-                from safesteer_lite.stages.session import own_prompts
+                from safesteer_lite.prompts.plan import PromptPlan
 
                 told: list[str] = []
-                own_prompts(self.settings(), told.append)
+                PromptPlan(self.settings().prompts, told.append).training()
         except SafeSteerError:
             self.answers = before
             raise

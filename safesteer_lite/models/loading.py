@@ -1,0 +1,95 @@
+"""The policy of a run: the base loaded as decided, with a fresh adapter, and checked before it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+
+from safesteer_lite.config import RunConfig
+from safesteer_lite.errors import ModelError
+from safesteer_lite.hardware.backend import Decision
+from safesteer_lite.models import plain, unsloth
+from safesteer_lite.models.adapter import Adapter, with_adapter
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.models.selfcheck import self_check
+from safesteer_lite.models.template import ChatTemplate, stop_ids
+from safesteer_lite.sources.base import Base
+
+Note = Callable[[str], None]
+
+
+def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, note: Note) -> Policy:
+    """Load a model with a fresh adapter (B = 0, so the student starts as the base).
+
+    Args:
+        base: the model.
+        decision: how it is loaded on this machine.
+        config: all settings.
+        day: what a chat template that asks the date is told.
+        note: is told each choice with its reason, and what was checked.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        SelfCheckError: loaded, it does not behave as the method needs.
+    """
+    check_template(base, day)
+    note(decision.reason)
+    distill, layers = config.distill, base.shape.layers
+    adapter = Adapter(distill.rank, distill.lora_alpha, min(layers - 1, round(distill.depth_start * layers)))
+    if _trusts_unsloth(base, decision, config, note):
+        model: PlainModel = unsloth.load(base, decision.precision, adapter, config.seed)
+    else:
+        network, tokenizer = plain.load(
+            base,
+            precision=decision.precision,
+            device=decision.device,
+            unpack=decision.unpack,
+            compute=decision.compute_dtype,
+        )
+        model = with_adapter(network, tokenizer, adapter, config.seed)
+    model.checkpointing = distill.checkpointing == "yes" or (
+        distill.checkpointing == "auto" and decision.device == "cuda"
+    )
+    policy = Policy(model, config.prompts.prompt_tokens, day)
+    for remark in policy.notes:
+        note(remark)
+    passed = self_check(policy)
+    note(f"Self-check: {len(passed)} of {len(passed)} passed ({'; '.join(passed)}).")
+    return policy
+
+
+def check_template(base: Base, day: date | None = None) -> ChatTemplate:
+    """Try out how a model is prompted and what ends its answers, without its weights.
+
+    Args:
+        base: the model.
+        day: what a chat template that asks the date is told; None for today.
+
+    Raises:
+        ModelError: the chat template will not do, or nothing ends an answer.
+    """
+    tokenizer = plain.load_tokenizer(base.folder)
+    stop_ids(tokenizer, base.generation.get("eos_token_id"), base.config.get("eos_token_id"))
+    return ChatTemplate(tokenizer, day)
+
+
+def _trusts_unsloth(base: Base, decision: Decision, config: RunConfig, note: Note) -> bool:
+    """Whether Unsloth is chosen and passes its checks; says why, or why not."""
+    if decision.library.name == "plain":
+        note(decision.library.reason)
+        return False
+    if config.distill.reading == "discriminant" and config.model.backend == "auto":
+        note(
+            "Plain transformers and bitsandbytes: whether Unsloth's fused blocks show what their linear layers read, which "
+            "distill.reading=discriminant needs, has not been tried."
+        )
+        return False
+    problem = unsloth.problem_with(base.folder, decision.precision)
+    if not problem:
+        note(f"{decision.library.reason.split(',')[0]}: it passes its checks on a small model of this kind.")
+        return True
+    if config.model.backend == "unsloth":
+        raise ModelError(f"Unsloth cannot be used: {problem}.", "Set model.backend=plain.")
+    note(f"Plain transformers and bitsandbytes instead of Unsloth: {problem}.")
+    return False

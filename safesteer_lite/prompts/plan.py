@@ -1,0 +1,133 @@
+"""Which prompts one run uses, and for what: to find the direction, to train, to hold the student to the base, to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safesteer_lite.config import PromptsConfig
+from safesteer_lite.errors import PromptError
+from safesteer_lite.prompts import sets
+from safesteer_lite.prompts.sets import Kind, Prompt
+
+
+def _say_nothing(message: str) -> None:
+    """For callers that want the prompts and no word about them."""
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The prompts of one split."""
+
+    harmful: Sequence[Prompt]
+    borderline: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+
+    def texts(self, name: str) -> list[str]:
+        """The prompts of one set, as text."""
+        return texts(getattr(self, name))
+
+    @property
+    def total(self) -> int:
+        """How many prompts there are."""
+        return len(self.harmful) + len(self.borderline) + len(self.harmless)
+
+
+class PromptPlan:
+    """The prompts of one run, as its settings ask for them."""
+
+    def __init__(self, settings: PromptsConfig, note: Callable[[str], None] = _say_nothing) -> None:
+        """Plan; nothing is read yet.
+
+        Args:
+            settings: the section `prompts`.
+            note: is told what a user's own file gave, and what was left out of it.
+        """
+        self._settings, self._note = settings, note
+        self._training: list[Prompt] = []
+
+    def check(self) -> None:
+        """Read every prompt that a run will need.
+
+        Raises:
+            PromptError: a file is missing or malformed, or a split is.
+        """
+        self.split("selection")
+        self.split("test")
+        self.anchors()
+        self.training()
+
+    def split(self, name: str) -> PromptSets:
+        """The prompts to measure on: the `selection` or `test` split."""
+        limits = self._settings
+        common, borderline = (
+            (limits.selection, limits.borderline_selection)
+            if name == "selection"
+            else (limits.test, limits.borderline_test)
+        )
+        return PromptSets(
+            self._take("harmful", name, common),
+            self._take("borderline", name, borderline),
+            self._take("harmless", name, common),
+        )
+
+    def direction(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Harmful and harmless prompts that the direction is estimated from."""
+        count = self._settings.direction
+        return self._take("harmful", "direction", count), self._take("harmless", "direction", count)
+
+    def anchors(self) -> list[Prompt]:
+        """Harmless prompts on which the student is held to the base: the direction's, and borderline ones for contrast."""
+        contrast = self._settings.contrast
+        return self.direction()[1] + (self._take("borderline", "train", contrast) if contrast else [])
+
+    def training(self) -> list[Prompt]:
+        """The harmful prompts to train on: bundled, or the user's without what the evaluation sets hold.
+
+        Raises:
+            PromptError: a file is missing or malformed, or nothing is left.
+        """
+        # Read once: the loop asks at every step, and a file that changes meanwhile must not change the run.
+        if not self._training:
+            if self._settings.training or self._settings.folder:
+                self._training = self._own()
+            else:
+                self._training = self._take("harmful", "train", self._settings.train)
+        return self._training
+
+    def _own(self) -> list[Prompt]:
+        """A user's prompts to train on, without those that (nearly) equal one that is evaluated on."""
+        settings = self._settings
+        if settings.training:
+            place = Path(settings.training)
+            loaded = sets.load_prompts(place, settings.column or None)
+            given, columns, duplicates = loaded.prompts, loaded.columns, loaded.duplicates_removed
+        else:
+            place = Path(settings.folder)
+            given, columns, duplicates = self._take("harmful", "train", settings.train), ("prompt",), 0
+        held_out = [
+            prompt
+            for split in ("selection", "test")
+            for prompt in sets.prompt_set("harmful", split, folder=settings.folder)
+        ]
+        leaks = {leak.prompt.id for leak in sets.check_leaks(given, held_out)}
+        kept = [prompt for prompt in given if prompt.id not in leaks]
+        origin = f" from column{'s' * (len(columns) > 1)} {' and '.join(columns)}" if columns else ""
+        self._note(
+            f"{place.name}: {len(kept)} prompts{origin}; {duplicates} duplicates "
+            f"and {len(leaks)} near-copies of evaluation prompts left out."
+        )
+        if not kept:
+            raise PromptError(
+                f"{place} has no prompt left to train on.", "Give prompts that the evaluation sets do not hold."
+            )
+        return kept
+
+    def _take(self, kind: Kind, split: str, count: int) -> list[Prompt]:
+        return sets.prompt_set(kind, split, count, self._settings.folder)
+
+
+def texts(entries: Sequence[Prompt]) -> list[str]:
+    """The prompts as text."""
+    return [entry.text for entry in entries]

@@ -1,0 +1,122 @@
+"""The base model of a run: its folder, read once, and everything that later steps ask about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.errors import ModelError
+from safesteer_lite.hardware.shape import ModelShape, shape_from_config
+from safesteer_lite.runs.durable import sha256_of
+from safesteer_lite.sources.folder import check_folder, matches, read_json
+
+_FINGERPRINTED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "model.safetensors.index.json",
+    "*.safetensors",
+)
+_MIB = 1 << 20
+_LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model on this machine, looked through once.
+
+    Attributes:
+        folder: where it lies.
+        config: its config.json.
+        generation: its generation_config.json; empty if it has none.
+        shape: its size.
+        fingerprint: SHA-256 in hex that tells it apart from other models; see `model_fingerprint`.
+        licence: as its folder states it, an identifier of the model hub; empty if it states none.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    shape: ModelShape
+    fingerprint: str
+    licence: str
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its weights are stored in fewer than 16 bits."""
+        return is_quantised(self.config)
+
+
+def open_base(folder: Path) -> Base:
+    """Look through a model's folder.
+
+    Raises:
+        ModelError: names what in it this method cannot use, and what to do about it.
+    """
+    check_folder(folder)
+    config = read_json(folder / "config.json")
+    settings = folder / "generation_config.json"
+    generation = read_json(settings) if settings.is_file() else {}
+    return Base(folder, config, generation, shape_from_config(config), model_fingerprint(folder), licence_in(folder))
+
+
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the weights beside it are stored in fewer than 16 bits.
+
+    Some tools leave an empty entry behind, which says nothing.
+    """
+    return bool(config.get("quantization_config"))
+
+
+def licence_in(folder: Path) -> str:
+    """The licence that a model's folder states, as an identifier of the model hub; empty if it states none."""
+    readme = folder / "README.md"
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        head = text.split("\n---", 1)[0] if text.startswith("---") else ""
+        if found := _LICENCE.search(head):
+            return found[1].lower()
+    source = folder / "source.json"
+    return str(read_json(source).get("licence", "")).lower() if source.is_file() else ""
+
+
+def model_fingerprint(folder: Path) -> str:
+    """A SHA-256 (64 hex digits) that changes when the model does, cheap enough to take at every start.
+
+    It covers the names and sizes of the configuration, tokenizer and weight files, the whole content of the small
+    ones, and of each safetensors file the header (names, types, shapes and places of all tensors) and the first and
+    last MiB. A change confined to the middle of a weight file goes unseen: this tells models apart, it does not guard
+    against forgery. Other files, such as a model card, do not count.
+
+    Raises:
+        ModelError: a weight file is too damaged to have a header.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if matches(path.name, _FINGERPRINTED) and path.is_file()):
+        content = _weight_digest(path) if path.suffix == ".safetensors" else sha256_of(path)
+        digest.update(json.dumps([path.name, path.stat().st_size, content]).encode())
+    return digest.hexdigest()
+
+
+def _weight_digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        # A safetensors file opens with the length of its header, 8 bytes little-endian, then the header as JSON.
+        header = int.from_bytes(stream.read(8), "little")
+        if not 2 <= header <= size - 8:
+            raise ModelError(f"{path} is damaged: it has no safetensors header.", "Copy or download the model again.")
+        digest = hashlib.sha256(stream.read(header))
+        digest.update(stream.read(_MIB))
+        stream.seek(max(size - _MIB, 0))
+        digest.update(stream.read(_MIB))
+    return digest.hexdigest()
