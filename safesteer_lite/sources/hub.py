@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit, Note
-from safesteer_lite.sources.download import progress_by_growth, readable_size, require_space
+from safesteer_lite.sources.download import readable_size, require_space
 from safesteer_lite.sources.folder import UNWANTED, check_architecture, check_tokenizer, matches, missing_weights
-
-CONNECT_SECONDS = 10.0
-"""How long the model hub may take to answer before it counts as out of reach."""
+from safesteer_lite.sources.transfer import CONNECT_SECONDS, Download, hub_store, offered_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
 _WEIGHTS = ("*.safetensors",)
 
@@ -40,8 +39,6 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
         DiskSpaceError: the download does not fit.
     """
     import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         info = ask_hub(name, revision)
@@ -54,30 +51,42 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
             "Check the path, or connect and try again; with HF_HUB_OFFLINE set, nothing is fetched.",
         ) from error
     if (folder := cached_model(name, info.sha)) is not None:
+        _remember(name, revision, info.sha)
         return folder
-    files = {entry.rfilename: entry.size or 0 for entry in info.siblings}
-    wanted = {file: size for file, size in files.items() if matches(file, (*_SETTINGS, *_WEIGHTS))}
-    if not any(matches(file, _WEIGHTS) for file in wanted):
+    wanted = [file for file in offered_files(info).values() if matches(file.name, (*_SETTINGS, *_WEIGHTS))]
+    if not any(matches(file.name, _WEIGHTS) for file in wanted):
         raise ModelError(
             f"{name} offers no safetensors, and pickled or GGUF weights are not read.",
             "Choose a repository that has *.safetensors.",
         )
-    total = sum(wanted.values())
-    require_space(Path(HF_HUB_CACHE), total, f"the download of {name}")
-    emit(Note(stage, f"Fetching {name} from the model hub: {readable_size(total)}, licence {licence_of(info)}."))
-    store = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    download = Download(name, info.sha, wanted, emit, stage)
+    require_space(download.folder, download.missing, f"the download of {name}")
+    size = readable_size(download.total)
+    emit(Note(stage, f"Fetching {name} from the model hub: {size}, licence {licence_of(info)}."))
     try:
-        with hub_refusals(name, revision), progress_by_growth(store, total, emit, stage, "bytes fetched"):
-            settings = [file for file in wanted if matches(file, _SETTINGS)]
-            folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=settings))
-            check_architecture(folder)
-            check_tokenizer(folder)
-            return Path(snapshot_download(name, revision=info.sha, allow_patterns=list(wanted)))
+        with hub_refusals(name, revision):
+            download.fetch([file.name for file in wanted if matches(file.name, _SETTINGS)])
+            check_architecture(download.folder)
+            check_tokenizer(download.folder)
+            download.fetch()
     except (OSError, httpx.HTTPError) as error:
         raise ModelError(
             f"The download of {name} broke off: {first_line(error)}.",
             "Run the same command again: it goes on from there.",
         ) from error
+    _remember(name, revision, info.sha)
+    return download.folder
+
+
+def _remember(name: str, revision: str | None, commit: str) -> None:
+    """Note which commit a branch or tag is now, so that its copy is found when the hub cannot be reached."""
+    if revision == commit:
+        return
+    note = hub_store(name) / "refs" / (revision or "main")
+    # Only a convenience: a cache that cannot be written to says so where a file is written.
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
 
 
 def cached_model(name: str, revision: str | None) -> Path | None:
@@ -112,9 +121,21 @@ def ask_hub(name: str, revision: str | None) -> Any:
 
     try:
         with hub_refusals(name, revision):
-            return HfApi().model_info(name, revision=revision, timeout=CONNECT_SECONDS, files_metadata=True)
-    except (OSError, httpx.HTTPError) as error:
-        raise ConnectionError(first_line(error)) from error
+            info = HfApi().model_info(name, revision=revision, timeout=CONNECT_SECONDS, files_metadata=True)
+    except ImportError as error:
+        # Only a SOCKS proxy needs a package that is not there.
+        raise ConnectionError(
+            'a SOCKS proxy is set, which needs one more package: pip install "httpx[socks]"'
+        ) from error
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConnectionError(first_line(error).rstrip(".")) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConnectionError(
+            "what answered in its place is no model hub, such as the log-in page of a network or a proxy"
+        ) from error
+    if not _COMMIT.fullmatch(info.sha or ""):
+        raise ConnectionError("it does not say which commit it offers")
+    return info
 
 
 def first_line(error: Exception) -> str:

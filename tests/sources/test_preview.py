@@ -5,21 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.sources.local_hub import HUB_ID
-
-LOOK = f"""
 from safesteer_lite.errors import ModelError
-from safesteer_lite.sources.preview import look
-try:
-    found = look({HUB_ID!r})
-    print(found.shape.layers, found.licence, found.gated, found.download_bytes)
-except ModelError as error:
-    print(error)
-"""
+from safesteer_lite.sources.preview import Look, look
+from tests.sources.local_hub import HUB_ID, LocalHub
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -31,33 +23,32 @@ CONFIG = {
 }
 
 
-def test_a_look_reads_the_settings_and_leaves_the_weights(hub: Any, model_folder: Path) -> None:
-    server, run = hub
+def test_a_look_reads_the_settings_and_leaves_the_weights(hub: type[LocalHub], model_folder: Path) -> None:
     weights = (model_folder / "model.safetensors").read_bytes()
-    server.files.update({"config.json": json.dumps(CONFIG).encode(), "model.safetensors": weights})
-    assert run(LOOK) == [f"3 mit False {len(weights)}"]
-    assert "model.safetensors" not in server.asked
+    hub.files.update({"config.json": json.dumps(CONFIG).encode(), "model.safetensors": weights})
+    found: Look = look(HUB_ID)
+    assert (found.shape.layers, found.licence, found.gated, found.download_bytes) == (3, "mit", False, len(weights))
+    assert "model.safetensors" not in hub.asked
 
 
 @pytest.mark.parametrize(
     ("refusal", "said"), [("GatedRepo", "gated.*hf auth login"), ("RepoNotFound", "no model of this name.*spelling")]
 )
-def test_a_refusal_says_what_to_do(hub: Any, refusal: str, said: str) -> None:
-    server, run = hub
-    server.files["config.json"] = json.dumps(CONFIG).encode()
-    server.refusal = refusal
-    assert re.search(said, run(LOOK)[-1])
+def test_a_refusal_says_what_to_do(hub: type[LocalHub], refusal: str, said: str) -> None:
+    hub.files["config.json"] = json.dumps(CONFIG).encode()
+    hub.refusal = refusal
+    with pytest.raises(ModelError) as caught:
+        look(HUB_ID)
+    assert re.search(said, str(caught.value))
 
 
-def test_a_mixture_of_experts_is_refused_before_its_weights_come(hub: Any) -> None:
-    server, run = hub
-    server.files.update(
-        {"config.json": json.dumps({**CONFIG, "num_local_experts": 8}).encode(), "model.safetensors": b""}
-    )
-    assert "mixture of experts" in run(LOOK)[0]
+def test_a_mixture_of_experts_is_refused_before_its_weights_come(hub: type[LocalHub]) -> None:
+    hub.files.update({"config.json": json.dumps({**CONFIG, "num_local_experts": 8}).encode(), "model.safetensors": b""})
+    with pytest.raises(ModelError, match="mixture of experts"):
+        look(HUB_ID)
 
 
-def test_a_config_that_is_no_json(hub: Any) -> None:
-    server, run = hub
-    server.files.update({"config.json": b"{", "model.safetensors": b""})
-    assert "config.json is not valid JSON" in run(LOOK)[0]
+def test_a_config_that_is_no_json(hub: type[LocalHub]) -> None:
+    hub.files.update({"config.json": b"{", "model.safetensors": b""})
+    with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
+        look(HUB_ID)
