@@ -10,19 +10,27 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ConfigError
+from safesteer_lite.runs.durable import read_bytes
+from safesteer_lite.setting import Bounds, converted, setting
+from safesteer_lite.text import is_unicode
 
 ENVIRONMENT_PREFIX = "SAFESTEER_LITE__"
+_LARGEST_FILE = 1 << 20
+"""Bytes that a file of settings may have; they are a few thousand."""
+LOWEST_TEMPERATURE = 0.01
+"""Below it, logits divided by the temperature are no numbers any more."""
 _OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
 
 
-def setting(default: Any, unit: str, source: str, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that knows its unit, where its default comes from, and which words it accepts."""
-    return field(default=default, metadata={"unit": unit, "source": source, "choices": tuple(choices)})
+_PROMPTS = Bounds(1, 100_000)
+_TOKENS = Bounds(1, 32_768)
+_SHARE = Bounds(0, 1, above=True)
+_BELOW_ONE = Bounds(0, 1, below=True)
+_FACTOR = Bounds(0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -44,43 +52,58 @@ class PromptsConfig:
     training: str = setting("", "file with harmful prompts; empty is the bundled set", "the user")
     column: str = setting("", "column of that file; empty finds it", "the user")
     folder: str = setting("", "folder with your own sets of all kinds; empty is bundled", "the user")
-    direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717")
-    selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717")
-    train: int = setting(100, "harmful prompts", "arXiv 2606.02530")
-    contrast: int = setting(300, "borderline training prompts among the anchors", "docs/method.md, anchors")
-    test: int = setting(100, "harmful and harmless prompts each", "bundled test split")
-    borderline_selection: int = setting(30, "borderline prompts", "bundled selection split")
-    borderline_test: int = setting(60, "borderline prompts", "bundled test split")
-    prompt_tokens: int = setting(512, "tokens, longest prompt", "arXiv 2606.02530")
+    direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717", bounds=_PROMPTS)
+    selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717", bounds=_PROMPTS)
+    train: int = setting(100, "harmful prompts", "arXiv 2606.02530", bounds=_PROMPTS)
+    contrast: int = setting(
+        300, "borderline training prompts among the anchors", "docs/method.md, anchors", bounds=Bounds(0, 100_000)
+    )
+    test: int = setting(100, "harmful and harmless prompts each", "bundled test split", bounds=_PROMPTS)
+    borderline_selection: int = setting(30, "borderline prompts", "bundled selection split", bounds=_PROMPTS)
+    borderline_test: int = setting(60, "borderline prompts", "bundled test split", bounds=_PROMPTS)
+    prompt_tokens: int = setting(512, "tokens, longest prompt", "arXiv 2606.02530", bounds=_TOKENS)
 
 
 @dataclass(frozen=True)
 class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
-    refusal_openings: tuple[str, ...] = setting(("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting")
+    refusal_openings: tuple[str, ...] = setting(
+        ("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting", entries=Bounds(1, 100)
+    )
     shortlist: int = setting(
-        20, "candidates scored in full; 0 scores all", "docs/method.md: same choice as the full sweep, 7 times faster"
+        20,
+        "candidates scored in full; 0 scores all",
+        "docs/method.md: same choice as the full sweep, 7 times faster",
+        bounds=Bounds(0, 100_000),
     )
-    depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717")
-    kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717")
+    depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717", bounds=_SHARE)
+    kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717", bounds=Bounds(0, 1_000, above=True))
     strengths: tuple[float, ...] = setting(
-        (1.0, 1.5, 2.0, 2.5, 3.0, 4.0), "multiples of r", "docs/method.md: 1 can be too weak"
+        (1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
+        "multiples of r",
+        "docs/method.md: 1 can be too weak",
+        bounds=Bounds(0, 100, above=True),
+        entries=Bounds(1, 20),
     )
-    teacher_refusals: float = setting(0.9, "share of held-out harmful prompts", "this project: nearly all")
-    teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared")
-    minimum_prompts: int = setting(16, "prompts that must pass the filter", "half of the selection split")
+    teacher_refusals: float = setting(
+        0.9, "share of held-out harmful prompts", "this project: nearly all", bounds=_SHARE
+    )
+    teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared", bounds=_TOKENS)
+    minimum_prompts: int = setting(
+        16, "prompts that must pass the filter", "half of the selection split", bounds=_PROMPTS
+    )
 
 
 @dataclass(frozen=True)
 class TokensConfig:
     """How safety tokens are voted."""
 
-    count: int = setting(50, "tokens (K)", "arXiv 2606.02530")
-    ballots: int = setting(200, "votes a position", "the authors' research scripts")
-    samples: int = setting(8, "continuations a prompt (M)", "arXiv 2606.02530")
-    horizon: int = setting(7, "positions (H)", "paper, Qwen; Llama 5")
-    minimum_probability: float = setting(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7")
+    count: int = setting(50, "tokens (K)", "arXiv 2606.02530", bounds=Bounds(1, 100_000))
+    ballots: int = setting(200, "votes a position", "the authors' research scripts", bounds=Bounds(1, 100_000))
+    samples: int = setting(8, "continuations a prompt (M)", "arXiv 2606.02530", bounds=Bounds(1, 1_000))
+    horizon: int = setting(7, "positions (H)", "paper, Qwen; Llama 5", bounds=Bounds(2, 512))
+    minimum_probability: float = setting(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7", bounds=_BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -88,13 +111,21 @@ class DistillConfig:
     """The on-policy distillation."""
 
     objective: str = setting("full", "loss on harmful prompts", "docs/results.md, the paper's own choices", _OBJECTIVES)
-    top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens")
-    steps: int = setting(8, "optimizer steps", "docs/results.md: 24 were no better by answers; paper 25")
-    prompts: int = setting(25, "harmful prompts a step", "docs/method.md, first words; paper 4")
-    rollouts: int = setting(1, "rollouts a harmful prompt", "docs/method.md, first words; paper 8")
-    completion_tokens: int = setting(4, "tokens a rollout", "docs/method.md, first words; paper 512")
-    temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530")
-    anchors: int = setting(64, "harmless prompts a step; 0 is the paper", "docs/method.md, anchors")
+    top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens", bounds=Bounds(1, 100_000))
+    steps: int = setting(
+        8, "optimizer steps", "docs/results.md: 24 were no better by answers; paper 25", bounds=Bounds(1, 10_000)
+    )
+    prompts: int = setting(
+        25, "harmful prompts a step", "docs/method.md, first words; paper 4", bounds=Bounds(1, 10_000)
+    )
+    rollouts: int = setting(
+        1, "rollouts a harmful prompt", "docs/method.md, first words; paper 8", bounds=Bounds(1, 1_000)
+    )
+    completion_tokens: int = setting(4, "tokens a rollout", "docs/method.md, first words; paper 512", bounds=_TOKENS)
+    temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530", bounds=Bounds(0, 100))
+    anchors: int = setting(
+        64, "harmless prompts a step; 0 is the paper", "docs/method.md, anchors", bounds=Bounds(0, 10_000)
+    )
     anchor_mix: str = setting(
         "even",
         "everyday and borderline anchors equally often, or `pooled`, each as it is",
@@ -102,28 +133,36 @@ class DistillConfig:
         ("even", "pooled"),
     )
     anchor_objective: str = setting("full", "loss on anchors", "docs/method.md, anchors", _OBJECTIVES)
-    anchor_weight: float = setting(16.0, "factor on their loss", "docs/method.md, anchors")
+    anchor_weight: float = setting(16.0, "factor on their loss", "docs/method.md, anchors", bounds=_FACTOR)
     score_weight: float = setting(
         0.0,
         "factor on the anchors' rise of the refusal score; 0 is the paper",
         "docs/method.md, anchors",
+        bounds=_FACTOR,
     )
     half_life: float = setting(
-        0.5, "tokens after which a position counts half; 0 is the paper", "docs/method.md, first words"
+        0.5, "tokens after which a position counts half; 0 is the paper", "docs/method.md, first words", bounds=_FACTOR
     )
     averaging: float = setting(
-        0.8, "share of the averaged weights kept a step; 0 takes the last ones", "docs/method.md, the optimizer"
+        0.8,
+        "share of the averaged weights kept a step; 0 takes the last ones",
+        "docs/method.md, the optimizer",
+        bounds=_BELOW_ONE,
     )
-    learning_rate: float = setting(3e-4, "AdamW peak rate", "docs/method.md, the optimizer; for LoRA, not the paper's")
+    learning_rate: float = setting(
+        3e-4, "AdamW peak rate", "docs/method.md, the optimizer; for LoRA, not the paper's", bounds=_SHARE
+    )
     adapter_strengths: tuple[float, ...] = setting(
         (0.5, 2.0, 3.0),
         "factors on the last adapter, tried too; of equally good ones the last is kept",
         "docs/method.md, the adapter's strength",
+        bounds=Bounds(0, 3, above=True),
+        entries=Bounds(0, 20),
     )
-    warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530")
-    gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530")
-    rank: int = setting(8, "LoRA r", "docs/method.md, reading directions")
-    lora_alpha: int = setting(16, "LoRA alpha", "docs/method.md, reading directions")
+    warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530", bounds=_BELOW_ONE)
+    gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530", bounds=Bounds(0, 1_000_000, above=True))
+    rank: int = setting(8, "LoRA r", "docs/method.md, reading directions", bounds=Bounds(1, 1_024))
+    lora_alpha: int = setting(16, "LoRA alpha", "docs/method.md, reading directions", bounds=Bounds(1, 100_000))
     reading: str = setting(
         "discriminant",
         "what LoRA A reads; `discriminant` computes it and trains B only",
@@ -134,17 +173,29 @@ class DistillConfig:
         "answered", "harmful prompts it is computed from", "docs/method.md, reading directions", ("answered", "all")
     )
     reading_ridge: float = setting(
-        0.1, "share of the mean eigenvalue", "docs/method.md, reading directions; not compared"
+        0.1,
+        "share of the mean eigenvalue",
+        "docs/method.md, reading directions; not compared",
+        bounds=Bounds(0, 1_000, above=True),
     )
     depth_start: float = setting(
-        0.33, "share of the depth below the lowest adapted block", "docs/method.md, reading directions; not compared"
+        0.33,
+        "share of the depth below the lowest adapted block",
+        "docs/method.md, reading directions; not compared",
+        bounds=_BELOW_ONE,
     )
-    micro_batch: int = setting(16, "rollouts a forward, at most", "used by the demo; not compared")
-    chunk: int = setting(64, "positions whose logits exist at a time", "used by the demo; not compared")
+    micro_batch: int = setting(
+        16, "rollouts a forward, at most", "used by the demo; not compared", bounds=Bounds(1, 100_000)
+    )
+    chunk: int = setting(
+        64, "positions whose logits exist at a time", "used by the demo; not compared", bounds=Bounds(1, 1_000_000)
+    )
     checkpointing: str = setting(
         "auto", "run adapted blocks again in backward", "on CUDA, where memory is short", ("auto", "yes", "no")
     )
-    save_every: int = setting(4, "steps between saved steps", "at most 3 steps are done again")
+    save_every: int = setting(
+        4, "steps between saved steps", "at most 3 steps are done again", bounds=Bounds(1, 10_000)
+    )
 
 
 @dataclass(frozen=True)
@@ -155,11 +206,18 @@ class EvaluateConfig:
         0,
         "steps between measurements on the selection split; 0 measures the last step only",
         "docs/method.md, the adapter's strength",
+        bounds=Bounds(0, 10_000),
     )
-    selection_tokens: int = setting(24, "tokens an answer while training", "openings decide")
-    answer_tokens: int = setting(150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals")
-    kl_tokens: int = setting(48, "tokens of a harmless answer", "docs/method.md, what is measured: over whole answers")
-    tax_budget: float = setting(2.0, "points of over-refusal above the base", "this project: +2 points")
+    selection_tokens: int = setting(24, "tokens an answer while training", "openings decide", bounds=_TOKENS)
+    answer_tokens: int = setting(
+        150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals", bounds=_TOKENS
+    )
+    kl_tokens: int = setting(
+        48, "tokens of a harmless answer", "docs/method.md, what is measured: over whole answers", bounds=_TOKENS
+    )
+    tax_budget: float = setting(
+        2.0, "points of over-refusal above the base", "this project: +2 points", bounds=Bounds(0, 100)
+    )
     stop_on_tax: bool = setting(False, "stop when the budget is exceeded thrice in a row", "off: the best is kept")
 
 
@@ -170,7 +228,9 @@ class ExportConfig:
     weights: str = setting(
         "original", "16-bit base that the adapter is merged into", "docs/export.md", ("original", "dequantised")
     )
-    check_prompts: int = setting(8, "prompts of the reload check", "this project; not compared")
+    check_prompts: int = setting(
+        8, "prompts of the reload check", "this project; not compared", bounds=Bounds(1, 1_000)
+    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +244,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-    seed: int = setting(0, "seed of every random choice", "the user")
+    seed: int = setting(0, "seed of every random choice", "the user", bounds=Bounds(0, 2**32 - 1))
 
 
 SECTIONS: dict[str, type] = {
@@ -196,22 +256,6 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }
-_MAY_BE_ZERO = {
-    "prompts.contrast",
-    "direction.shortlist",
-    "distill.anchors",
-    "distill.depth_start",
-    "distill.anchor_weight",
-    "distill.half_life",
-    "distill.score_weight",
-    "distill.averaging",
-    "evaluate.every",
-    "seed",
-}
-_MAY_BE_ZERO |= {"distill.temperature", "distill.warmup", "tokens.minimum_probability", "evaluate.tax_budget"}
-# The other lists need an entry.
-_MAY_BE_EMPTY = {"distill.adapter_strengths"}
-
 _GONE = {
     "distill.first_layer": "became distill.depth_start, a share of the depth: divide by the model's number of blocks"
 }
@@ -270,7 +314,7 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
             problems.append(f"{origin}: there is no setting {name!r}; near it: {', '.join(close)}.")
             continue
         try:
-            value = _convert(raw, known[name].default, name, known[name].metadata["choices"])
+            value = converted(raw, known[name])
         except ValueError as error:
             problems.append(f"{origin}: {name}: {error}.")
             continue
@@ -289,79 +333,14 @@ def _distance(first: str, second: str) -> float:
     return 1 - SequenceMatcher(None, first, second).ratio()
 
 
-def _convert(raw: Any, default: Any, name: str, choices: tuple[str, ...]) -> Any:
-    """`raw` as the type of `default`; raises ValueError with what is expected."""
-    if isinstance(default, bool):
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(raw, bool):
-            return raw
-        if str(raw).lower() in words:
-            return words[str(raw).lower()]
-        raise ValueError(f"expected true or false, got {raw!r}")
-    if isinstance(default, (int, float)):
-        kind = type(default)
-        if isinstance(raw, bool):
-            raise ValueError(f"expected a number, got {raw!r}")
-        try:
-            number = kind(raw) if not (kind is int and isinstance(raw, float)) else _whole(raw)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, got {raw!r}") from None
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"expected a finite number, got {raw!r}")
-        if name in _MAY_BE_ZERO and number < 0:
-            raise ValueError(f"must be at least 0, got {raw!r}")
-        if name not in _MAY_BE_ZERO and number <= 0:
-            raise ValueError(f"must be greater than 0, got {raw!r}")
-        return number
-    if isinstance(default, tuple):
-        items = ([part.strip() for part in raw.split(",")] if raw.strip() else []) if isinstance(raw, str) else raw
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"expected a list, got {raw!r}")
-        if not items and name not in _MAY_BE_EMPTY:
-            raise ValueError(f"must not be empty, got {raw!r}")
-        kind = type(default[0])
-        try:
-            found = tuple(kind(item) for item in items)
-        except (TypeError, ValueError):
-            raise ValueError(f"expected a list of {kind.__name__}, got {raw!r}") from None
-        if "" in found:
-            raise ValueError(f"expected no empty entry, got {raw!r}")
-        if kind is float and not all(map(isfinite, found)):
-            raise ValueError(f"expected finite numbers, got {raw!r}")
-        return found
-    if not isinstance(raw, str):
-        raise ValueError(f"expected text, got {raw!r}")
-    if choices and raw not in choices:
-        raise ValueError(f"expected one of {', '.join(choices)}, got {raw!r}")
-    return raw
-
-
-def _whole(raw: float) -> int:
-    if raw != int(raw):
-        raise ValueError
-    return int(raw)
-
-
 def _cross_checks(config: RunConfig) -> list[str]:
     problems = []
-    if not config.direction.depth_limit <= 1:
-        problems.append("direction.depth_limit is a share of the depth: at most 1.")
-    if not config.direction.teacher_refusals <= 1:
-        problems.append("direction.teacher_refusals is a share: at most 1.")
-    if not config.distill.depth_start < 1:
-        problems.append("distill.depth_start is a share of the depth: below 1.")
-    if not config.distill.warmup < 1:
-        problems.append("distill.warmup is a share of the steps: below 1.")
-    if config.tokens.horizon < 2:
-        problems.append("tokens.horizon must be at least 2: the first position is the prompt's last.")
+    if 0 < config.distill.temperature < LOWEST_TEMPERATURE:
+        problems.append(f"distill.temperature is 0, the likeliest token, or at least {LOWEST_TEMPERATURE}.")
     if list(config.direction.strengths) != sorted(config.direction.strengths):
         problems.append("direction.strengths must rise: the smallest sufficient one is taken.")
-    if not all(0 < strength <= 3 and strength != 1 for strength in config.distill.adapter_strengths):
-        problems.append(
-            "distill.adapter_strengths lie between 0 (the base) and 3; 1, the adapter as trained, is there anyway."
-        )
-    if config.direction.strengths and config.direction.strengths[0] <= 0:
-        problems.append("direction.strengths must be above 0: directions are only ever added.")
+    if 1 in config.distill.adapter_strengths:
+        problems.append("distill.adapter_strengths: 1, the adapter as trained, is there anyway.")
     if config.evaluate.stop_on_tax and not config.evaluate.every:
         problems.append("evaluate.stop_on_tax needs evaluate.every: without it only the last step is measured.")
     return problems
@@ -374,13 +353,19 @@ def read_toml(path: Path) -> tuple[Values, str]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = tomllib.loads(read_bytes(path, _LARGEST_FILE).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}.", "Name an existing TOML file with --config.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", "Name a TOML file with --config.") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}.", "Name a UTF-8 TOML file with --config.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct that line and start again.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply.", "A setting is a value or a list of values.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", "Name a TOML file with --config.") from None
     problems: list[str] = []
     values = flatten(tables, str(path), problems)
     if problems:
@@ -420,7 +405,11 @@ def to_record(config: RunConfig) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML, with units; reading it back gives the same configuration."""
+    """The configuration as TOML, with units; reading it back gives the same configuration.
+
+    Raises:
+        ConfigError: a path in it is not text.
+    """
     lines = [f"seed = {config.seed}"]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
@@ -436,6 +425,10 @@ def _toml(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
+        if not is_unicode(value):
+            raise ConfigError(
+                f"{value} is not text in UTF-8, so config.toml cannot name it.", "Rename that file or folder."
+            )
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         # TOML takes no control characters as they are.
         return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'

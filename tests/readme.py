@@ -102,6 +102,8 @@ def _table(title: str, items: Any, about: str = "", prefix: str = "") -> str:
         told = item.metadata["unit"]
         if choices := item.metadata["choices"]:
             told += ": one of " + ", ".join(f"`{word}`" for word in choices)
+        if bounds := item.metadata["bounds"]:
+            told += f"{', each' if isinstance(item.default, tuple) else ';'} {bounds}"
         source = re.sub(CITATION, _linked, item.metadata["source"])
         default = json.dumps(list(item.default) if isinstance(item.default, tuple) else item.default)
         lines.append(f"| `{prefix}{item.name}` | `{default}` | {told} | {source} |")

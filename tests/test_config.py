@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safesteer_lite import config
 from safesteer_lite.config import DistillConfig, ModelConfig, PromptsConfig, RunConfig
 from safesteer_lite.errors import ConfigError
+from safesteer_lite.method.distill import generator_at, prompts_at
+from safesteer_lite.setting import Bounds
 
 
 def problems_of(*layers: tuple[str, config.Values]) -> list[str]:
@@ -50,7 +54,7 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.top_k, distill.temperature.",
         "a.toml: model.precision: expected one of nf4, bf16, fp32, got 'int8'.",
         "flag: distill.rank: expected a whole number, got 'many'.",
-        "tokens.horizon must be at least 2: the first position is the prompt's last.",
+        "flag: tokens.horizon: must be from 2 to 512, got '1'.",
         "direction.strengths must rise: the smallest sufficient one is taken.",
     ]
 
@@ -85,17 +89,17 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("distill.steps", "1.5", "expected a whole number"),
         ("distill.steps", 1.5, "expected a whole number"),
         ("distill.steps", True, "expected a number"),
-        ("distill.steps", "0", "must be greater than 0"),
+        ("distill.steps", "0", "must be from 1 to 10,000, got '0'"),
         ("distill.steps", [1], "expected a whole number"),
         ("distill.learning_rate", "nan", "expected a finite number"),
         ("distill.learning_rate", float("inf"), "expected a finite number"),
         ("distill.steps", float("inf"), "expected a"),
-        ("distill.learning_rate", "-1", "must be greater than 0"),
+        ("distill.learning_rate", "-1", "must be above 0 and at most 1"),
         ("evaluate.stop_on_tax", "maybe", "expected true or false"),
         ("evaluate.stop_on_tax", True, "needs evaluate.every"),
-        ("evaluate.every", -1, "must be at least 0"),
+        ("evaluate.every", -1, "must be from 0 to 10,000"),
         ("direction.strengths", [], "must not be empty"),
-        ("direction.strengths", "1,x", "expected a list of float"),
+        ("direction.strengths", "1,x", "expected a number, got 'x'"),
         ("direction.strengths", "-1,2", "must be above 0"),
         ("direction.strengths", "nan,2", "finite"),
         ("direction.strengths", "1,inf", "finite"),
@@ -105,12 +109,58 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("direction.depth_limit", 1.5, "at most 1"),
         ("distill.warmup", 1.0, "below 1"),
         ("model", "x", "there is no setting 'model'"),
-        ("distill.depth_start", -1, "must be at least 0"),
+        ("seed", 2**63, "must be from 0 to 4,294,967,295"),
+        ("seed", "9" * 5000, "expected a whole number"),
+        ("distill.averaging", 1e308, "at least 0 and below 1"),
+        ("distill.averaging", "1", "at least 0 and below 1"),
+        ("distill.learning_rate", 10**400, "expected a number"),
+        ("distill.learning_rate", 3, "above 0 and at most 1"),
+        ("distill.temperature", 1e-300, "the likeliest token, or at least 0.01"),
+        ("distill.steps", 10**9, "must be from 1 to 10,000"),
+        ("direction.strengths", list(range(1, 40)), "must have from 1 to 20 entries, got 39"),
+        ("direction.refusal_openings", [1], "expected text, got 1"),
+        ("model.name", "a\0b", "text without NUL"),
+        ("model.name", "caf\udce9", "in UTF-8"),
+        ("prompts.training", ["x" * 5000], "..."),
+        ("distill.depth_start", -1, "must be at least 0 and below 1"),
     ],
 )
 def test_a_wrong_value_is_one_problem(name: str, value: object, problem: str) -> None:
     [told] = problems_of(("flag", {name: value}))
     assert problem in told
+
+
+def every_number() -> list[tuple[str, Bounds, Any]]:
+    """Each number and each list of numbers: its name, its bounds and its default."""
+    sections = {name: fields(kind) for name, kind in config.SECTIONS.items()}
+    named = [(f"{section}.{item.name}", item) for section, items in sections.items() for item in items]
+    named.append(("seed", next(item for item in fields(RunConfig) if item.name == "seed")))
+    is_number = (int, float)
+    return [
+        (name, item.metadata["bounds"], item.default)
+        for name, item in named
+        if isinstance(item.default[0] if isinstance(item.default, tuple) else item.default, is_number)
+        and not isinstance(item.default, bool)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds", "default"), every_number(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_number_has_bounds_that_are_kept(name: str, bounds: Bounds, default: Any) -> None:
+    """No setting is without an end: one zero too many is told, not computed."""
+    assert all(value in bounds for value in (default if isinstance(default, tuple) else [default]))
+    step = 1 if isinstance(default, int) else 1e-3
+    for outside in (bounds.low - step, bounds.high + step, -1e300, 1e300):
+        [told, *_] = problems_of(("flag", {name: [outside] if isinstance(default, tuple) else outside}))
+        assert f"{name}: must be {bounds}" in told or "expected a whole number" in told
+
+
+def test_the_highest_seed_reaches_every_stream() -> None:
+    """Streams of steps and anchors are counted from the seed, and no random generator takes more than 64 bits."""
+    highest = next(item for item in fields(RunConfig) if item.name == "seed").metadata["bounds"].high
+    assert generator_at(10_000, highest + 1, 15).initial_seed() < 2**64
+    assert len(prompts_at(10_000, 3, 7, highest + 1)) == 3
 
 
 def test_an_assignment_needs_a_name_and_a_value() -> None:
@@ -170,12 +220,31 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for content, told in (
         (b"seed = ", "is not valid TOML"),
         (b"\xff", "cannot be read"),
+        (b"seed = 0x" + b"f" * 5000, "got a value of type int"),
+        (b"seed = " + b"9" * 5000, "cannot be read"),
         (b"[extra]\nx = 1", r"no section \[extra\]"),
+        (b"seed = " + b"[" * 3000, "nested too deeply"),
+        (b"x" * (1 << 21), "bytes, more than"),
     ):
         bad.write_bytes(content)
         with pytest.raises(ConfigError, match=told):
-            config.read_toml(bad)
+            config.build([("file", config.read_toml(bad)[0])])
     with pytest.raises(ConfigError, match="There is no file"):
         config.read_toml(tmp_path / "gone.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         config.read_toml(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.read_toml(Path("a\0b"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="no regular file"):
+        config.read_toml(tmp_path / "run.toml")
+
+
+def test_a_folder_whose_name_is_no_text_is_told_before_anything_is_written() -> None:
+    built = RunConfig(prompts=replace(PromptsConfig(), training="/home/caf\udce9/own.txt"))
+    with pytest.raises(ConfigError, match="not text in UTF-8"):
+        config.to_toml(built)

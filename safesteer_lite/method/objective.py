@@ -52,7 +52,7 @@ def divergence(
         log_p, log_q = student_logits - student_norm, teacher_logits - teacher_norm
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     if objective == "top-k":
-        columns = teacher_logits.topk(top_k, dim=-1).indices
+        columns = teacher_logits.topk(min(top_k, teacher_logits.shape[-1]), dim=-1).indices
         log_p = student_logits.gather(-1, columns) - student_norm
         log_q = teacher_logits.gather(-1, columns) - teacher_norm
     else:

@@ -76,7 +76,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         (["run", "qwen3-4b", "--set", "distill.step=3"], 2, "no setting 'distill.step'; near it: distill.steps"),
         (["run", "qwen3-4b", "--set", "distill.steps=many"], 2, "distill.steps: expected a whole number, got 'many'"),
         (["run", "qwen3-4b", "--set", "distill.steps"], 2, "expected name=value"),
-        (["run", "qwen3-4b", "--set", "direction.strengths=-1,2"], 2, "strengths must be above 0"),
+        (["run", "qwen3-4b", "--set", "direction.strengths=-1,2"], 2, "strengths: must be above 0"),
         (["run", "qwen3-4b", "--set", "model.precision=int8"], 2, "expected one of nf4, bf16, fp32"),
         (["run", "--config", "gone.toml"], 2, "There is no file gone.toml"),
         (["presets", "show", "qwen9"], 2, "There is no preset 'qwen9'"),
@@ -240,6 +240,41 @@ def test_wrong_flags_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> Non
     assert "invalid choice: 'fly'" in usage(capsys, "fly")
     assert "invalid int value: 'x'" in usage(capsys, "run", "qwen3-4b", "--seed", "x")
     assert "invalid choice: 'gold'" in usage(capsys, "export", "run", "--to", "gold")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", ""],
+        ["run", "qwen3-4b", "--prompts", ""],
+        ["run", "qwen3-4b", "--column", " "],
+        ["run", "--config", ""],
+        ["run", "qwen3-4b", "--runs", ""],
+        ["demo", "--model", ""],
+        ["demo", "--prompts", ""],
+        ["resume", ""],
+        ["eval", ""],
+        ["chat", ""],
+        ["report", ""],
+        ["strength", "nothing", "--at", ""],
+        ["export", "nothing", "--push", ""],
+        ["export", "nothing", "--original", ""],
+        ["export", "nothing", "--base", ""],
+        ["export", "nothing", "--out", ""],
+        ["verify", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_means_nothing_else(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable of the shell that is not set must not train on other prompts, resume another run or upload nothing."""
+    assert "must not be empty" in usage(capsys, *arguments)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["run", "demo", "resume", "eval", "verify"])
+def test_a_name_with_the_character_nul(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a program can pass one; no file has such a name."""
+    assert "must not hold the character NUL" in usage(capsys, name, *(["--model"] if name == "demo" else []), "a\0b")
 
 
 @pytest.mark.parametrize("name", sorted(commands()))

@@ -64,7 +64,10 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
 
 
 def _whole_path(place: str) -> str:
-    return str(Path(place).resolve()) if place else ""
+    try:
+        return str(Path(place).resolve()) if place else ""
+    except (OSError, RuntimeError) as error:  # Links that lead in a circle, or a name that is too long.
+        raise UsageError(f"{place} cannot be looked up: {error}.", "Name another file.") from error
 
 
 def effort(options: argparse.Namespace) -> config.Values:
