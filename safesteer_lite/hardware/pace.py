@@ -81,8 +81,13 @@ class Work:
         return Work(self.tokens * times, self.steps * times)
 
 
-def work(settings: RunConfig) -> dict[str, Work]:
-    """The work of each stage but the export, from the settings alone."""
+def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
+    """The work of each stage but the export.
+
+    Args:
+        settings: the run.
+        training: prompts to train on, where a file of the user's own decides their number; None for the settings' own.
+    """
     sets, direction, tokens = settings.prompts, settings.direction, settings.tokens
     distill, evaluate = settings.distill, settings.evaluate
     selection = _answers(2 * sets.selection + sets.borderline_selection, evaluate.selection_tokens)
@@ -94,7 +99,7 @@ def work(settings: RunConfig) -> dict[str, Work]:
     rows = distill.prompts * distill.rollouts + distill.anchors
     trained = Work(rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN)
     reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
-    answered = sets.train + sets.direction if reads_answered else 0
+    answered = (sets.train if training is None else training) + sets.direction if reads_answered else 0
     measured = (-(-distill.steps // evaluate.every) if evaluate.every else 1) + len(distill.adapter_strengths)
     return {
         "baseline": selection,
@@ -153,7 +158,9 @@ def probe(decision: Decision, seconds: float = PROBE_SECONDS) -> float:
     return 2 * size**3 / fastest
 
 
-def expected_seconds(settings: RunConfig, shape: ModelShape, device: str, flops: float) -> dict[str, float]:
+def expected_seconds(
+    settings: RunConfig, shape: ModelShape, device: str, flops: float, training: int | None = None
+) -> dict[str, float]:
     """Seconds by stage on this machine, when nothing else uses it.
 
     Measured on a CPU only; for a CUDA card it is a guess, which leaves out what 4-bit unpacking costs there.
@@ -163,10 +170,11 @@ def expected_seconds(settings: RunConfig, shape: ModelShape, device: str, flops:
         shape: the model.
         device: `cpu` or `cuda`.
         flops: from `probe`.
+        training: see `work`.
     """
     token = 2 * parameters(shape) / (flops * _EFFICIENCY)
     step = _LAUNCH_SECONDS * shape.layers if device == "cuda" else 0.0
-    seconds = {stage: load.tokens * token + load.steps * step for stage, load in work(settings).items()}
+    seconds = {stage: load.tokens * token + load.steps * step for stage, load in work(settings, training).items()}
     seconds["baseline"] += _LOADING_SECONDS
     return {**seconds, "export": _EXPORT_SECONDS * parameters(shape)}
 

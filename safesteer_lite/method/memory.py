@@ -21,17 +21,24 @@ def fitting(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
         Its result, and the size that fitted.
 
     Raises:
-        torch.OutOfMemoryError: not even one row at a time fits.
+        torch.OutOfMemoryError, RuntimeError, MemoryError: not even one row at a time fits.
     """
     while True:
         try:
             return work(size), size
-        except torch.OutOfMemoryError:
-            if size <= 1:
+        except (RuntimeError, MemoryError) as error:
+            if size <= 1 or not is_out_of_memory(error):
                 raise
         # Only out here, where the exception no longer holds the failed attempt's tensors, is their memory free.
         size = size // 2
         release()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; for the CPU's, torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def release() -> None:

@@ -35,6 +35,7 @@ def self_check(policy: Policy) -> list[str]:
     passed = []
 
     with torch.no_grad():
+        _check_finite(_full_forward(policy, batch))
         model.generate(batch, 2, 1.0, torch.Generator().manual_seed(0), 2)
         plain = policies.last_logits(model, batch)
         full = _full_forward(policy, batch)
@@ -44,7 +45,6 @@ def self_check(policy: Policy) -> list[str]:
         passed.append("a prompt reads the same beside a longer one")
 
         residual = model.advance(model.start(batch), layer).hidden
-        _require(bool(residual.isfinite().all()), "the residual stream is not finite")
         vector = torch.full((residual.shape[-1],), float(residual[:, -1].float().norm()) / residual.shape[-1] ** 0.5)
         with steering.count_calls(model.layers, layer) as calls:
             _full_forward(policy, batch)
@@ -71,6 +71,17 @@ def self_check(policy: Policy) -> list[str]:
     _check_gradients(policy, batch)
     passed.append("every adapted layer receives gradients after sampling")
     return passed
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    """What is not finite equals nothing, not even itself: every later check would fail for a reason that is none."""
+    if not bool(logits.isfinite().all()):
+        raise SelfCheckError(
+            f"The model computes values that are not numbers ({int((~logits.isfinite()).sum()):,} of "
+            f"{logits.numel():,} after an ordinary prompt).",
+            "Nothing was trained. Its weights are damaged, or too large for this precision: copy or download the model again, "
+            "or try model.precision=fp32.",
+        )
 
 
 def _full_forward(policy: Policy, batch: Batch) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,15 +38,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except (MemoryError, OSError) as error:
-        return _complain(
-            f"The system said: {error or 'out of memory'}.", "Free memory or disk, then `safesteer-lite resume`.", 1
-        )
+        return _complain(*_of_the_system(error), 1)
     except RuntimeError as error:
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             raise
-        return _complain(
-            "Out of memory.", "Lower distill.micro_batch or distill.chunk, then `safesteer-lite resume`.", 1
-        )
+        return _complain(*_OUT_OF_MEMORY, 1)
+
+
+# Batches have been made smaller by themselves before anybody reads this.
+_OUT_OF_MEMORY = (
+    "Out of memory: not even one prompt at a time fits.",
+    "Close other programs, then `safesteer-lite resume`; or start anew with a smaller distill.chunk or a smaller model.",
+)
+_RESUME = "what was saved stays, and `safesteer-lite resume` goes on with it"
+
+
+def _of_the_system(error: MemoryError | OSError) -> tuple[str, str]:
+    """What happened, and what to do about it, by what the system says."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return _OUT_OF_MEMORY
+    place = error.filename or "something that is needed"
+    match error.errno:
+        case errno.ENOENT:
+            return f"There is no {place}.", f"Check the path; {_RESUME}."
+        case errno.EACCES | errno.EPERM:
+            return f"There is no permission for {place}.", f"Change its rights, or choose another place; {_RESUME}."
+        case errno.EROFS:
+            return f"{place} is on a disk that cannot be written to.", f"Choose another place; {_RESUME}."
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"The disk is full: no room for {place}.", f"Free some space; {_RESUME}."
+    return f"The system said: {str(error) or type(error).__name__}.", f"Mend that; {_RESUME}."
 
 
 def _complain(message: str, hint: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -182,9 +183,13 @@ def _require_enough(kept: Sequence[PromptSet], minimum: int, policy: Policy, ses
         f"{len(entry.prompts)} {name}" for entry, name in zip(kept, names, strict=True) if len(entry.prompts) < minimum
     ]
     if short:
+        openings = session.result("baseline")["openings"]
+        found = ", ".join(f"{word!r} {count}x" for word, count in openings.items())
         raise DirectionError(
-            f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed.",
-            "Name the words that open this model's refusals (direction.refusal_openings); `runs` shows those measured.",
+            f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed. Its refusals "
+            f"open with {found}; looked for were {', '.join(map(repr, session.config.direction.refusal_openings))}.",
+            "Start a run that looks for those: --set direction.refusal_openings="
+            f"{shlex.quote(','.join(word for word in openings if ',' not in word))}",
         )
 
 

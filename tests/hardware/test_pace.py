@@ -50,3 +50,19 @@ def test_estimates_follow_the_machine_and_the_work() -> None:
         found = pace.expected_seconds(longer, shape, "cpu", 1e12)
         assert found["distill"] > 1.4 * seconds["distill"], name
         assert {**found, "distill": 0} == {**seconds, "distill": 0}, name
+
+
+def test_a_large_file_of_own_prompts_takes_its_time() -> None:
+    demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
+    shape = known.KNOWN[demo.model.name].shape
+
+    def seconds(settings: config.RunConfig, prompts: int | None) -> dict[str, float]:
+        return pace.expected_seconds(settings, shape, "cpu", 1e12, prompts)
+
+    assert seconds(demo, demo.prompts.train) == seconds(demo, None)
+    few, many, most = (seconds(demo, count)["distill"] for count in (100, 10_100, 100_100))
+    # The base answers each of them before the first step.
+    assert most - many == pytest.approx(9 * (many - few)) and many > 3 * few
+    assert {**seconds(demo, 100_000), "distill": 0} == {**seconds(demo, 100), "distill": 0}
+    drawn = config.build([("test", {"distill.reading_prompts": "all"})])
+    assert seconds(drawn, 100_000) == seconds(drawn, 100)

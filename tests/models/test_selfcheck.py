@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -140,9 +141,14 @@ def test_an_adapter_whose_gradients_are_cut_is_refused(precision: str, tiny_poli
         self_check(policy)
 
 
-def test_a_model_that_is_not_finite_is_refused(tiny_policy: tiny.Loader) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["decoder.embed_tokens", "decoder.norm", "causal.lm_head"])
+def test_a_model_that_is_not_finite_is_told_so_and_nothing_else(
+    place: str, value: float, tiny_policy: tiny.Loader
+) -> None:
     policy = tiny_policy()
     with torch.no_grad():
-        policy.model.decoder.embed_tokens.weight.fill_(float("nan"))
-    with pytest.raises(SelfCheckError):
+        attrgetter(place)(policy.model).weight[5:].fill_(value)
+    with pytest.raises(SelfCheckError, match="computes values that are not numbers") as caught:
         self_check(policy)
+    assert "weights are damaged" in caught.value.hint

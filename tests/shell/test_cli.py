@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 
 from safesteer_lite import config
 from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.shell import cli
 from safesteer_lite.shell.arguments import EPILOG, build_parser
 from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.commands.shared import settings_from
@@ -183,6 +185,37 @@ def test_what_can_be_refused_at_once_leaves_no_run_behind(
     code = 2 if "prompts" in setting else 1
     assert told in complaint(capsys, code, "run", str(model), "--set", setting)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "advice"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file", "gone.bin"), "There is no gone.bin.", "Check the path"),
+        (PermissionError(errno.EACCES, "Denied", "own.bin"), "no permission for own.bin", "Change its rights"),
+        (
+            OSError(errno.EROFS, "Read-only", "disc.bin"),
+            "disc.bin is on a disk that cannot be written",
+            "another place",
+        ),
+        (OSError(errno.ENOSPC, "No space", "big.bin"), "The disk is full: no room for big.bin", "Free some space"),
+        (OSError(errno.ENOMEM, "No memory"), "Out of memory", "Close other programs"),
+        (MemoryError(), "Out of memory", "Close other programs"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Out of memory", "Close other programs"),
+        (OSError(errno.EIO, "Input/output error", "bad.bin"), "Input/output error", "Mend that"),
+        (OSError(), "The system said: OSError.", "Mend that"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_what_helps(
+    error: Exception, told: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "presets", fail)
+    message, hint = complaint(capsys, 1, "presets").split("\n", 1)
+    assert told in message and advice in hint
+    for elsewhere in {"Free some space", "Close other programs", "Change its rights"} - {advice}:
+        assert elsewhere not in hint
 
 
 def test_own_prompts_are_read_before_anything_is_downloaded(capsys: pytest.CaptureFixture[str]) -> None:

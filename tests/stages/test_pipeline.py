@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -369,6 +370,14 @@ def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_show
     hint = re.search(r"--set (direction.kl_limit)=([0-9.]+);", caught.value.hint)
     assert hint
     pipeline.run(planted.settings(model, {hint[1]: float(hint[2])}), run, open_base(model), discard, last="direction")
+
+
+def test_who_looks_for_the_wrong_openings_is_told_the_right_ones(run: RunFolder, model: Path) -> None:
+    wrong = {"direction.refusal_openings": ["Sure"], "direction.minimum_prompts": 25}
+    with pytest.raises(DirectionError, match=r"refusals open with \"I'm\" \d+x; looked for were 'Sure'") as caught:
+        pipeline.run(planted.settings(model, wrong), run, model, discard)
+    name, _, value = shlex.split(caught.value.hint)[-1].partition("=")
+    assert (name, value) == ("direction.refusal_openings", "I'm")
 
 
 def own_file(folder: Path, leaked: int, fresh: int) -> Path:

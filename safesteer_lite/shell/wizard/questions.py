@@ -35,6 +35,7 @@ class Answers:
         column: its column; empty for the one found by itself.
         effort: a key of `pace.EFFORTS`.
         settings: single settings by dotted name, as typed.
+        count: how many prompts of the file there are to train on; None for the bundled ones.
     """
 
     model: str = ""
@@ -43,6 +44,7 @@ class Answers:
     column: str = ""
     effort: str = "standard"
     settings: dict[str, str] = field(default_factory=dict)
+    count: int | None = None
 
     def arguments(self, runs: Path) -> list[str]:
         """The command line that means the same."""
@@ -172,7 +174,7 @@ class Questions:
                 return
             except Back:
                 continue
-        self.answers = replace(self.answers, prompts="", column="")
+        self.answers = replace(self.answers, prompts="", column="", count=None)
 
     def _ask_prompt_file(self) -> None:
         place = write_path("Prompt file:", self.answers.prompts)
@@ -201,10 +203,11 @@ class Questions:
                 from safesteer_lite.prompts.plan import PromptPlan
 
                 told: list[str] = []
-                PromptPlan(self.settings().prompts, told.append).training()
+                count = len(PromptPlan(self.settings().prompts, told.append).training())
         except SafeSteerError:
             self.answers = before
             raise
+        self.answers = replace(self.answers, count=count)
         self.program.say(" ".join(told))
 
     def ask_effort(self) -> None:
@@ -232,7 +235,8 @@ class Questions:
         """Seconds by stage that the answers so far should take here."""
         chosen, decision = self.answers.look, self.outlook().decision
         assert chosen is not None
-        return pace.expected_seconds(self.settings(), chosen.shape, decision.device, self._speed(decision))
+        speed, count = self._speed(decision), self.answers.count
+        return pace.expected_seconds(self.settings(), chosen.shape, decision.device, speed, count)
 
     def _speed(self, decision: Decision) -> float:
         """What the probe finds, measured once for each way of loading a model."""
