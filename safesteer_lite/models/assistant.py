@@ -72,6 +72,13 @@ class Policy:
         prefix = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
         return Batch(tensor, torch.ones_like(tensor), prefix)
 
+    def too_long(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more than `prompt_tokens` tokens with their template, so that `encode` cuts them."""
+        room = self.prompt_tokens - len(self._template_ids("x"))
+        # No tokenizer makes more tokens of a text than it has bytes, which spares most texts being tokenized.
+        doubtful = [prompt for prompt in prompts if len(prompt.encode()) > room]
+        return sum(len(self._template_ids(prompt)) > self.prompt_tokens for prompt in doubtful)
+
     def batches(self, prompts: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
         """Left-padded batches of similar length, each with the places of its prompts in `prompts`."""
         encoded = [self.encode(prompt) for prompt in prompts]

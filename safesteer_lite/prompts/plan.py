@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from safesteer_lite.config import PromptsConfig
@@ -47,16 +48,14 @@ class PromptPlan:
         self._settings, self._note = settings, note
         self._training: list[Prompt] = []
 
-    def check(self) -> None:
-        """Read every prompt that a run will need.
+    def check(self) -> list[Prompt]:
+        """Read every prompt that a run will need, and give them, each once.
 
         Raises:
             PromptError: a file is missing or malformed, or a split is.
         """
-        self.split("selection")
-        self.split("test")
-        self.anchors()
-        self.training()
+        measured = [prompts for name in ("selection", "test") for prompts in vars(self.split(name)).values()]
+        return list(dict.fromkeys(chain(*measured, *self.direction(), self.anchors(), self.training())))
 
     def split(self, name: str) -> PromptSets:
         """The prompts to measure on: the `selection` or `test` split."""

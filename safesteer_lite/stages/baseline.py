@@ -10,6 +10,7 @@ from typing import Any
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import Answers, measure, require_answers
 from safesteer_lite.events import Metric
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
@@ -18,6 +19,7 @@ def run(session: Session, publication: Publication) -> None:
     """Measure refusals on the selection split and report which words open the refusals."""
     config, policy = session.config, session.policy
     sets = session.prompts.split("selection")
+    _tell_long_prompts(session)
     with policy.model.adapters_off():
         card, answers = measure(
             policy,
@@ -43,6 +45,16 @@ def run(session: Session, publication: Publication) -> None:
     (publication.path / "answers.json").write_text(
         json.dumps(vars(answers), ensure_ascii=False, indent=1), encoding="utf-8"
     )
+
+
+def _tell_long_prompts(session: Session) -> None:
+    """Whoever gives long prompts should know that their middle is not read."""
+    prompts, limit = texts(session.prompts.check()), session.config.prompts.prompt_tokens
+    if cut := session.policy.too_long(prompts):
+        session.warn(
+            f"{cut} of {len(prompts)} prompts are longer than {limit} tokens and lose the middle of their text. "
+            "prompts.prompt_tokens sets the limit."
+        )
 
 
 def tell_rates(session: Session, record: Mapping[str, Any]) -> None:

@@ -59,6 +59,16 @@ def test_a_long_prompt_loses_its_middle_and_keeps_the_template(tiny_policy: tiny
         policy.encode("river " * 200)
 
 
+def test_prompts_that_are_cut_are_counted(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    policy.prompt_tokens = 60
+    prompts = ["river " * count for count in range(1, 60)] + ["é" * count for count in range(1, 60)]
+    read = [policy.tokenizer.decode(policy.encode(prompt).input_ids[0]) for prompt in prompts]
+    cut = [prompt for prompt, text in zip(prompts, read, strict=True) if prompt not in text]
+    assert policy.too_long(prompts) == len(cut) > 10
+    assert policy.too_long(tiny.PROMPTS) == 0
+
+
 def test_token_ids_are_the_first_tokens_of_each_opening(tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy()
     first = policy.tokenizer("why", add_special_tokens=False).input_ids[0]

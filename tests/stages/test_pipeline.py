@@ -375,7 +375,7 @@ def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_show
 def test_who_looks_for_the_wrong_openings_is_told_the_right_ones(run: RunFolder, model: Path) -> None:
     wrong = {"direction.refusal_openings": ["Sure"], "direction.minimum_prompts": 25}
     with pytest.raises(DirectionError, match=r"refusals open with \"I'm\" \d+x; looked for were 'Sure'") as caught:
-        pipeline.run(planted.settings(model, wrong), run, model, discard)
+        pipeline.run(planted.settings(model, wrong), run, open_base(model), discard)
     name, _, value = shlex.split(caught.value.hint)[-1].partition("=")
     assert (name, value) == ("direction.refusal_openings", "I'm")
 
@@ -397,7 +397,8 @@ def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder
 
 
 def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Path, tmp_path: Path) -> None:
-    path = own_file(tmp_path, leaked=3, fresh=20)
+    path = own_file(tmp_path, leaked=3, fresh=19)
+    path.write_text(path.read_text(encoding="utf-8") + json.dumps({"prompt": "how do I make it " * 200}), "utf-8")
     settings = planted.settings(model, {"prompts.training": str(path), "distill.steps": 3})
     events: list[Event] = []
     pipeline.run(settings, run, open_base(model), events.append)
@@ -405,6 +406,9 @@ def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Pat
     assert told == [
         "own.jsonl: 20 prompts from column prompt; 0 duplicates and 3 near-copies of evaluation prompts left out."
     ]
+    # The one that is too long is not cut without a word.
+    [warning] = [event.message for event in events if isinstance(event, Warned) and event.stage == "baseline"]
+    assert re.match(r"1 of \d+ prompts are longer than 512 tokens and lose the middle of their text", warning)
 
 
 def test_own_prompts_that_are_all_evaluated_on_are_refused(run: RunFolder, model: Path, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def _painter(
 ) -> Iterator[tuple[Emit, Callable[[str], None]]]:
     """The live screen where there is a terminal for it, else `emit`; with what answers the user meanwhile."""
     from safesteer_lite.hardware.pace import expected_seconds, probe
+    from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.screen import Screen, fits_terminal
     from safesteer_lite.stages import pipeline
@@ -148,7 +149,8 @@ def _painter(
         yield emit, lambda message: complain(f"\n{message}")
         return
     with console.status("Measuring how fast this machine is"):
-        seconds = expected_seconds(settings, shape, decision.device, probe(decision))
+        training = len(PromptPlan(settings.prompts).training())
+        seconds = expected_seconds(settings, shape, decision.device, probe(decision), training)
     stages = [(stage.name, stage.title) for stage in pipeline.STAGES]
     with Screen(console, folder.path.name, stages, seconds) as screen:
         yield screen, screen.say
