@@ -35,10 +35,12 @@ def python_code(code: str, *arguments: str) -> list[str]:
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment for a child, with some variables changed, blind to modules in the current folder.
 
+    Kernels that transformers would fetch from the model hub are switched off.
+
     An empty or relative entry in `PYTHONPATH` means the current folder or one below it. Such an entry often comes about
     by accident, from joining a variable that was not set, and is left out.
     """
-    variables = {**os.environ, "PYTHONSAFEPATH": "1", **changes}
+    variables = {**os.environ, "PYTHONSAFEPATH": "1", "USE_HUB_KERNELS": "0", **changes}
     entries = [entry for entry in variables.get("PYTHONPATH", "").split(os.pathsep) if Path(entry).is_absolute()]
     if entries:
         return {**variables, "PYTHONPATH": os.pathsep.join(entries)}

@@ -98,11 +98,11 @@ def _bitsandbytes_check(machine: Machine) -> Check:
     name = "bitsandbytes import"
     if machine.versions.get("bitsandbytes") is None:
         return Check(name, False, "not installed", "Run: pip install bitsandbytes.")
-    # In a process of its own: a broken native library may end the process, and the import may look for better kernels
-    # on the network unless that is forbidden beforehand.
-    command, forbid = children.python("-c", "import bitsandbytes"), children.environment(HF_HUB_OFFLINE="1")
+    # In a process of its own, since a broken native library may end the process.
+    code = "from safesteer_lite.foreign import forbid_hub_kernels; forbid_hub_kernels(); import bitsandbytes"
+    command, variables = children.python_code(code), children.environment(HF_HUB_OFFLINE="1")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, env=forbid)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, env=variables)
     except (OSError, subprocess.SubprocessError) as error:
         return Check(name, None, f"could not be tried: {error}", "Try it: python -c 'import bitsandbytes'.")
     if done.returncode != 0:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from safesteer_lite.errors import ModelError
+from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.sources.base import Base
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, padding on the left."""
+    forbid_hub_kernels()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -43,6 +45,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     Returns:
         The causal language model in evaluation mode, all weights frozen, and its tokenizer.
     """
+    forbid_hub_kernels()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 

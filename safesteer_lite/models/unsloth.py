@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from safesteer_lite import children
 from safesteer_lite.errors import ModelError, SelfCheckError
+from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.method.policies import Residual
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import Adapter, with_adapter
@@ -230,6 +231,7 @@ def try_out(folder: str, precision: str, device: str = "cuda") -> None:
         SelfCheckError: what is wrong.
     """
     getLogger("bitsandbytes").setLevel("ERROR")
+    forbid_hub_kernels()
     _import()
     with tempfile.TemporaryDirectory() as scratch:
         small = open_base(small_copy(Path(folder), Path(scratch)))

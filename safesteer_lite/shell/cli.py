@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
+from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands import exporting, machine, results, training
 from safesteer_lite.shell.commands.shared import on_terminal, open_settings, run_settings
@@ -17,6 +18,7 @@ from safesteer_lite.shell.streams import complain, protect
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     protect()
+    forbid_hub_kernels()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "command"):

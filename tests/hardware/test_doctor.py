@@ -111,6 +111,10 @@ def test_bitsandbytes_is_really_imported_and_kept_off_the_network(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     planted.write_text("import os\nassert os.environ['HF_HUB_OFFLINE'] == '1'\n")
     assert found(CPU_MACHINE)["bitsandbytes import"].ok is True
+    # As bitsandbytes does it; the package is there, and must not be found.
+    (tmp_path / "kernels.py").write_text("")
+    planted.write_text("try:\n    import kernels\nexcept ImportError:\n    pass\nelse:\n    raise OSError('fetched')\n")
+    assert found(CPU_MACHINE)["bitsandbytes import"].ok is True
     planted.write_text("raise OSError('libsomething is missing')\n")
     check = found(CPU_MACHINE)["bitsandbytes import"]
     assert check.ok is False and "libsomething is missing" in check.found and check.remedy
