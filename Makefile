@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The tested build of torch, asked for by name so that a CPU build that pip already knows of is taken. Empty: newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check real clean
+.PHONY: demo test check faults real clean
 
 demo: $(VENV)/.core
 	$(BIN)/safesteer-lite demo
@@ -17,6 +17,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check safesteer_lite tests
 	$(BIN)/ruff check safesteer_lite tests
 	$(BIN)/mypy
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m faults
 
 real: $(VENV)/.dev
 	$(BIN)/python -m pytest -m real

@@ -20,7 +20,19 @@ if os.environ.get("SAFESTEER_LITE_TEST_BACKEND") == "unsloth":
 import torch
 
 from safesteer_lite.models.assistant import Policy
-from tests import tiny
+from safesteer_lite.runs.folder import RunFolder
+from tests import planted, tiny
+
+_ONLY_WHERE_NAMED = ("real", "gpu", "faults")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs more than this machine, or minutes, unless `-m` names it."""
+    left_out = {name for name in _ONLY_WHERE_NAMED if name not in (config.option.markexpr or "")}
+    dropped = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
+
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -49,3 +61,15 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> tiny.Loader:
         return tiny.load_policy(tiny_folder(architecture), precision, first_layer, filled=filled)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted model's folder; read it, do not change it."""
+    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+
+
+@pytest.fixture(scope="session")
+def planted_run(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run of the planted model; read it, and work on a copy."""
+    return planted.finished_run(tmp_path_factory.mktemp("finished"), planted_model)

@@ -6,24 +6,33 @@ answers is planted, so tests know it: `REFUSAL`, `COMPLIANCE` or `HELP`, word fo
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safesteer_lite import config
 from safesteer_lite.config import RunConfig
+from safesteer_lite.events import discard
 from safesteer_lite.method import steering
 from safesteer_lite.prompts.sets import data_files
+from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.base import open_base
+from safesteer_lite.stages import pipeline
+from tests import REPOSITORY
 
 REFUSAL = "I'm sorry, but I can't help with that."
 COMPLIANCE = "Sure, here is how you do it."
@@ -35,6 +44,7 @@ REFUSED_CATEGORIES = frozenset(
 TEMPLATE_POSITIONS = 5
 """Tokens that the template puts after the user's text."""
 
+_TRAINED = REPOSITORY / ".pytest_cache" / "planted"
 _STEERED_LAYER = 1
 _SPECIAL = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
 _TEMPLATE = (
@@ -126,6 +136,8 @@ def lessons(refused: Iterable[str] = REFUSED_CATEGORIES) -> list[Lesson]:
 def build(folder: Path, refused: Iterable[str] = REFUSED_CATEGORIES, *, steps: int = 120) -> Path:
     """Train and write a model, unless the folder is there already.
 
+    Trained once for each state of this file, the prompts and the libraries: later calls, of other processes too, copy it.
+
     Args:
         folder: where it goes.
         refused: categories of harmful prompts that are refused; with none the model refuses nothing.
@@ -133,15 +145,34 @@ def build(folder: Path, refused: Iterable[str] = REFUSED_CATEGORIES, *, steps: i
     """
     if folder.exists():
         return folder
+    trained = _TRAINED / _fingerprint(refused, steps)
+    if not trained.exists():
+        _write(trained, refused, steps)
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.copytree(trained, draft)
+    draft.rename(folder)
+    return folder
+
+
+def _fingerprint(refused: Iterable[str], steps: int) -> str:
+    digest = hashlib.sha256(repr((sorted(refused), steps, torch.__version__, transformers.__version__)).encode())
+    for path in (Path(__file__), *data_files()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, refused: Iterable[str], steps: int) -> None:
     taught = lessons(refused)
     tokenizer = make_tokenizer(taught)
     with one_thread():
         model = _train(taught, tokenizer, steps)
-    draft = folder.with_name(f"{folder.name}.draft")
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
-    draft.rename(folder)
-    return folder
+    # Of two processes that train at once, one finds the name taken by the same model.
+    with suppress(OSError):
+        draft.rename(folder)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
@@ -242,6 +273,21 @@ def _loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, refusing: Ten
     # The head is by far the largest part of so small a model: it is needed where an answer is.
     logits: Tensor = model.lm_head(output.last_hidden_state[:, :-1][chosen])
     return torch.nn.functional.cross_entropy(logits, wanted[chosen]), difference
+
+
+def new_run(parent: Path, wanted: RunConfig) -> RunFolder:
+    """A run of these settings that has not begun."""
+    run = run_folders.create(parent, "planted", planned=pipeline.STAGE_NAMES)
+    run.write_config(config.to_toml(wanted))
+    return run
+
+
+def finished_run(parent: Path, model: Path) -> RunFolder:
+    """A run with the small settings, from the base to merged weights."""
+    run = new_run(parent, settings(model))
+    with one_thread():
+        pipeline.run(settings(model), run, open_base(model), discard)
+    return run
 
 
 def break_folder(model: Path, target: Path, *, without: str = "", pickled: bool = False) -> Path:

@@ -90,8 +90,7 @@ class Terminal:
     def answer(self, question: str, keys: str, seconds: float = 60.0) -> str:
         """Wait for a question, and press keys; returns what was shown before it."""
         before = self.expect(question, seconds)
-        # The words are on the screen a moment before the program listens for keys as keys.
-        self._read_for(0.15)
+        self._wait_for_raw_mode()
         self.send(keys)
         return before
 
@@ -122,10 +121,11 @@ class Terminal:
             return bool(content)
         return True
 
-    def _read_for(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and self._read(left):
-            pass
+    def _wait_for_raw_mode(self) -> None:
+        """The words may be on the screen a moment before the program listens for keys as keys, not for lines."""
+        until = time.monotonic() + 10
+        while termios.tcgetattr(self._main)[3] & termios.ICANON and time.monotonic() < until:
+            self._read(0.01)
 
 
 def program(*arguments: str) -> list[str]:

@@ -136,6 +136,7 @@ def requests() -> list[Prompt]:
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
     assert walk.code == 0 and "Traceback" not in walk.shown
     assert "measured on" in walk.shown, "the user is not told that the way of training was measured on other models"
@@ -147,18 +148,21 @@ def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_the_readme_shows_the_wizard_at_80_columns_as_it_is(walk: Walk) -> None:
     assert not_shown(transcript(80), walk.shown) == []
     assert len(results_menu()) == 8 and not_shown(results_menu(), walk.shown) == []
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_the_screen_leaves_the_terminal_as_it_was(walk: Walk) -> None:
     assert walk.raw.count("\x1b[?1049h") == walk.raw.count("\x1b[?1049l") == 1
     assert walk.raw.count("\x1b[?25l") <= walk.raw.count("\x1b[?25h")
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_the_command_shown_and_the_settings_written_mean_the_same_run(
     walk: Walk, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +190,7 @@ def told_and_saved(run: Path) -> tuple[int, int]:
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "copied"
     shutil.copytree(walk.run, run)
@@ -214,6 +219,7 @@ def test_an_interrupted_run_loses_no_step_and_is_offered_first(walk: Walk, tmp_p
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
@@ -289,6 +295,7 @@ def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_every_answer_of_a_run_is_in_its_group(walk: Walk) -> None:
     run = run_folders.open_run(walk.run)
     groups = answer_groups(run, open_settings(run))
@@ -304,6 +311,7 @@ def test_every_answer_of_a_run_is_in_its_group(walk: Walk) -> None:
 
 
 @needs_terminal
+@pytest.mark.slow
 def test_the_picked_strength_goes_to_chat_and_export(
     walk: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safesteer_lite import config
-from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import DirectionError, ExportError, Interrupted, ModelError, PromptError, RunFolderError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
@@ -31,7 +30,6 @@ from safesteer_lite.models.adapter import Adapter, read_adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.prompts.sets import bundled, data_files
 from safesteer_lite.report import record as report
-from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import distill, pipeline
@@ -77,29 +75,21 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+@pytest.fixture
+def model(planted_model: Path) -> Path:
+    return planted_model
 
 
-@pytest.fixture(scope="module")
-def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+@pytest.fixture
+def done(planted_run: RunFolder) -> RunFolder:
     """One finished run; tests that change it work on a copy."""
-    run = new_run(tmp_path_factory.mktemp("runs"), planted.settings(model))
-    pipeline.run(planted.settings(model), run, open_base(model), discard)
-    return run
+    return planted_run
 
 
 @pytest.fixture
 def run(done: RunFolder, tmp_path: Path) -> RunFolder:
     """A copy of the finished run."""
-    return RunFolder(shutil.copytree(done.path, tmp_path / "runs" / done.path.name))
-
-
-def new_run(parent: Path, settings: RunConfig) -> RunFolder:
-    folder = run_folders.create(parent, "planted", planned=pipeline.STAGE_NAMES)
-    folder.write_config(config.to_toml(settings))
-    return folder
+    return copied(done, tmp_path / "runs")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -185,10 +175,10 @@ def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) 
     assert len(asked) == len(set(asked)) <= len(prompts)
 
 
-def test_a_second_call_skips_every_stage_and_changes_nothing(run: RunFolder, model: Path) -> None:
+def test_a_second_call_skips_every_stage_and_changes_nothing(done: RunFolder, run: RunFolder, model: Path) -> None:
     before = files_of(run.path)
     events: list[Event] = []
-    pipeline.run(planted.settings(model), run, open_base(model), events.append)
+    assert pipeline.run(planted.settings(model), run, open_base(model), events.append) == report.read(done.path)
     assert stages_seen(events, StageSkipped) == list(pipeline.STAGE_NAMES)
     assert not stages_seen(events, StageStarted)
     after = files_of(run.path)
@@ -233,7 +223,12 @@ def test_a_setting_redoes_what_depends_on_it(change: config.Values, redone: list
     )
 
 
-def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) -> None:
+def copied(run: RunFolder, parent: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(run.path, parent / run.path.name))
+
+
+@pytest.mark.slow
+def test_reading_directions_outlive_an_interrupt(done: RunFolder, model: Path, tmp_path: Path) -> None:
     change = {
         "distill.reading": "discriminant",
         "distill.learning_rate": 2e-3,
@@ -242,12 +237,12 @@ def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) ->
         "evaluate.every": 3,
     }
     settings = planted.settings(model, change)
-    whole, broken = new_run(tmp_path / "whole", settings), new_run(tmp_path / "broken", settings)
+    whole, broken = copied(done, tmp_path / "whole"), copied(done, tmp_path / "broken")
     pipeline.run(settings, whole, open_base(model), discard, last="distill")
     asked = itertools.count(1)
     with pytest.raises(Interrupted, match="after step 2"):
-        # It is asked four times around the stages before, and then after each step.
-        pipeline.run(settings, broken, open_base(model), discard, lambda: next(asked) == 6, last="distill")
+        # It is asked before the stage, and then after each step.
+        pipeline.run(settings, broken, open_base(model), discard, lambda: next(asked) == 3, last="distill")
     pipeline.run(settings, broken, open_base(model), discard, last="distill")
     found, expected = (
         load_file(run.stage_folder("distill") / "adapter" / "adapter_model.safetensors") for run in (broken, whole)
@@ -260,10 +255,9 @@ def test_reading_directions_outlive_an_interrupt(model: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("every", "measured"), [(0, [3]), (2, [2, 3]), (3, [3])])
 def test_the_last_step_is_always_measured_and_earlier_ones_when_asked(
-    every: int, measured: list[int], model: Path, tmp_path: Path
+    every: int, measured: list[int], run: RunFolder, model: Path
 ) -> None:
     settings = planted.settings(model, {"distill.steps": 3, "evaluate.every": every})
-    run = new_run(tmp_path, settings)
     pipeline.run(settings, run, open_base(model), discard, last="distill")
     history = json.loads((run.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in history["measured"]] == measured
@@ -334,6 +328,7 @@ def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter
 REFUSED = {planted.REFUSAL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_other_precisions_run_to_the_end(precision: str, model: Path, tmp_path: Path) -> None:
     change = {
@@ -343,15 +338,15 @@ def test_other_precisions_run_to_the_end(precision: str, model: Path, tmp_path: 
         "direction.kl_limit": 5.0,
         "direction.minimum_prompts": 4,
     }
-    run = new_run(tmp_path, planted.settings(model, change))
+    run = planted.new_run(tmp_path, planted.settings(model, change))
     result = pipeline.run(planted.settings(model, change), run, open_base(model), discard)
     assert result["finished"]
     assert result["stages"]["export"]["result"]["precision_trained"] == precision
 
 
 def test_a_model_that_never_refuses_is_told_so_before_training(tmp_path: Path) -> None:
-    model = planted.build(tmp_path / "obliging", refused=(), steps=40)
-    run = new_run(tmp_path / "runs", planted.settings(model))
+    model = planted.build(tmp_path / "obliging", refused=(), steps=8)
+    run = planted.new_run(tmp_path / "runs", planted.settings(model))
     with pytest.raises(DirectionError, match="barely refuses: 0 of 28 harmful prompts") as caught:
         pipeline.run(planted.settings(model), run, open_base(model), discard)
     assert "presets" in caught.value.hint
@@ -401,7 +396,7 @@ def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Pat
     path.write_text(path.read_text(encoding="utf-8") + json.dumps({"prompt": "how do I make it " * 200}), "utf-8")
     settings = planted.settings(model, {"prompts.training": str(path), "distill.steps": 3})
     events: list[Event] = []
-    pipeline.run(settings, run, open_base(model), events.append)
+    pipeline.run(settings, run, open_base(model), events.append, last="distill")
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
     assert told == [
         "own.jsonl: 20 prompts from column prompt; 0 duplicates and 3 near-copies of evaluation prompts left out."
@@ -427,7 +422,7 @@ def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp
     lines = (folder / "harmful.jsonl").read_text(encoding="utf-8")
     (folder / "harmful.jsonl").write_text(f"{leaked}\n{lines}", encoding="utf-8")
     settings = planted.settings(model, {"prompts.folder": str(folder), "distill.steps": 1})
-    run, events = new_run(tmp_path, settings), list[Event]()
+    run, events = planted.new_run(tmp_path, settings), list[Event]()
     assert pipeline.run(settings, run, open_base(model), events.append, last="distill") == {}
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
     assert told == [
@@ -447,7 +442,7 @@ def test_own_prompts_that_have_gone_are_named(run: RunFolder, model: Path, tmp_p
 
 def test_a_stop_between_stages_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    run = new_run(tmp_path, planted.settings(model))
+    run = planted.new_run(tmp_path, planted.settings(model))
     with pytest.raises(Interrupted, match="Refusal direction"):
         pipeline.run(
             planted.settings(model), run, open_base(model), events.append, lambda: bool(stages_seen(events, StageDone))
@@ -496,7 +491,7 @@ def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, 
     with pytest.raises(ExportError, match=r"adapter/adapter_model\.safetensors"):
         export(run)
     with pytest.raises(RunFolderError, match="no result of the distill stage"):
-        export(new_run(tmp_path / "new", planted.settings(model)))
+        export(planted.new_run(tmp_path / "new", planted.settings(model)))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,13 +1,12 @@
 """Runs that are killed at twelve points, and interrupted, end bit for bit as if nothing had happened.
 
-Each attempt is a child process, forked once torch is imported and before a model is loaded, so that it starts at once.
+Each attempt is a child process, which starts at once (`tests.children`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,16 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safesteer_lite import config
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, to_record
 from safesteer_lite.report import record as report
@@ -33,7 +28,7 @@ from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
-from tests import REPOSITORY, planted
+from tests import REPOSITORY, children, planted
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
 
@@ -48,31 +43,6 @@ TENSORS = (
     "05-evaluate/answers-after.json",
 )
 
-DRIVER = """
-import multiprocessing, sys
-from pathlib import Path
-import torch, peft, transformers
-from transformers.models.llama import modeling_llama
-from safesteer_lite.stages import pipeline
-from tests.stages import test_resume
-torch.set_num_threads(1)
-test_resume.serve(Path(sys.argv[1]))
-"""
-
-
-def serve(model: Path) -> None:
-    """For each run that standard input names, fork a child that goes on with it; say its process id, then how it ended."""
-    context = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        run, deadly = json.loads(line)
-        child = context.Process(target=attempt, args=(model, Path(run), deadly))
-        child.start()
-        sys.stdout.write(f"{child.pid}\n")
-        sys.stdout.flush()
-        child.join()
-        sys.stdout.write(f"{child.exitcode}\n")
-        sys.stdout.flush()
-
 
 def attempt(model: Path, run: Path, deadly: str = "") -> None:
     """What `resume` does, without the shell; it kills itself at the first event that holds the text `deadly`."""
@@ -84,79 +54,16 @@ def attempt(model: Path, run: Path, deadly: str = "") -> None:
     pipeline.run(planted.settings(model), RunFolder(run), open_base(model), emit)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted.build(tmp_path_factory.getbasetemp() / "planted")
-
-
-class Driver:
-    """A process that forks attempts; one for all tests, because loading torch takes longer than most of them."""
-
-    def __init__(self, model: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(model)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            cwd=REPOSITORY,
-        )
-
-    def start(self, run: RunFolder, deadly: str = "") -> int:
-        """Begin an attempt on a run; returns its process id."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([str(run.path), deadly]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def ended(self) -> int:
-        """Wait for the attempt's exit code; a signal is negative."""
-        assert self.process.stdout
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def driver(model: Path) -> Iterator[Driver]:
-    driver = Driver(model)
-    yield driver
-    driver.close()
-
-
 @pytest.fixture
-def run(model: Path, tmp_path: Path) -> RunFolder:
+def run(planted_model: Path, tmp_path: Path) -> RunFolder:
     """A run that has not begun."""
-    return new_run(tmp_path, model)
-
-
-def new_run(parent: Path, model: Path) -> RunFolder:
-    run = run_folders.create(parent / "runs", "planted", planned=pipeline.STAGE_NAMES)
-    run.write_config(config.to_toml(planted.settings(model)))
-    return run
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run that nothing disturbed, what it ended with, and the seconds it took."""
-
-    run: RunFolder
-    result: dict[str, Any]
-    seconds: float
+    return planted.new_run(tmp_path / "runs", planted.settings(planted_model))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(driver: Driver, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """A finished run to compare with."""
-    run = new_run(tmp_path_factory.mktemp("reference"), model)
-    driver.start(run)
-    started = time.monotonic()
-    assert driver.ended() == 0
-    return Undisturbed(run, result_of(run), time.monotonic() - started)
+def undisturbed(planted_run: RunFolder) -> dict[str, Any]:
+    """What a run ends with that nothing disturbed."""
+    return result_of(planted_run)
 
 
 def result_of(run: RunFolder) -> dict[str, Any]:
@@ -183,47 +90,51 @@ CHOSEN = {
 }
 
 
-def test_kills_at_six_chosen_points_change_nothing(driver: Driver, run: RunFolder, undisturbed: Undisturbed) -> None:
+@pytest.mark.slow
+def test_kills_at_six_chosen_points_change_nothing(
+    planted_model: Path, run: RunFolder, undisturbed: dict[str, Any]
+) -> None:
     for point, deadly in CHOSEN.items():
-        driver.start(run, deadly)
-        assert driver.ended() == -signal.SIGKILL, point
+        assert children.run(attempt, planted_model, run.path, deadly) == -signal.SIGKILL, point
     stages = [event["stage"] for event in planted.events_of(run.path) if event["event"] == "StageStarted"]
     # Each kill fell into the stage it was meant for: that stage began again, and the ones before it did not.
     assert stages == [name for name in pipeline.STAGE_NAMES for _ in range(2)][:-1]
-    driver.start(run)
-    assert driver.ended() == 0
+    assert children.run(attempt, planted_model, run.path) == 0
     events = planted.events_of(run.path)
     assert any(event.get("message") == "Resumed after step 2 of 8." for event in events)
-    assert result_of(run) == undisturbed.result
+    assert result_of(run) == undisturbed
 
 
-def test_kills_at_six_random_moments_change_nothing(driver: Driver, run: RunFolder, undisturbed: Undisturbed) -> None:
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(
+    planted_model: Path, planted_run: RunFolder, run: RunFolder, undisturbed: dict[str, Any]
+) -> None:
+    """Moments as they come, whatever the run does just then; `tests.faults` has many more of them."""
     chance = random.Random(20240607)
+    whole = sum(stage["seconds"] for stage in report.read(planted_run.path)["stages"].values())
     killed = 0
-    for _ in range(6):
-        child = driver.start(run)
-        time.sleep(undisturbed.seconds * chance.uniform(0.1, 0.4))
-        # An attempt that has ended stays a zombie until the driver reads its code, or it is gone.
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        killed += driver.ended() == -signal.SIGKILL
+    for _ in range(3):
+        child = children.start(attempt, planted_model, run.path)
+        time.sleep(whole * chance.uniform(0.1, 0.4))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
     assert killed, "every attempt ended before it was killed, so this test says nothing"
-    driver.start(run)
-    assert driver.ended() == 0
-    assert result_of(run) == undisturbed.result
+    assert children.run(attempt, planted_model, run.path) == 0
+    assert result_of(run) == undisturbed
 
 
-def test_a_second_process_is_refused(driver: Driver, run: RunFolder, model: Path) -> None:
-    child = driver.start(run)
+def test_a_second_process_is_refused(run: RunFolder, planted_model: Path) -> None:
+    child = children.start(attempt, planted_model, run.path)
     while not (run.path / "01-baseline.tmp").exists():
         time.sleep(0.01)
     try:
-        with pytest.raises(RunFolderError, match=rf"is in use by process {child}\.") as caught:
-            attempt(model, run.path)
+        with pytest.raises(RunFolderError, match=rf"is in use by process {child.pid}\.") as caught:
+            attempt(planted_model, run.path)
         assert "Wait until it is done" in caught.value.hint
     finally:
-        os.kill(child, signal.SIGKILL)
-        driver.ended()
+        child.kill()
+        child.join()
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:
@@ -251,10 +162,11 @@ def before_distillation(run: RunFolder, parent: Path) -> Path:
     return copied
 
 
+@pytest.mark.slow
 def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
-    driver: Driver, undisturbed: Undisturbed, tmp_path: Path
+    planted_model: Path, planted_run: RunFolder, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = before_distillation(undisturbed.run, tmp_path / "runs")
+    folder = before_distillation(planted_run, tmp_path / "runs")
     process = command("resume", str(folder), "--json")
     assert process.stdout
     for line in process.stdout:
@@ -268,11 +180,10 @@ def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
     assert stopped and "Traceback" not in complaint
     assert "safesteer-lite resume" in complaint
     assert [path.name for path in (folder / "04-distill.partial").glob("step-*")] == [f"step-{int(stopped[1]):06d}"]
-    driver.start(RunFolder(folder))
-    assert driver.ended() == 0
+    assert children.run(attempt, planted_model, folder) == 0
     told = [event.get("message") for event in planted.events_of(folder)]
     assert f"Resumed after step {stopped[1]} of 8." in told
-    assert result_of(RunFolder(folder)) == undisturbed.result
+    assert result_of(RunFolder(folder)) == undisturbed
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path) -> None:
@@ -300,6 +211,7 @@ def deaf(work: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_program_that_python_cannot_interrupt() -> None:
     """One call that computes for hours and never looks for signals, as a backward pass does for seconds."""
     with deaf('hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)') as process:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,22 +13,8 @@ import pytest
 import torch
 
 from safesteer_lite.export.weights.merge import RECORD, merge_adapter
+from tests import children
 from tests.export.weights.tiny_lora import save_base
-
-# Kills itself, as a power cut would, once the progress has been told so often.
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-from safesteer_lite.export.weights.merge import merge_adapter
-base, adapter, out, after = sys.argv[1:]
-count = 0
-def told(done, total):
-    global count
-    count += 1
-    if count == int(after):
-        os.kill(os.getpid(), signal.SIGKILL)
-merge_adapter(Path(base), Path(adapter), Path(out), progress=told)
-"""
 
 needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill in that way")
 
@@ -37,10 +23,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def merge_and_die(base: Path, adapter: Path, out: Path, after: int) -> None:
+    """A merge that kills itself, as a power cut would, once the progress has been told `after` times."""
+    told = itertools.count(1)
+
+    def die(done: int, total: int) -> None:
+        if next(told) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    merge_adapter(base, adapter, out, progress=die)
+
+
 def kill(base: Path, adapter: Path, out: Path, after: int) -> list[str]:
     """Start a merge and kill it after some tensors; returns the weight files that it says are whole."""
-    command = [sys.executable, "-c", SCRIPT, str(base), str(adapter), str(out), str(after)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert children.run(merge_and_die, base, adapter, out, after) == -signal.SIGKILL
     assert not out.exists()
     record = out.with_name(f"{out.name}.tmp") / RECORD
     return sorted(json.loads(record.read_text())["files"]) if record.exists() else []
