@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ if os.environ.get("SAFESTEER_LITE_TEST_BACKEND") == "unsloth":
 import torch
 
 from safesteer_lite.models.assistant import Policy
+from safesteer_lite.runs.durable import files_in
 from safesteer_lite.runs.folder import RunFolder
 from tests import planted, tiny
 
@@ -70,6 +71,10 @@ def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planted_run(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def planted_run(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     """A finished run of the planted model; read it, and work on a copy."""
-    return planted.finished_run(tmp_path_factory.mktemp("finished"), planted_model)
+    run = planted.finished_run(tmp_path_factory.mktemp("finished"), planted_model)
+    files = {path: path.stat().st_mtime_ns for path in files_in(run.path)}
+    yield run
+    changed = files.items() ^ {path: path.stat().st_mtime_ns for path in files_in(run.path)}.items()
+    assert not changed, "a test changed the run that all tests read"

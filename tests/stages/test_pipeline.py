@@ -452,26 +452,26 @@ def test_a_stop_between_stages_keeps_what_is_done(model: Path, tmp_path: Path) -
 
 
 def test_export_at_strength_0_is_the_base_and_the_adapter_is_copied(
-    done: RunFolder, model: Path, tmp_path: Path
+    run: RunFolder, model: Path, tmp_path: Path
 ) -> None:
     settings = planted.settings(model)
-    pipeline.export_run(settings, done, open_base(model), discard, "merged", tmp_path / "zero", "original", 0.0)
+    pipeline.export_run(settings, run, open_base(model), discard, "merged", tmp_path / "zero", "original", 0.0)
     assert (tmp_path / "zero" / "model.safetensors").read_bytes() != (
-        done.stage_folder("export") / "merged" / "model.safetensors"
+        run.stage_folder("export") / "merged" / "model.safetensors"
     ).read_bytes()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
     zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero", dtype=torch.float32).state_dict()
     assert all(torch.equal(zero[name], tensor.to(torch.bfloat16).float()) for name, tensor in base.items())
-    pipeline.export_run(settings, done, open_base(model), discard, "adapter", tmp_path / "adapter", "original", 1.0)
-    assert files_of(tmp_path / "adapter") == files_of(done.stage_folder("distill") / "adapter")
+    pipeline.export_run(settings, run, open_base(model), discard, "adapter", tmp_path / "adapter", "original", 1.0)
+    assert files_of(tmp_path / "adapter") == files_of(run.stage_folder("distill") / "adapter")
 
 
-def test_export_refuses_another_base_model(done: RunFolder, model: Path, tmp_path: Path) -> None:
+def test_export_refuses_another_base_model(run: RunFolder, model: Path, tmp_path: Path) -> None:
     other = shutil.copytree(model, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")
     with pytest.raises(ModelError, match="is not the base model"):
         pipeline.export_run(
-            planted.settings(model), done, open_base(other), discard, "merged", tmp_path / "out", "original", 1.0
+            planted.settings(model), run, open_base(other), discard, "merged", tmp_path / "out", "original", 1.0
         )
     assert not (tmp_path / "out").exists()
 
