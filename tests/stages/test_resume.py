@@ -193,6 +193,7 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {run.path.name for run in runs}
 
 
+ASKED = "Stopping after this step; Ctrl-C again stops now. It can be resumed.\n"
 DEAF = """
 import hashlib
 from safesteer_lite.shell.commands import training
@@ -225,7 +226,8 @@ def test_a_second_interrupt_ends_a_program_that_python_cannot_interrupt() -> Non
         finally:
             process.kill()
     assert process.returncode == 130
-    assert said == ("", "Stopped. Go on with `safesteer-lite resume`.\n")
+    # Whether the first one comes just before the call, and is answered, is up to the machine.
+    assert said[0] in ("", ASKED) and said[1] == "Stopped. Go on with `safesteer-lite resume`.\n"
 
 
 def test_one_interrupt_lets_the_work_end() -> None:
@@ -234,4 +236,4 @@ def test_one_interrupt_lets_the_work_end() -> None:
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert said == ("Stopping after this step; Ctrl-C again stops now. It can be resumed.\nasked: True\n", "")
+    assert said == (f"{ASKED}asked: True\n", "")
