@@ -7,6 +7,9 @@ write the clipboard, hide a link behind other words or turn a sentence around.
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from safesteer_lite.errors import UsageError
 
 # What a terminal obeys (C0 and C1, DEL), what draws nothing (Unicode's Default_Ignorable_Code_Point, the separators of lines
 # and paragraphs, annotations), and halves of surrogate pairs, which no encoding can write.
@@ -33,6 +36,8 @@ _ORDINARY = "|".join(
 )
 # What is ordinary only if the right characters follow.
 _UNDECIDED = re.compile(r"[\u200c\u200d\u180e\U000e0000-\U000e007f]+\Z")
+_JOINING = r"[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U000e0000-\U000e01ef]"
+_PIECE = re.compile(rf"({_JOINING}*)(.*?)({_JOINING}*)", re.DOTALL)
 _ODD = re.compile(rf"(?P<ordinary>{_ORDINARY})|[{_HIDDEN}]")
 
 
@@ -57,9 +62,34 @@ def visible_so_far(text: str) -> str:
     return visible(_UNDECIDED.sub("", text), lines=True)
 
 
+def visible_piece(text: str) -> str:
+    """As `visible(text, lines=True)`, for a piece of a text that may have been made visible before it was cut.
+
+    What joins or varies stays at the ends of the piece: the characters that make it ordinary may be in the next one.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    before, piece, after = _PIECE.fullmatch(text).groups()  # type: ignore[union-attr]  # All of its parts may be empty.
+    return before + visible(piece, lines=True) + after
+
+
 def is_unicode(text: str) -> bool:
     """Whether every encoding of Unicode can write `text`: bytes that are no text came in as lone surrogates."""
     return re.search(r"[\ud800-\udfff]", text) is None
+
+
+def typed_path(text: str) -> Path:
+    """A path as a user types it, in which `~` stands for a home folder.
+
+    Raises:
+        UsageError: it stands for that of somebody who has none, or no file can have such a name.
+    """
+    if "\0" in text:
+        raise UsageError("The name of a file cannot hold the character NUL.", "Type it without.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{text.split('/')[0]} has no home folder on this machine.", "Write the whole path.") from None
 
 
 def _written(character: str) -> str:

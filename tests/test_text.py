@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from safesteer_lite.text import is_unicode, visible, visible_so_far
+from safesteer_lite.text import is_unicode, visible, visible_piece, visible_so_far
 
 # Everything, and often the few that matter: among a million characters they would hardly ever meet.
 CHARACTERS = st.one_of(
@@ -109,3 +109,15 @@ def test_what_is_shown_so_far_stays_when_more_comes(text: str, more: str) -> Non
 
 def test_bytes_that_are_no_text_are_told_from_text() -> None:
     assert is_unicode("naïve 👩🏽‍💻 \x00") and not is_unicode(b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
+@given(TEXTS, st.integers(0, 40))
+def test_a_text_that_is_visible_stays_as_it_is_in_pieces(text: str, place: int) -> None:
+    shown = visible(text, lines=True)
+    assert visible_piece(shown[:place]) + visible_piece(shown[place:]) == shown
+
+
+@given(TEXTS)
+def test_no_piece_steers_the_terminal(text: str) -> None:
+    ordinary = set("\u180e\u180b\u180c\u180d\u180f\n\t") | {chr(code) for code in range(0xE0000, 0xE01F0)}
+    assert not (set(visible_piece(text)) & FORBIDDEN) - ordinary

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from safesteer_lite import children
 from safesteer_lite.hardware.backend import choose_library
@@ -15,6 +14,7 @@ from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.limits import read_or_empty
 from safesteer_lite.hardware.machine import PACKAGES, Machine
 from safesteer_lite.hardware.units import format_bytes
+from safesteer_lite.text import typed_path
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _login_check() -> Check:
         return Check("model hub login", True, "token in the environment")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    file = typed_path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token")
     if read_or_empty(file).strip():
         return Check("model hub login", True, "token file")
     remedy = "Only gated models need it: run hf auth login, or set HF_TOKEN."

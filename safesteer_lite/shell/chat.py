@@ -19,7 +19,7 @@ from safesteer_lite.models.assistant import Policy, Reply
 from safesteer_lite.models.template import Message
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.stages.strength import set_strength
-from safesteer_lite.text import is_unicode, visible, visible_so_far
+from safesteer_lite.text import is_unicode, typed_path, visible, visible_so_far
 
 VIEWS = ("compare", "hardened", "base")
 
@@ -152,7 +152,7 @@ class Chat:
         Raises:
             UsageError: the file is there already, or cannot be written.
         """
-        path = Path(place or f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json").expanduser()
+        path = typed_path(place or f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json")
         record = {
             "system": self.system,
             "strength": self.strength,

@@ -10,7 +10,7 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
-from safesteer_lite.text import visible
+from safesteer_lite.text import visible, visible_piece
 
 
 def as_text(text: str, style: str = "") -> Text:
@@ -40,7 +40,7 @@ class SafeConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """What is painted, piece by piece: only what rich itself commands reaches the terminal as a command."""
         for piece in super().render(renderable, options):
-            text = piece.text if piece.control else visible(piece.text, lines=True)
+            text = piece.text if piece.control else visible_piece(piece.text)
             yield piece if text == piece.text else Segment(text, piece.style)
 
     def status(self, status: RenderableType, **options: Any) -> Status:

@@ -13,12 +13,13 @@ from filelock import FileLock, Timeout
 
 from safesteer_lite.events import Emit, Note, Progress
 from safesteer_lite.runs import durable
+from safesteer_lite.text import typed_path
 
 
 def cache_folder() -> Path:
     """Where downloads are kept: `SAFESTEER_LITE_CACHE`, else `safesteer-lite` in the platform's cache folder."""
     if chosen := os.environ.get("SAFESTEER_LITE_CACHE"):
-        return Path(chosen).expanduser()
+        return typed_path(chosen)
     if sys.platform == "win32":
         platform_cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":

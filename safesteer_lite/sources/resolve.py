@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit
 from safesteer_lite.sources.base import Base, open_base
 from safesteer_lite.sources.download import quiet_libraries
 from safesteer_lite.sources.hub import cached_model, fetch_model, is_hub_id
+from safesteer_lite.text import typed_path
 
 
 def resolve_model(
@@ -29,7 +28,7 @@ def resolve_model(
         ModelError: the model is not there, may not be fetched, or cannot be used; the hint says what to do.
         DiskSpaceError: the download does not fit.
     """
-    path = Path(name_or_path).expanduser()
+    path = typed_path(name_or_path)
     if path.suffix.lower() == ".gguf":
         raise ModelError(
             f"{path} is a GGUF file, and those cannot be trained.",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from safesteer_lite import config
 from safesteer_lite.errors import ModelError, UsageError
@@ -20,9 +20,11 @@ from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.chat import Chat
+from safesteer_lite.shell.console import SafeConsole
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline, strength
 from safesteer_lite.stages.session import Session
+from safesteer_lite.text import visible
 from tests import planted
 
 
@@ -63,7 +65,7 @@ def talk(policy: Policy, run: RunFolder, lines: Sequence[str], view: str = "comp
         except StopIteration:
             raise EOFError from None
 
-    console = Console(file=io.StringIO(), width=100, height=30, force_terminal=terminal, color_system=None)
+    console = SafeConsole(file=io.StringIO(), width=100, height=30, force_terminal=terminal, color_system=None)
     Chat(policy, run.stage_folder("distill") / "adapter", console, read, view).talk()
     file = console.file
     assert isinstance(file, io.StringIO)
@@ -179,6 +181,42 @@ def test_commands(policy: Policy, run: RunFolder, tmp_path: Path, monkeypatch: p
         {"role": "assistant", "content": planted.COMPLIANCE},
     ]
     assert (saved["hardened"], saved["strength"], saved["system"]) == ([], 0.5, "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("view", ["compare", "base"])
+def test_nothing_that_is_said_steers_the_terminal(
+    view: str, terminal: bool, policy: Policy, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer, a system prompt and the name of a file may hold anything; an emoji of three characters stays one."""
+    monkeypatch.chdir(tmp_path)
+    hostile, emoji = "x\x1b]52;c;aGk=\x07 [/red] \u202ey", "👩\u200d💻"
+    monkeypatch.setattr(Reply, "text", property(lambda reply: (hostile + emoji)[: 6 * len(reply._written)]))
+    lines = [
+        f"/system {hostile}",
+        asked_and_answered(),
+        f"/save {hostile}/f",
+        f"/dance{hostile}",
+        f"/save {hostile[:3]}.json",
+    ]
+    told = re.sub(r"\x1b\[[0-9;?]*[A-Zhlm]", "", talk(policy, run, lines, view=view, terminal=terminal)).replace(
+        "\r", ""
+    )
+    assert visible(told, lines=True) == told
+    words = told.split()
+    for shown in ("x\\x1b]52;c;aGk=\\x07", "[/red]", f"\\u202ey{emoji}"):
+        assert shown in words, told
+    assert "x\\x1b].json" in told and (tmp_path / "x\x1b].json").is_file()
+
+
+def test_what_is_typed_in_another_encoding_is_refused_and_the_chat_goes_on(policy: Policy, run: RunFolder) -> None:
+    told = talk(policy, run, [b"caf\xe9".decode("utf-8", "surrogateescape"), "/base"], view="compare")
+    assert "not text in this terminal's encoding" in told and "Answering: base alone; strength 1; 0 turns" in told
+
+
+def test_a_home_that_is_not_there(policy: Policy, run: RunFolder) -> None:
+    told = talk(policy, run, ["/save ~nobody-of-that-name/talk.json", "/save a\0b"])
+    assert "~nobody-of-that-name has no home folder" in told and "cannot hold the character NUL" in told
 
 
 @pytest.mark.parametrize("view", ["base", "compare"])

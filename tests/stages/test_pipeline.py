@@ -354,6 +354,13 @@ def test_a_model_that_never_refuses_is_told_so_before_training(tmp_path: Path) -
     assert not [path for path in run.path.iterdir() if path.name.startswith(("02", "04"))]
 
 
+def test_too_few_clear_cases_come_with_the_words_that_were_measured(run: RunFolder, model: Path) -> None:
+    other = planted.settings(model, {"direction.refusal_openings": ["Hello"], "direction.minimum_prompts": 20})
+    with pytest.raises(DirectionError, match="Too few prompts are clear cases") as caught:
+        pipeline.run(other, run, open_base(model), discard, last="direction")
+    assert 'open with "I\'m" 14x' in caught.value.message and "--set direction.refusal_openings=" in caught.value.hint
+
+
 def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_showed(run: RunFolder, model: Path) -> None:
     with pytest.raises(DirectionError, match="No refusal direction met all criteria") as caught:
         pipeline.run(planted.settings(model, {"direction.kl_limit": 1e-9}), run, open_base(model), discard)

@@ -14,6 +14,7 @@ from safesteer_lite.export.weights import shards
 from safesteer_lite.hardware.shape import parameters, shape_from_config
 from safesteer_lite.sources import base as sources
 from safesteer_lite.sources.hub import cached_model, is_hub_id
+from safesteer_lite.text import typed_path
 
 # How repositories of bitsandbytes weights are called: Unsloth's, and those that follow it.
 _MARK = re.compile(r"(?:[-_.](?:unsloth|dynamic))*[-_.](?:bnb[-_.])?(?:4bit|nf4|int4)(?:[-_.]bnb)?$", re.IGNORECASE)
@@ -139,7 +140,7 @@ def _key(name: str) -> str:
 
 def _here(name: str) -> Path | None:
     """A 16-bit model's folder on this machine."""
-    folder = Path(name).expanduser()
+    folder = typed_path(name)
     if not folder.is_dir():
         cached = cached_model(name, None) if is_hub_id(name) else None
         if cached is None:

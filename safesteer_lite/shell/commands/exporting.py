@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safesteer_lite.errors import ExportError, ModelError, UsageError
 from safesteer_lite.shell.commands.shared import open_settings, resolve, sink
 from safesteer_lite.shell.streams import tell, tell_json
+from safesteer_lite.text import typed_path
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
@@ -115,7 +116,7 @@ def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Base, em
         return options.weights or "original", None
     folder: Path | None = None
     if options.original:
-        place = Path(options.original).expanduser()
+        place = typed_path(options.original)
         wanted = str(place.resolve()) if place.exists() else options.original
         folder = resolve(replace(settings, model=replace(settings.model, name=wanted, revision="")), emit).folder
     elif options.weights == "original":

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from safesteer_lite import config
 from safesteer_lite.config import RunConfig
-from safesteer_lite.errors import ConfigError, PromptError, SafeSteerError
+from safesteer_lite.errors import ConfigError, PromptError, SafeSteerError, UsageError
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.known import KNOWN, Outlook, outlook
@@ -22,6 +22,7 @@ from safesteer_lite.prompts.sets import preview
 from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write, write_path
 from safesteer_lite.shell.wizard.program import Program
 from safesteer_lite.sources.preview import Look, look
+from safesteer_lite.text import typed_path
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Questions:
             place = write("Name on the model hub, owner/name:")
         if not place:
             raise SafeSteerError("That was empty.", "Type something, or press Esc to go back.")
-        path = Path(place).expanduser()
+        path = typed_path(place)
         if kind == "folder" and not path.is_dir():
             raise SafeSteerError(f"There is no folder {place}.", "Check the path, or press Esc to go back.")
         with self.program.console.status("Looking at the model"):
@@ -170,7 +171,7 @@ class Questions:
         ]
         while choose("Harmful requests to train on?", options, "own" if self.answers.prompts else ""):
             try:
-                until_right(self._ask_prompt_file, PromptError, self.program.explain)
+                until_right(self._ask_prompt_file, UsageError, self.program.explain)
                 return
             except Back:
                 continue
@@ -180,7 +181,7 @@ class Questions:
         place = write_path("Prompt file:", self.answers.prompts)
         if not place:
             raise PromptError("That was empty.", "Type a path, or press Esc to go back.")
-        path = Path(place).expanduser().resolve()
+        path = typed_path(place).resolve()
         found = preview(path)
         table = Table(title=f"{path.name}: {found.total} rows", title_justify="left")
         for name in found.columns or ("text",):

@@ -21,7 +21,7 @@ from safesteer_lite.shell.lines import dial_table, scorecard_table
 from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write_path
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.stages import strength
-from safesteer_lite.text import visible
+from safesteer_lite.text import typed_path, visible
 
 _WHERE = {"report": "report.html", "figures": "report.json", "model": "06-export/merged", "settings": "config.toml"}
 
@@ -244,7 +244,7 @@ def _new_folder(place: str) -> Path:
     """
     if not place:
         raise UsageError("That was empty.", "Type a folder, or press Esc to go back.")
-    out = Path(place).expanduser()
+    out = typed_path(place)
     if out.exists():
         raise UsageError(f"{out} exists already.", "Name a folder that does not exist yet.")
     return out
