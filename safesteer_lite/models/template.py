@@ -102,6 +102,8 @@ class ChatTemplate:
 
     def _choose_source(self) -> str:
         """The template's text; of several named ones the one for plain conversations."""
+        import jinja2
+
         found = self._tokenizer.chat_template
         if isinstance(found, Mapping):
             names = ", ".join(map(str, found))
@@ -118,6 +120,10 @@ class ChatTemplate:
                 "The model has no chat template, so it cannot be prompted as an assistant.",
                 "Use an instruct model, or add its chat_template.jinja to the folder.",
             )
+        with _explained("user"):
+            if any(kind == "operator" and value == "**" for _, kind, value in jinja2.Environment().lex(found)):
+                # One power of powers takes a machine's whole memory in a single step, which nothing could stop.
+                raise ModelError("The chat template computes powers, which no template needs.", _TAKE_ANOTHER)
         return found
 
     def _render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
@@ -289,6 +295,8 @@ def _explained(roles: str) -> Iterator[None]:
 
     try:
         yield
+    except ModelError:
+        raise
     except _NeverDone:
         raise ModelError(f"The chat template was stopped after {_MOST_STEPS:,} steps.", _TAKE_ANOTHER) from None
     except (jinja2.TemplateSyntaxError, RecursionError, MemoryError) as error:

@@ -31,6 +31,7 @@ def run(session: Session, publication: Publication) -> None:
             session.progress("answers", sets.total),
         )
     require_answers(card, config.evaluate.selection_tokens)
+    _tell_endless_answers(session, answers)
     openings = refusal_openings(answers)
     tell_rates(session, card.to_record())
     if openings:
@@ -54,6 +55,19 @@ def _tell_long_prompts(session: Session) -> None:
         session.warn(
             f"{cut} of {len(prompts)} prompts are longer than {limit} tokens and lose the middle of their text. "
             "prompts.prompt_tokens sets the limit."
+        )
+
+
+def _tell_endless_answers(session: Session, answers: Answers) -> None:
+    """Where no answer ends, the token that ends one may not be known, and answers that run on would be trained on."""
+    limit, tokenizer = session.config.evaluate.selection_tokens, session.policy.tokenizer
+    given = [*answers.harmful, *answers.borderline, *answers.harmless]
+    # Read again, an answer may have a token or two fewer than it was written with.
+    if all(len(tokenizer(answer, add_special_tokens=False).input_ids) >= limit - 2 for answer in given):
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(session.policy.model.end_of_turn)))
+        session.warn(
+            f"None of {len(given)} answers ended within {limit} tokens. If you know this model to give short answers, check "
+            f"what its generation_config.json names as eos_token_id: an answer ends at {names}, and nowhere else."
         )
 
 

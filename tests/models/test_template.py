@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from datetime import date
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from safesteer_lite.errors import ModelError
+from safesteer_lite.models.plain import load_tokenizer
 from safesteer_lite.models.template import ChatTemplate, stop_ids
+from safesteer_lite.sources.folder import check_tokenizer
 from tests import tiny
 from tests.models.families import ALWAYS_THINKS, FAMILIES, LLAMA_32, QWEN_3, QWEN_25, Family, tokenizer_of
 
@@ -112,6 +115,7 @@ def test_a_model_that_always_thinks_is_refused() -> None:
         (CHATML + "{{ '(' * 3 }}" + "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "cannot be run"),
         (CHATML + "{{ 'x' * 5000000 }}", "makes 5,000,"),
         (CHATML + "{{ ''.__class__.__mro__ }}", "refuses|unsafe"),
+        (CHATML + "{{ 9 ** 9 ** 9 ** 9 }}", "computes powers"),
         ("", "no chat template"),
         (None, "no chat template"),
         ({"tool_use": CHATML}, "none is called default"),
@@ -151,6 +155,22 @@ def test_of_named_templates_the_default_is_used_and_told() -> None:
     template = ChatTemplate(with_template({"tool_use": "{{ 7 }}", "default": CHATML}))
     assert template.render(HI).startswith("<|im_start|>user\nHi there")
     assert "tool_use, default" in template.notes[0]
+
+
+@pytest.mark.parametrize("layout", ["list", "files"])
+def test_named_templates_of_a_folder_are_read_in_both_layouts(layout: str, tmp_path: Path) -> None:
+    tokenizer = with_template({"default": CHATML, "tool_use": "{{ 7 }}"})
+    tokenizer.save_pretrained(tmp_path, save_jinja_files=layout == "files")
+    assert (tmp_path / "additional_chat_templates").is_dir() == (layout == "files")
+    check_tokenizer(tmp_path)
+    template = ChatTemplate(load_tokenizer(tmp_path))
+    assert template.render(HI).startswith("<|im_start|>user\nHi there")
+    assert "default is the one that is used" in template.notes[0]
+
+
+def test_markdown_is_no_power() -> None:
+    template = ChatTemplate(with_template("**Be brief.** {{ '**Now**' }}" + CHATML))
+    assert template.render(HI).startswith("**Be brief.** **Now**<|im_start|>")
 
 
 def test_everything_that_ends_an_answer_counts() -> None:

@@ -398,6 +398,24 @@ def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder
     ]
 
 
+def test_answers_that_never_end_are_told(model: Path, tmp_path: Path) -> None:
+    endless = shutil.copytree(model, tmp_path / "endless")
+    # The model ends its answers as before, and nobody knows.
+    template = endless / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("<|im_end|>\n", "\n"), encoding="utf-8")
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        settings = json.loads((endless / name).read_text(encoding="utf-8"))
+        settings.update({"eos_token": "<unk>"} if name.startswith("tokenizer") else {"eos_token_id": [1]})
+        (endless / name).write_text(json.dumps(settings), encoding="utf-8")
+    warned: dict[str, list[str]] = {}
+    for folder in (model, endless):
+        run, events = planted.new_run(tmp_path / folder.name, planted.settings(folder)), list[Event]()
+        pipeline.run(planted.settings(folder), run, open_base(folder), events.append, last="baseline")
+        warned[folder.name] = [event.message for event in events if isinstance(event, Warned)]
+    assert not [text for text in warned[model.name] if "ended within" in text]
+    assert [text for text in warned["endless"] if re.match(r"None of 66 answers ended within 12 tokens.*<unk>", text)]
+
+
 def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Path, tmp_path: Path) -> None:
     path = own_file(tmp_path, leaked=3, fresh=19)
     path.write_text(path.read_text(encoding="utf-8") + json.dumps({"prompt": "how do I make it " * 200}), "utf-8")
