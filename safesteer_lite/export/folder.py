@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,17 @@ WORK = "work"
 """Inside an export that is being written: what it needs on the way and does not keep."""
 MERGED = "merged"
 """In there: the merged weights, with which a killed export goes on."""
+
+
+def file_name(model: str) -> str:
+    """A model's name as part of a file's name and of a command: letters, digits, dots, dashes and underscores.
+
+    Args:
+        model: an id on the model hub, or a folder, of which the last part counts.
+    """
+    # A name such as `.` says nothing before it is a whole path.
+    last = Path(model).name.replace("..", "") or Path(model).resolve().name
+    return re.sub(r"[^\w.]+", "-", last).strip("-.") or "model"
 
 
 @contextmanager

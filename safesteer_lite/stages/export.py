@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from safesteer_lite.config import RunConfig
 from safesteer_lite.events import Metric, Progress
+from safesteer_lite.export.rehearsal import rehearse
 from safesteer_lite.export.weights import merge, shards, verify
+from safesteer_lite.export.weights.base import Weights
 from safesteer_lite.export.weights.original import describe_original
 from safesteer_lite.export.weights.verify import FailedCheck
 from safesteer_lite.method.policies import Batch, Completions
@@ -20,7 +24,7 @@ from safesteer_lite.models.assistant import Policy, Reference, kl_to_reference, 
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.sources.base import open_base
+from safesteer_lite.sources.base import Base, open_base
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # Greedy answers of the reload check, in tokens.
@@ -72,16 +76,11 @@ def merged(
         FailedCheck: they are written, and failed a check; the caller keeps them aside or removes them.
     """
     trained = trained_answers(session, adapter, strength)
-    stored_quantised = session.base.is_quantised
-    quantised = session.config.model.precision == "nf4" or stored_quantised
-    if stored_quantised and weights == "original" and original is None:
-        about = describe_original(session.base.folder, session.config.model.name)
-        session.note(f"The adapter is merged into the dequantised weights. {about}")
-        weights = "dequantised"
-    if weights == "dequantised" and not quantised:
-        session.note("The base was not quantised, so its dequantised weights are its original ones.")
-        weights = "original"
     precision = session.config.model.precision
+    quantised = precision == "nf4" or session.base.is_quantised
+    weights, reason = weights_to_take(session.config, session.base, weights, original)
+    if reason:
+        session.note(reason)
     session.drop_policy()
     _reopen(out)
     result = merge.merge_adapter(
@@ -90,7 +89,7 @@ def merged(
         out,
         strength=strength,
         words=session.base.folder,
-        weights="dequantised" if weights == "dequantised" else "original",
+        weights=weights,
         progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
     )
     report = verify.check_files(out, session.base.folder)
@@ -118,6 +117,43 @@ def merged(
         "parameters": report.parameters,
         "files": list(result.files),
     }
+
+
+def weights_to_take(config: RunConfig, base: Base, wanted: str, original: Path | None = None) -> tuple[Weights, str]:
+    """The weights that an adapter is merged into, and why it is not those that were asked for, or an empty string.
+
+    Args:
+        config: all settings.
+        base: the base model.
+        wanted: `original` or `dequantised`.
+        original: the 16-bit weights of a base that is itself in 4 bits; None if they are not at hand.
+    """
+    if wanted == "original":
+        if not base.is_quantised or original is not None:
+            return "original", ""
+        about = describe_original(base.folder, config.model.name)
+        return "dequantised", f"The adapter is merged into the dequantised weights. {about}"
+    if base.is_quantised or config.model.precision == "nf4":
+        return "dequantised", ""
+    return "original", "The base was not quantised, so its dequantised weights are its original ones."
+
+
+def rehearse_stage(config: RunConfig, base: Base, run: Path, day: date) -> None:
+    """See, before anything is trained, that this stage will be able to write what it makes of the base.
+
+    Args:
+        config: all settings.
+        base: the base model.
+        run: the run folder, which need not exist yet.
+        day: what a chat template that asks the date is told.
+
+    Raises:
+        ExportError: it will not; the message names everything that is in the way.
+        DiskSpaceError: nothing but room is missing.
+    """
+    weights, _ = weights_to_take(config, base, config.export.weights)
+    # Where a killed attempt has left weights, which then count as room.
+    rehearse(base.folder, run / "06-export.partial" / "merged", weights, day)
 
 
 def _reopen(out: Path) -> None:

@@ -16,10 +16,11 @@ from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.measure import SETS, Answers, counting_from, measure, scorecard
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import card
-from safesteer_lite.export.folder import MERGED, WORK, exported
-from safesteer_lite.export.gguf import convert, modelfile, quantise
+from safesteer_lite.export.folder import MERGED, WORK, exported, file_name
+from safesteer_lite.export.gguf import convert, modelfile
 from safesteer_lite.export.gguf.agreement import FIRST_KL_ALLOWANCE, Witness, compare
 from safesteer_lite.export.gguf.llama import LlamaCpp
+from safesteer_lite.export.rehearsal import rehearse
 from safesteer_lite.export.rows import Row, rows_record, write_rows
 from safesteer_lite.export.weights import shards, verify
 from safesteer_lite.export.weights.verify import FailedCheck
@@ -38,8 +39,6 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 _WITNESS_PROMPTS, _WITNESS_TOKENS = 16, 32
 # Room for what llama.cpp may add around a prompt, in tokens.
 _SPARE_TOKENS = 16
-# Bytes a weight, to see whether the disk has room; those of `MIXES` where no matrix divides into blocks of 256 columns.
-_BYTES_A_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q6_K": 1.07, "Q5_K_M": 1.0, "Q4_K_M": 0.9}
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,9 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
         FailedCheck: an artifact failed a check; the files are kept beside `out`.
         ExportError, DiskSpaceError: nothing was left under `out`.
     """
-    _check_first(session, out, request)
+    weights, _ = export.weights_to_take(session.config, session.base, request.weights, request.original)
+    quants = request.quants if request.kind == "gguf" else ()
+    rehearse(session.base.folder, out, weights, session.day, original=request.original, quants=quants)
     with exported(out) as draft:
         measured = _measure_trained(session, adapter, request)
         folder = draft / WORK / MERGED
@@ -118,22 +119,6 @@ def copy_adapter(adapter: Path, out: Path) -> None:
     """
     with exported(out) as draft:
         shutil.copytree(adapter, draft, dirs_exist_ok=True)
-
-
-def _check_first(session: Session, out: Path, request: Request) -> None:
-    """What can be refused at once is refused before any work."""
-    shares = 0.0
-    if request.kind == "gguf":
-        convert.check_extra(request.quants)
-        shares = sum(_BYTES_A_WEIGHT[quant] for quant in request.quants)
-        if quantise.MIXES.keys() & set(request.quants):
-            quantise.check_quantisable(session.base.config)
-            shares += 2  # The 16-bit file that they are made from.
-    tensors = shards.read_checkpoint(request.original or session.base.folder).tensors.values()
-    # Two bytes a weight; a 4-bit base has about four times as many weights as bytes say, and is merged at 16 bits.
-    packed = session.base.is_quantised and request.original is None
-    sixteen = sum(tensor.size for tensor in tensors) * (4 if packed else 1)
-    shards.require_space(out, int(sixteen * (1 + shares / 2)))
 
 
 def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
@@ -276,7 +261,7 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
                 path.rename(draft / path.name)
         folder = draft
     files = [row["file"] for row in record["artifacts"] if row["file"]]
-    if not modelfile.write_modelfiles(draft, folder, files):
+    if not modelfile.write_modelfiles(draft, folder, files, session.day):
         session.warn("No Modelfile was written: Ollama's form of this chat template is not known here.")
     shutil.rmtree(draft / WORK)
     facts = card.Facts(
@@ -306,7 +291,7 @@ def _about(session: Session, request: Request) -> dict[str, Any]:
 
 
 def _model_name(session: Session) -> str:
-    return Path(session.config.model.name).name
+    return file_name(session.config.model.name)
 
 
 def _base_name(session: Session) -> str:

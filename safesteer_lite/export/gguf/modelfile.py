@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from safesteer_lite.export.weights import shards
+from safesteer_lite.models.plain import load_tokenizer
+from safesteer_lite.models.template import ChatTemplate, stop_ids
 
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 """Chat messages (`role`, `content`) to the text that the model reads, with the opening of its answer."""
@@ -146,12 +149,14 @@ class Chat:
         stops: the tokens that end an answer, as text.
         generation: the model's generation_config.json; sampling parameters are taken over where it states some.
         context: the longest context that the model was made for, in tokens.
+        day: the date that the model's own template was told; None where it writes none.
     """
 
     form: ChatFormat
     stops: Sequence[str]
     generation: Mapping[str, Any]
     context: int
+    day: date | None = None
 
     def modelfile(self, file: str) -> str:
         """The Modelfile's text.
@@ -162,6 +167,11 @@ class Chat:
         lines = [f"FROM {'.' if file == '.' else './' + file}", ""]
         if self.form.refuses_system:
             lines += ["# The model's own template knows no system prompt: it is put before the first question.", ""]
+        if self.day:
+            lines += [
+                f"# The model's own template writes the date; this one says the day of the training, {self.day}.",
+                "",
+            ]
         lines += [f'TEMPLATE """{self.form.template}"""', ""]
         if self.form.system:
             lines += [f'SYSTEM """{self.form.system}"""', ""]
@@ -175,52 +185,46 @@ class Chat:
         return "\n".join(lines) + "\n"
 
 
-def read_chat(model_folder: Path) -> Chat | None:
+def read_chat(model_folder: Path, day: date) -> Chat | None:
     """What the Modelfiles of a model say, or None where its chat template cannot be written in Ollama's language.
 
     Args:
         model_folder: a folder with the model's tokenizer, template and configuration.
+        day: what a chat template that asks the date is told.
 
     Raises:
-        ExportError: one of those files cannot be read.
+        ModelError, ExportError: one of those files cannot be read, or is of no use.
     """
-    from transformers import AutoTokenizer
-
     config = shards.read_json(model_folder / "config.json")
     place = model_folder / "generation_config.json"
     generation = shards.read_json(place) if place.is_file() else {}
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=True
-        )
-        return str(text)
-
-    form = chat_format(render, str(tokenizer.bos_token or ""))
+    tokenizer = load_tokenizer(model_folder)
+    own = ChatTemplate(tokenizer, day)
+    form = chat_format(own.render, str(tokenizer.bos_token or ""))
     if form is None:
         return None
-    ends = generation.get("eos_token_id", config.get("eos_token_id", tokenizer.eos_token_id))
-    ids = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
-    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ids or [tokenizer.eos_token_id]]
-    longest = config.get("max_position_embeddings")
+    asked = [{"role": "user", "content": _USER}]
+    dated = own.render(asked) != own.render(asked, date(1999, 11, 30))
+    ends = stop_ids(tokenizer, generation.get("eos_token_id"), config.get("eos_token_id"))
     # Ollama's quoted words have no escapes, so a stop with a quote or a line break in it cannot be said.
-    said = [stop for stop in dict.fromkeys(stops) if not {'"', "\n"} & set(stop)]
-    return Chat(form, said, generation, longest if isinstance(longest, int) else CONTEXT)
+    stops = [str(stop) for stop in tokenizer.convert_ids_to_tokens(sorted(ends)) if not {'"', "\n"} & set(stop or '"')]
+    longest = config.get("max_position_embeddings")
+    return Chat(form, stops, generation, longest if isinstance(longest, int) else CONTEXT, day if dated else None)
 
 
-def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str]) -> list[str]:
+def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str], day: date) -> list[str]:
     """Write a Modelfile for each file of weights: `Modelfile` for the first, `Modelfile.<quantisation>` for others.
 
     Args:
         folder: where the weights lie.
         model_folder: a folder with the model's tokenizer, template and configuration.
         files: the weights: GGUF files, or `.` alone.
+        day: what a chat template that asks the date is told.
 
     Returns:
         The names written; none where the model's template cannot be written in Ollama's language.
     """
-    chat = read_chat(model_folder)
+    chat = read_chat(model_folder, day)
     if chat is None:
         return []
     names = []

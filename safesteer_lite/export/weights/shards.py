@@ -307,19 +307,20 @@ def draft_name(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.tmp")
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, what: str = "") -> None:
     """Check for free space where `folder` will be.
 
     Args:
         folder: what will be written; it need not exist. What a killed attempt left of it counts as free, since it will
             be used or cleared away.
         needed: bytes.
+        what: what will be written, as the user would call it; empty for the folder's name.
 
     Raises:
         DiskSpaceError: there is less room than that.
     """
     left = sum(path.stat().st_size for path in draft_name(folder).rglob("*") if path.is_file())
-    durable.require_space(folder.parent, needed - left, folder.name)
+    durable.require_space(folder.parent, needed - left, what or folder.name)
 
 
 @contextmanager

@@ -126,10 +126,21 @@ def check_form(
         problems.append("config.json still has a quantization_config")
     architecture = _check_architecture(config, problems)
     dtype = _check_dtype(tensors, config, problems)
-    length = _check_tokenizer(words, base_folder, problems)
+    length, faults = check_words(words, base_folder)
     rows = _check_vocabulary(tensors, config, length, problems) if architecture else 0
-    _check_template(words, base_folder, problems)
-    return Form(architecture, dtype, rows, length, tuple(problems))
+    return Form(architecture, dtype, rows, length, (*problems, *faults))
+
+
+def check_words(folder: Path, base_folder: Path | None = None) -> tuple[int, list[str]]:
+    """Check a folder's tokenizer and chat template; arguments as in `check_form`.
+
+    Returns:
+        The highest token id plus one, and what is wrong, a clause each.
+    """
+    problems: list[str] = []
+    length = _check_tokenizer(folder, base_folder, problems)
+    _check_template(folder, base_folder, problems)
+    return length, problems
 
 
 def write_sums(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     from safesteer_lite.models.loading import check_template
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES
 
     PromptPlan(settings.prompts).check()
@@ -83,6 +85,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     base = resolve(settings, emit)
     decision = decide(settings.model, base.shape, Path.cwd())
     check_template(base)
+    rehearse_stage(settings, base, options.runs, date.today())
     folder = run_folders.create(
         options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=package_versions()
     )

@@ -86,21 +86,61 @@ def test_llama_cpp_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
-    """Put a script of our own in the converter's place: it gets the same arguments in a process of its own."""
-    script = tmp_path / "converter.py"
-    script.write_text(
-        "import os, sys\nfrom pathlib import Path\nout = Path(sys.argv[sys.argv.index('--outfile') + 1])\n" + lines
+    """Put a script of our own in the converter's place: it gets the same arguments in a process of its own.
+
+    Like the converter, it reads them with argparse and imports a module that lies beside it.
+    """
+    home = tmp_path / "converter"
+    home.mkdir()
+    (home / "beside.py").write_text("known = True\n")
+    (home / "converter.py").write_text(
+        "import argparse, os, sys, time, beside\nfrom pathlib import Path\nparser = argparse.ArgumentParser()\n"
+        "parser.add_argument('model')\n"
+        "for name in ('outfile', 'outtype', 'model-name'): parser.add_argument('--' + name)\n"
+        "parser.add_argument('--vocab-only', action='store_true')\n"
+        "given = parser.parse_args()\nout = Path(given.outfile)\n" + lines
     )
-    monkeypatch.setattr(convert, "_script", lambda: script)
+    monkeypatch.setattr(convert, "_script", lambda: home / "converter.py")
 
 
 def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    says = "out.write_text(' '.join(sys.argv[1:]) + os.environ['HF_HUB_OFFLINE'])"
-    converter(tmp_path, monkeypatch, says)
-    convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "Q8_0", "Tiny", tmp_path)
-    told = (tmp_path / "m.gguf").read_text()
-    assert told == f"{tmp_path / 'model'} --outfile {tmp_path / 'm.gguf.tmp'} --outtype q8_0 --model-name Tiny1"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["converter.py", "m.gguf"]
+    converter(tmp_path, monkeypatch, "out.write_text(f'{vars(given)} {os.environ[\"HF_HUB_OFFLINE\"]}')")
+    (tmp_path / "model").mkdir()
+    # Names that a command line or the current folder could be mistaken for.
+    monkeypatch.chdir(tmp_path / "model")
+    for name in ("argparse", "beside", "torch"):
+        Path(f"{name}.py").write_text("raise SystemExit('taken from the current folder')")
+    convert.write_gguf(Path("../model"), tmp_path / "m.gguf", "Q8_0", "-Tiny --vocab-only", tmp_path)
+    model, out = tmp_path / "model" / ".." / "model", tmp_path / "m.gguf.tmp"
+    assert (tmp_path / "m.gguf").read_text() == (
+        f"{{'model': '{model}', 'outfile': '{out}', 'outtype': 'q8_0', 'model_name': '-Tiny --vocab-only', "
+        "'vocab_only': False} 1"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converter", "m.gguf", "model"]
+
+
+def test_a_tokenizer_is_tried_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "config.json").write_text('{"architectures": ["A"], "quantization_config": {"bits": 4}}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    says = "print(sorted(os.listdir(given.model)), (Path(given.model) / 'config.json').read_text(), file=sys.stderr)\n"
+    converter(tmp_path, monkeypatch, f"{says}assert given.vocab_only\nsys.exit(0 if out.write_text('') else 'no')")
+    with pytest.raises(ExportError, match="said last: no"):
+        convert.try_tokenizer(folder)
+    converter_file = tmp_path / "converter" / "converter.py"
+    converter_file.write_text(converter_file.read_text().replace("'no'", "f'{os.listdir(given.model)}'"))
+    with pytest.raises(ExportError) as caught:
+        convert.try_tokenizer(folder)
+    assert "config.json" in caught.value.message and "safetensors" not in caught.value.message
+    converter_file.write_text(converter_file.read_text().replace("write_text('')", "write_text('x')"))
+    convert.try_tokenizer(folder)
+
+
+def test_a_converter_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converter(tmp_path, monkeypatch, "out.write_text('half')\ntime.sleep(1000)")
+    monkeypatch.setattr(convert, "_PATIENCE_SECONDS", 1.0)
+    with pytest.raises(ExportError, match="was not done with model after 0 minutes"):
+        convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", "Tiny", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["converter"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +164,7 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(
     with pytest.raises((ExportError, DiskSpaceError)) as caught:
         convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", "Tiny", tmp_path)
     assert told in str(caught.value) and hint in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["converter.py"]
+    assert [path.name for path in tmp_path.iterdir()] == ["converter"]
 
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the extra [gguf]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import jinja2
@@ -78,6 +79,7 @@ TEMPLATES = {
     "tekken": TEKKEN,
     "thinking": tiny.CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>"),
 }
+DAY = date(2026, 11, 26)
 CHATS = [
     [("user", "Who are you?")],
     [("system", "You are a pirate."), ("user", "Who are you?")],
@@ -198,17 +200,17 @@ def test_a_whole_modelfile() -> None:
 def test_each_file_has_a_modelfile_with_the_stops_and_the_context_of_its_model(
     tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
-    names = write_modelfiles(tmp_path, tiny_folder("qwen2"), ["m-Q8_0.gguf", "m-Q4_K_M.gguf"])
+    names = write_modelfiles(tmp_path, tiny_folder("qwen2"), ["m-Q8_0.gguf", "m-Q4_K_M.gguf"], DAY)
     assert names == ["Modelfile", "Modelfile.Q4_K_M"] == sorted(path.name for path in tmp_path.iterdir())
     for name, file in zip(names, ("m-Q8_0.gguf", "m-Q4_K_M.gguf"), strict=True):
         lines = (tmp_path / name).read_text(encoding="utf-8").splitlines()
         assert lines[0] == f"FROM ./{file}"
         assert [line for line in lines if line.startswith("PARAMETER")] == [
-            f"PARAMETER stop {json.dumps(tiny.END_OF_TURN)}",
             f"PARAMETER stop {json.dumps(tiny.END_OF_TEXT)}",
+            f"PARAMETER stop {json.dumps(tiny.END_OF_TURN)}",
             "PARAMETER num_ctx 256",
         ]
-    assert write_modelfiles(tmp_path, tiny_folder("qwen2"), ["."]) == ["Modelfile"]
+    assert write_modelfiles(tmp_path, tiny_folder("qwen2"), ["."], DAY) == ["Modelfile"]
     assert (tmp_path / "Modelfile").read_text(encoding="utf-8").startswith("FROM .\n")
 
 
@@ -219,11 +221,30 @@ def test_a_supported_model_whose_template_refuses_system_prompts_has_a_modelfile
     (model / "chat_template.jinja").write_text(MISTRAL_1)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": tiny.END_OF_TEXT}))
-    assert write_modelfiles(tmp_path, model, ["m.gguf"]) == ["Modelfile"]
+    assert write_modelfiles(tmp_path, model, ["m.gguf"], DAY) == ["Modelfile"]
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
     assert "# The model's own template knows no system prompt: it is put before the first question.\n" in text
     assert "[INST] {{ if $system }}{{ $system }}\n\n" in text
     assert "SYSTEM" not in text
+
+
+def test_a_template_that_writes_the_date_says_the_day_of_the_training(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    today = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}"
+    (model / "chat_template.jinja").write_text(
+        LLAMA_32.replace("26 Jul 2024", "{#-#}' ~ today ~ '")
+        .replace(
+            "{{- '<|begin_of_text|>' }}", "{%- set today = " + today.strip("{} ") + " %}{{- '<|begin_of_text|>' }}"
+        )
+        .replace("{#-#}", "")
+    )
+    chat = read_chat(model, DAY)
+    assert chat is not None and chat.form.preamble == "Knowledge: 2023\nToday: 26 Nov 2026\n\n"
+    assert "# The model's own template writes the date; this one says the day of the training, 2026-11-26.\n" in (
+        chat.modelfile(".")
+    )
 
 
 def test_a_model_that_names_no_usable_numbers_has_a_modelfile(
@@ -234,7 +255,7 @@ def test_a_model_that_names_no_usable_numbers_has_a_modelfile(
     config = json.loads((model / "config.json").read_text())
     del config["max_position_embeddings"]
     (model / "config.json").write_text(json.dumps(config))
-    chat = read_chat(model)
+    chat = read_chat(model, DAY)
     assert chat is not None and chat.modelfile(".").splitlines()[-2:] == [
         f'PARAMETER stop "{tiny.END_OF_TURN}"',
         "PARAMETER num_ctx 4096",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import base as base_weights
@@ -188,3 +189,15 @@ def test_the_written_type_has_a_merge_result(tmp_path: Path, base: Path, adapter
     assert result == MergeResult(
         tmp_path / "out", result.files, len(stored(base)), 14, size, torch.bfloat16, 0.75, "original"
     )
+
+
+def test_a_matrix_that_is_wider_than_the_others_is_rounded_like_them_and_a_norm_is_not(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2", torch.bfloat16, max_shard_size="1GB")
+    whole = load_file(base / "model.safetensors")
+    matrix, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"
+    whole |= {matrix: whole[matrix].float() + 2**-20, norm: whole[norm].float() + 2**-20}
+    save_file(whole, base / "model.safetensors", {"format": "pt"})
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    merge_adapter(base, adapter, tmp_path / "out")
+    merged = stored(tmp_path / "out")
+    assert torch.equal(merged[matrix], whole[matrix].bfloat16()) and torch.equal(merged[norm], whole[norm])
