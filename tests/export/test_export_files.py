@@ -143,6 +143,7 @@ def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: 
 @pytest.fixture
 def no_extra_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "check_extra", lambda quants: None)
+    monkeypatch.setattr(convert, "try_tokenizer", lambda folder: None)
 
 
 def test_a_gguf_export_without_the_extra_is_refused_before_any_work(

@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_small_is_found_before_any_work(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "only 0.00 GB are free" in refused(place, capsys)
+    assert "0.00 GB free" in refused(place, capsys)
     assert "answers" not in capsys.readouterr().out
 
 
