@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safesteer_lite.method import policies
 from safesteer_lite.method.directions import refusal_score
-from safesteer_lite.method.distill import Distillation, Recipe, StepResult, learning_rate_at, prompts_at
+from safesteer_lite.method.distill import Distillation, Recipe, StepResult, generator_at, learning_rate_at, prompts_at
 from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
 from safesteer_lite.method.policies import Batch, Completions, LanguageModel, Residual, Steering, join, pad_left
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
@@ -163,6 +163,50 @@ def test_resumed_equals_uninterrupted(precision: str, tiny_policy: tiny.Loader) 
     for one, other in zip(rest, expected[2:], strict=True):
         assert torch.equal(one.rollout, other.rollout)
         assert replace(one, rollout=other.rollout) == other
+
+
+class Recorder(PlainModel):
+    """Keeps what was sampled, and with which seed."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.model.network, policy.tokenizer, policy.model.first_adapter_layer)
+        self.sampled: list[tuple[int, Completions]] = []
+
+    def generate(
+        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+    ) -> Completions:
+        assert generator is not None
+        seed = generator.initial_seed()
+        self.sampled.append((seed, super().generate(prompts, max_new_tokens, temperature, generator, repeats)))
+        return self.sampled[-1][1]
+
+
+def test_rollouts_of_one_prompt_all_differ(tiny_policy: tiny.Loader) -> None:
+    """One prompt is every harmful and every anchor prompt: what tells rollouts apart is the stream of random numbers."""
+    policy = tiny_policy()
+    model, prompt = Recorder(policy), policy.encode(tiny.PROMPTS[1])
+    recipe = replace(ANCHORED, prompts=2, rollouts=3, anchors=2, temperature=4.0, learning_rate=0.0)
+    loop = Distillation(model, Steering(2, tiny.vector(0.4)), SAFETY_TOKENS, [prompt] * 2, [prompt] * 2, recipe)
+    steps(loop, 3)
+    seeds = [seed for seed, _ in model.sampled]
+    assert len(seeds) == len(set(seeds)) == 6, "a stream for the harmful and one for the anchor prompts of each step"
+    rollouts = [tuple(row.tolist()) for _, found in model.sampled for row in found.tokens]
+    assert len(rollouts) == len(set(rollouts)) == 3 * (2 * 3 + 2)
+    # The first tokens of streams that begin alike would be the same in every step, or in every kind of prompt.
+    first = [tuple(found.tokens[:2, 0].tolist()) for _, found in model.sampled]
+    assert len(set(first)) >= 5
+
+
+def test_streams_of_random_numbers_do_not_overlap() -> None:
+    """Neither between steps, kinds of prompts or seeds that lie side by side, nor where one stream follows another."""
+    drawn: list[float] = []
+    for seed in range(3):
+        for step in range(40):
+            for stream in (0, 1):
+                generator = generator_at(step, seed, stream)
+                drawn += torch.rand(200, generator=generator, dtype=torch.float64).tolist()
+    # 53 random bits each: two of these 48,000 are the same by chance once in millions of tries.
+    assert len(drawn) == len(set(drawn)) == 3 * 40 * 2 * 200
 
 
 def test_masters_keep_what_bf16_would_round_away() -> None:
