@@ -1,34 +1,24 @@
 """A model's chat template: conversations in, the text and tokens that the model reads out.
 
-A template is a small program that came with the model. It is run with a bound on its work, on a date that stays the same, and
-what people wrote never becomes one of the tokens that mark turns. What it must do for this method is tried when it is
-taken up, which needs the tokenizer but no weights.
+What people wrote never becomes one of the tokens that mark turns. What a template must do for this method is tried when it
+is taken up, which needs the tokenizer but no weights.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import date, datetime, time
-from types import FrameType
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from safesteer_lite.errors import ModelError
+from safesteer_lite.models.rendering import TAKE_ANOTHER, refuse_powers, run_template
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`."""
 
-LARGEST_TEXT = 4_000_000
-"""Characters that a template may add to a conversation; whole libraries of tools stay far below."""
-
-# Lines of the code that Jinja makes of a template. Real ones take some fifty for each message, a loop in a loop billions.
-_MOST_STEPS = 300_000
-
-# Jinja's name for the generated code of a template that came as a text.
-_TEMPLATE_CODE = "<template>"
-
+_NO_OPTIONS: Mapping[str, bool] = {}
+_UNOPENED = {"add_generation_prompt": False}
 # What the templates of models that may or may not think call the switch.
 _WITHOUT_THINKING: tuple[Mapping[str, bool], ...] = ({"enable_thinking": False}, {"thinking": False})
 _OPEN_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)", re.DOTALL | re.IGNORECASE)
@@ -36,8 +26,6 @@ _OPEN_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)", re.DOTALL
 # Words that no template has of its own, so that what it does with them can be seen.
 _ASKED, _ALSO_ASKED, _ANSWERED = "Zebras wander quietly.", "Is 7 < 9 & 'x' a \"NAME\"?", "Herons answer slowly."
 _ANOTHER_DAY = date(1999, 11, 30)
-
-_TAKE_ANOTHER = "Take the template from the model's own page, or use another model."
 
 
 class ChatTemplate:
@@ -82,7 +70,7 @@ class ChatTemplate:
         Raises:
             ModelError: the template cannot write this conversation, or would never be done with it.
         """
-        return self._render(messages, strftime_now=_clock(day or self._day))
+        return self._render(messages, day=day)
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids of `render`, in which the tokens that mark turns come from the template alone.
@@ -102,8 +90,6 @@ class ChatTemplate:
 
     def _choose_source(self) -> str:
         """The template's text; of several named ones the one for plain conversations."""
-        import jinja2
-
         found = self._tokenizer.chat_template
         if isinstance(found, Mapping):
             names = ", ".join(map(str, found))
@@ -120,35 +106,27 @@ class ChatTemplate:
                 "The model has no chat template, so it cannot be prompted as an assistant.",
                 "Use an instruct model, or add its chat_template.jinja to the folder.",
             )
-        with _explained("user"):
-            if any(kind == "operator" and value == "**" for _, kind, value in jinja2.Environment().lex(found)):
-                # One power of powers takes a machine's whole memory in a single step, which nothing could stop.
-                raise ModelError("The chat template computes powers, which no template needs.", _TAKE_ANOTHER)
+        refuse_powers(found)
         return found
 
-    def _render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, bool] = _NO_OPTIONS, day: date | None = None
+    ) -> str:
         turns: list[dict[str, Any]] = [dict(turn) for turn in messages]
         if self._in_parts:
             turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-        options = {"add_generation_prompt": True, "strftime_now": _clock(self._day), **self._switches, **options}
-        with _explained(", ".join(turn["role"] for turn in messages)), _bounded():
-            text = str(
-                self._tokenizer.apply_chat_template(turns, chat_template=self._source, tokenize=False, **options)
-            )
-        if len(text) > LARGEST_TEXT + sum(len(turn["content"]) for turn in messages):
-            raise ModelError(
-                f"The chat template makes {len(text):,} characters of {len(turns)} messages.", _TAKE_ANOTHER
-            )
-        return text
+        told = {"add_generation_prompt": True, **self._switches, **options}
+        return run_template(self._tokenizer, self._source, turns, day or self._day, told)
 
     def _check_the_user_is_heard(self) -> None:
         """Find out whether the template takes a message as a text or in parts."""
-        problem = ModelError("The chat template loses or changes what the user says.", _TAKE_ANOTHER)
+        problem = ModelError("The chat template loses or changes what the user says.", TAKE_ANOTHER)
         for in_parts in (False, True):
             self._in_parts = in_parts
             try:
                 heard = [text in self._render([_turn("user", text)]) for text in (_ASKED, _ALSO_ASKED)]
-                shows_parts = "'type'" in self._render([_turn("user", _ASKED)])
+                # A list of parts that is printed as Python prints it, quotes and all.
+                shows_parts = f"'text': '{_ASKED}'" in self._render([_turn("user", _ASKED)])
             except ModelError as error:
                 # What it makes of a plain text says more than what it makes of parts, which few templates know.
                 problem = problem if in_parts else error
@@ -162,7 +140,7 @@ class ChatTemplate:
         asked = [_turn("user", _ASKED)]
         plain = self._render(asked)
         for switch in _WITHOUT_THINKING:
-            if self._render(asked, **switch) != plain:
+            if self._render(asked, switch) != plain:
                 self._switches = switch
                 name = next(iter(switch))
                 self.notes.append(
@@ -183,13 +161,13 @@ class ChatTemplate:
         itself, as if it were part of the answer. Returns what the template puts behind the answer."""
         asked, answer = [_turn("user", _ASKED)], _turn("assistant", _ANSWERED)
         prompt = self._render(asked)
-        before, found, behind = self._render([*asked, answer], add_generation_prompt=False).partition(_ANSWERED)
+        before, found, behind = self._render([*asked, answer], _UNOPENED).partition(_ANSWERED)
         if not found:
-            raise ModelError("The chat template loses what the assistant says.", _TAKE_ANOTHER)
+            raise ModelError("The chat template loses what the assistant says.", TAKE_ANOTHER)
         if prompt.startswith(before.rstrip()):
             return behind
         missing = before.removeprefix(prompt.rstrip()).lstrip()
-        if before.startswith(prompt.rstrip()) or prompt == self._render(asked, add_generation_prompt=False):
+        if before.startswith(prompt.rstrip()) or prompt == self._render(asked, _UNOPENED):
             raise ModelError(
                 f"The chat template does not open the answer: the model would have to write {missing[-80:]!r} itself.",
                 f"Add to its end: {{% if add_generation_prompt %}}{missing[-80:]}{{% endif %}}",
@@ -249,67 +227,7 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _clock(day: date) -> Callable[[str], str]:
-    """What templates call `strftime_now`, at noon of one day."""
-    return datetime.combine(day, time(12)).strftime
-
-
 def _unused_character(texts: Iterable[str]) -> str:
     """A character for private use that occurs in none of the texts."""
     used = set().union(*texts)
     return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
-
-
-class _NeverDone(Exception):
-    """The template took more steps than any real one."""
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Inside, templates that take too many steps are stopped. Steps are counted, not seconds, so that a template is refused
-    on every machine or on none."""
-    left = _MOST_STEPS
-
-    def count(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _NeverDone
-        return count
-
-    def enter(frame: FrameType, event: str, argument: object) -> Any:
-        return count if frame.f_code.co_filename == _TEMPLATE_CODE else None
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-@contextmanager
-def _explained(roles: str) -> Iterator[None]:
-    """Turn what a template raises, which can be anything, into an error that the user can act on."""
-    import jinja2
-
-    try:
-        yield
-    except ModelError:
-        raise
-    except _NeverDone:
-        raise ModelError(f"The chat template was stopped after {_MOST_STEPS:,} steps.", _TAKE_ANOTHER) from None
-    except (jinja2.TemplateSyntaxError, RecursionError, MemoryError) as error:
-        raise ModelError(f"The chat template cannot be run ({_said_by(error)}).", _TAKE_ANOTHER) from error
-    except jinja2.TemplateError as error:
-        raise ModelError(
-            f"The chat template refuses a conversation of {roles} ({_said_by(error)}).",
-            "Leave the system prompt out, or use another model.",
-        ) from error
-    except Exception as error:
-        raise ModelError(f"The chat template fails ({_said_by(error)}).", _TAKE_ANOTHER) from error
-
-
-def _said_by(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

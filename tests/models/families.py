@@ -193,6 +193,43 @@ MISTRAL = Family(
     takes_system=False,
 )
 
+MISTRAL_V3 = Family(
+    # A system prompt goes into the last of the user's turns.
+    """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace(index=0) %}
+{%- for message in loop_messages %}
+    {%- if not (message.role == "tool" or (message.tool_calls is defined and message.tool_calls is not none)) %}
+        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+            {{- raise_exception("Roles must alternate user/assistant after the optional system message.") }}
+        {%- endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+""",
+    "<s>[INST] Hi there[/INST]",
+    "</s>",
+    ("<s>", "</s>", "[INST]", "[/INST]"),
+    "<s>",
+)
+
 GEMMA = Family(
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -234,6 +271,7 @@ FAMILIES = {
     "qwen-2.5": QWEN_25,
     "qwen-3": QWEN_3,
     "mistral": MISTRAL,
+    "mistral-v3": MISTRAL_V3,
     "gemma": GEMMA,
     "phi-3": PHI_3,
     "in-parts": IN_PARTS,
