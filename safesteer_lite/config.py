@@ -99,6 +99,15 @@ class DirectionConfig:
 class TokensConfig:
     """How safety tokens are voted."""
 
+    vote: str = setting(
+        "mass", "by moved probability, or by log-ratio (paper)", "docs/method.md, safety tokens", ("mass", "ratio")
+    )
+    voters: str = setting(
+        "harmful",
+        "answers whose positions vote: the base's to training prompts, or the teacher's to harmless ones (paper)",
+        "docs/method.md, safety tokens",
+        ("harmful", "harmless"),
+    )
     count: int = setting(50, "tokens (K)", "arXiv 2606.02530", bounds=Bounds(1, 100_000))
     ballots: int = setting(200, "votes a position", "the authors' research scripts", bounds=Bounds(1, 100_000))
     samples: int = setting(8, "continuations a prompt (M)", "arXiv 2606.02530", bounds=Bounds(1, 1_000))

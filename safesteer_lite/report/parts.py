@@ -274,7 +274,7 @@ def tokens(source: Source) -> Markup | None:
     cells = [
         (
             element("code", row["text"].replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")),
-            join([bar(row["votes"] / max(result["positions"], 1)), row["votes"]]),
+            join([bar(row["votes"] / max(result["positions"], 1)), f"{row['votes']:g}"]),
             f"{row['teacher']:.1e}",
             f"{row['base']:.1e}",
             f"{row['teacher'] / row['base']:.0f}x" if row["base"] else "",
@@ -282,7 +282,7 @@ def tokens(source: Source) -> Markup | None:
         for row in rows
     ]
     told = (
-        f"The {len(rows)} tokens that the teacher wants more than the base does, by votes of {result['positions']} positions, "
+        f"The {len(rows)} tokens by which the teacher differs from the base, by votes of {result['positions']} positions, "
         f"with their mean probabilities: together {result['teacher_mass']:.1e} in the teacher, {result['base_mass']:.1e} in "
         "the base. ␣ is a space."
     )
@@ -290,7 +290,25 @@ def tokens(source: Source) -> Markup | None:
     parts = [paragraph(told), table(headings, cells[:_TOKENS_SHOWN], "tokens")]
     if len(cells) > _TOKENS_SHOWN:
         parts.append(folded(f"{len(cells) - _TOKENS_SHOWN} more", table(headings, cells[_TOKENS_SHOWN:], "tokens")))
+    if shares := result.get("shares"):
+        parts += [paragraph(_SHARES_TOLD), table(*_share_table(shares))]
     return join(parts)
+
+
+_SHARES_TOLD = (
+    "What the first tokens of that list see of the divergence between base and teacher (the reverse KL of a student before its "
+    "first step), along the base's own answers to held-out harmful prompts, by the place in the answer."
+)
+
+
+def _share_table(shares: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: one row a number of tokens, one column a place of the answer with how many answers reach it."""
+    headings = ["tokens", *(f"place {place}, n {n}" for place, n in enumerate(shares["positions"], start=1))]
+    rows = [
+        [str(count), *("" if share is None else f"{share:.0%}" for share in row)]
+        for count, row in zip(shares["counts"], shares["shares"], strict=True)
+    ]
+    return headings, rows
 
 
 def limits(source: Source) -> Markup:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,42 +19,34 @@ from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import Session
 
-# Prompts a batch, fewer where memory is short; each stands for `samples` sequences.
+# Prompts a batch, fewer where memory is short; each may stand for several sequences.
 _BATCH = 8
+# What the table of shares looks at: so many tokens, at so many places of an answer.
+SHARE_COUNTS, SHARE_PLACES = (10, 20, 50, 100, 200), 8
+# A set that sees less than this of the divergence where an answer begins cannot teach the model to begin otherwise.
+LEAST_SHARE = 0.1
 
 
 def run(session: Session, publication: Publication) -> None:
-    """Let every position of the teacher's answers to held-out harmless prompts vote."""
+    """Let positions of answers vote, and tell how much of the divergence the chosen tokens see."""
     config, policy = session.config.tokens, session.policy
-    model, steer = policy.model, load_steering(session)
-    prompts = texts(session.prompts.split("selection").harmless)
-    done = session.progress("prompts continued", len(prompts))
-
-    def read(size: int) -> list[VotePositions]:
-        generator, positions, finished = torch.Generator().manual_seed(session.config.seed), [], 0
-        for _, batch in policy.batches(prompts, size):
-            positions.append(
-                method.collect(model, steer, batch, samples=config.samples, horizon=config.horizon, generator=generator)
-            )
-            finished += len(batch)
-            done(finished)
-        return positions
-
-    positions, _ = fitting(_BATCH, read)
-    chosen = method.vote(
-        positions,
-        model.logits,
-        excluded=model.special_ids,
+    ranked = method.vote(
+        _voters(session),
+        policy.model.logits,
+        by=cast(method.Vote, config.vote),
+        excluded=policy.model.special_ids,
         minimum_probability=config.minimum_probability,
         ballots=config.ballots,
-        count=config.count,
+        count=max(config.count, *SHARE_COUNTS),
         chunk=session.config.distill.chunk,
     )
+    chosen = ranked.first(config.count)
     if not len(chosen.ids):
         raise DirectionError(
             "No token got a vote, so there are no safety tokens.",
             "Lower tokens.minimum_probability or raise tokens.samples.",
         )
+    shares = _shares(session, ranked.ids)
     words = [policy.tokenizer.decode([index]) for index in chosen.ids.tolist()]
     save_file({"ids": chosen.ids, "votes": chosen.votes}, publication.path / "tokens.safetensors")
     rows = [
@@ -72,10 +66,80 @@ def run(session: Session, publication: Publication) -> None:
         "positions": chosen.positions,
         "teacher_mass": float(chosen.teacher_probability.sum()),
         "base_mass": float(chosen.base_probability.sum()),
+        "shares": shares,
     }
     session.note(
         f"{chosen.positions} positions voted; the {len(words)} safety tokens begin with {', '.join(map(repr, words[:8]))}."
     )
+    _tell_share(session, shares, len(words))
+
+
+def _voters(session: Session) -> list[VotePositions]:
+    """The positions that vote: where the loss will be read, or (paper) along the teacher's answers to harmless prompts."""
+    config = session.config.tokens
+    if config.voters == "harmless":
+        prompts = texts(session.prompts.direction()[1]) + texts(session.prompts.split("selection").harmless)
+        return _collect(session, prompts, config.samples, config.horizon, by_teacher=True)
+    return _collect(session, texts(session.prompts.training()), config.samples, config.horizon, by_teacher=False)
+
+
+def _collect(
+    session: Session, prompts: list[str], samples: int, horizon: int, *, by_teacher: bool
+) -> list[VotePositions]:
+    policy, steer = session.policy, load_steering(session)
+    done = session.progress("prompts continued", len(prompts))
+
+    def read(size: int) -> list[VotePositions]:
+        generator, positions, finished = torch.Generator().manual_seed(session.config.seed), [], 0
+        for _, batch in policy.batches(prompts, size):
+            found = method.collect(
+                policy.model,
+                steer,
+                batch,
+                samples=samples,
+                horizon=horizon,
+                generator=generator,
+                by_teacher=by_teacher,
+            )
+            positions.append(found)
+            finished += len(batch)
+            done(finished)
+        return positions
+
+    return fitting(_BATCH, read)[0]
+
+
+def _shares(session: Session, ids: Tensor) -> dict[str, Any]:
+    """The share of the divergence that the first tokens see, by place, along the base's answers to held-out prompts."""
+    prompts = texts(session.prompts.split("selection").harmful)
+    positions = _collect(session, prompts, 1, SHARE_PLACES, by_teacher=False)
+    counts = sorted({min(count, len(ids)) for count in (*SHARE_COUNTS, session.config.tokens.count)})
+    found = method.carried(positions, session.policy.model.logits, ids, counts, session.config.distill.chunk)
+    reached = torch.cat([entry.place for entry in positions]).bincount(minlength=found.shape[1])
+    return {
+        "counts": counts,
+        "positions": reached.tolist(),
+        # Where teacher and base agree there is no divergence to see a share of.
+        "shares": [[None if math.isnan(share) else round(share, 4) for share in row] for row in found.tolist()],
+    }
+
+
+def _tell_share(session: Session, shares: dict[str, Any], count: int) -> None:
+    """Say what the chosen tokens see where answers to harmful prompts begin, and warn where that is next to nothing."""
+    first = next(iter(shares["shares"][shares["counts"].index(count)]), None)
+    if first is None:
+        session.warn("Base and teacher begin their answers to harmful prompts alike: there is nothing to distil there.")
+        return
+    session.note(
+        f"Where an answer to a harmful prompt begins, these {count} tokens see {first:.0%} of the divergence between base "
+        f"and teacher (n {shares['positions'][0]})."
+    )
+    reads = {session.config.distill.objective, session.config.distill.anchor_objective}
+    if first < LEAST_SHARE and not reads <= {"full", "top-k"}:
+        session.warn(
+            "The loss reads the safety tokens only, and these see next to nothing of what the teacher wants changed: set "
+            "tokens.vote=mass, or raise tokens.count."
+        )
 
 
 def load_tokens(session: Session) -> Tensor:

@@ -187,6 +187,7 @@ def run_case(name: str, backend: str, naive: bool, cap: int, folder: Path, devic
         return tokens.vote(
             found,
             model.logits,
+            by="ratio",
             excluded=model.special_ids,
             minimum_probability=0.0,
             ballots=200,

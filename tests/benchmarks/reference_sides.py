@@ -206,6 +206,7 @@ def our_tokens(options: argparse.Namespace) -> dict[str, Any]:
         chosen = voting.vote(
             positions,
             policy.model.logits,
+            by="ratio",
             excluded=policy.model.special_ids,
             minimum_probability=config.minimum_probability,
             ballots=config.ballots,

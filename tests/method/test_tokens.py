@@ -20,6 +20,11 @@ def head(logits: Tensor) -> Tensor:
     return logits
 
 
+def seen(teacher: Tensor, base: Tensor) -> VotePositions:
+    """Positions that all begin an answer."""
+    return VotePositions(teacher, base, torch.zeros(len(teacher), dtype=torch.long))
+
+
 def elect(
     positions: list[VotePositions],
     excluded: frozenset[int] = NOBODY,
@@ -27,10 +32,18 @@ def elect(
     ballots: int = 2,
     count: int = 50,
     chunk: int = 3,
+    by: tokens.Vote = "ratio",
 ) -> SafetyTokens:
     """The vote over written-down logits."""
     return tokens.vote(
-        positions, head, excluded=excluded, minimum_probability=minimum, ballots=ballots, count=count, chunk=chunk
+        positions,
+        head,
+        by=by,
+        excluded=excluded,
+        minimum_probability=minimum,
+        ballots=ballots,
+        count=count,
+        chunk=chunk,
     )
 
 
@@ -49,6 +62,7 @@ def test_the_tokens_that_steering_raises_are_elected(tiny_policy: tiny.Loader) -
     elected = tokens.vote(
         [found],
         model.logits,
+        by="ratio",
         excluded=model.special_ids,
         minimum_probability=1e-8,
         ballots=3,
@@ -79,7 +93,7 @@ def test_the_streamed_vote_equals_a_naive_one(chunk: int, ballots: int) -> None:
     generator = torch.Generator().manual_seed(ballots)
     teacher = torch.randn(17, 30, generator=generator) * 3
     base = torch.randn(17, 30, generator=generator) * 3
-    parts = [VotePositions(teacher[:6], base[:6]), VotePositions(teacher[6:], base[6:])]
+    parts = [seen(teacher[:6], base[:6]), seen(teacher[6:], base[6:])]
     elected = elect(parts, frozenset({2, 11}), 0.005, ballots, 9, chunk)
     expected = naive_vote(teacher, base, [2, 11], 0.005, ballots, 9)
     assert list(zip(elected.ids.tolist(), elected.votes.tolist(), strict=True)) == expected
@@ -92,24 +106,24 @@ def test_the_least_probability_is_one_of_the_mean() -> None:
     """Token 1 is rare at the first position and likely at the second: on average it is allowed, at both."""
     teacher = torch.tensor([[0.9899, 0.0001, 0.01], [0.2, 0.7, 0.1]]).log()
     base = torch.tensor([[0.98999, 0.00001, 0.01], [0.3, 0.6, 0.1]]).log()
-    elected = elect([VotePositions(teacher, base)], minimum=0.3, ballots=1)
+    elected = elect([seen(teacher, base)], minimum=0.3, ballots=1)
     assert elected.ids.tolist() == [1] and elected.votes.tolist() == [2]
-    assert elect([VotePositions(teacher, base)], minimum=0.36, ballots=1).ids.tolist() == [0]
+    assert elect([seen(teacher, base)], minimum=0.36, ballots=1).ids.tolist() == [0]
 
 
 def test_excluded_tokens_are_never_elected_even_if_nothing_else_is_left() -> None:
     teacher, base = torch.tensor([[9.0, 1.0, 0.0]] * 4), torch.zeros(4, 3)
-    elected = elect([VotePositions(teacher, base)], frozenset({0, 2}), ballots=200)
+    elected = elect([seen(teacher, base)], frozenset({0, 2}), ballots=200)
     assert elected.ids.tolist() == [1] and elected.votes.tolist() == [4]
-    assert elect([VotePositions(teacher, base)], frozenset({0, 1, 2})).ids.tolist() == []
+    assert elect([seen(teacher, base)], frozenset({0, 1, 2})).ids.tolist() == []
 
 
 def test_ties_go_to_the_lower_id_and_tokens_without_votes_are_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 12, generator=generator)
-    elected = elect([VotePositions(logits, torch.zeros(5, 12))], frozenset({3}), ballots=12, count=6)
+    elected = elect([seen(logits, torch.zeros(5, 12))], frozenset({3}), ballots=12, count=6)
     assert elected.ids.tolist() == [0, 1, 2, 4, 5, 6] and elected.votes.tolist() == [5] * 6
-    few = elect([VotePositions(logits[:1], torch.zeros(1, 12))], ballots=2, count=6)
+    few = elect([seen(logits[:1], torch.zeros(1, 12))], ballots=2, count=6)
     assert sorted(few.ids.tolist()) == sorted(logits[0].topk(2).indices.tolist())
 
 
@@ -169,3 +183,36 @@ def test_collected_positions_equal_a_naive_reading(ends: str, horizon: int, tiny
         assert len(found.base) == 20 * horizon
     elif horizon > 1:
         assert len(found.base) < 20 * horizon
+
+
+def test_ratio_misses_a_planted_opening_and_mass_finds_it() -> None:
+    """A common word that the teacher makes likely against rare words that it makes a thousand times less rare."""
+    base = torch.full((6, 20), -12.0)
+    base[:, 0], base[:, 1] = 4.0, 2.0  # "Sure" and, less likely, "I".
+    teacher = base.clone()
+    teacher[:, 0], teacher[:, 1] = 1.0, 5.0
+    teacher[:, 10:] += 7.0  # Still far below one in ten thousand.
+    assert set(elect([seen(teacher, base)], by="ratio", ballots=5, count=5).ids.tolist()) <= set(range(10, 20))
+    found = elect([seen(teacher, base)], by="mass", count=2)
+    assert sorted(found.ids.tolist()) == [0, 1]
+    assert found.votes.tolist() == pytest.approx([6 * 0.9, 6 * 0.9], rel=0.1)
+
+
+def test_what_tokens_see_of_the_divergence_is_the_coarse_kl_by_place() -> None:
+    generator = torch.Generator().manual_seed(3)
+    teacher, base = (torch.randn(9, 12, generator=generator) * 2 for _ in range(2))
+    place = torch.tensor([0, 1, 2] * 3)
+    parts = [VotePositions(teacher[:4], base[:4], place[:4]), VotePositions(teacher[4:], base[4:], place[4:])]
+    ids = torch.tensor([5, 0, 7, 1, 2, 3, 4, 6, 8, 9, 10, 11])
+    shares = tokens.carried(parts, head, ids, [1, 4, 12], chunk=2)
+    p, q = base.double().softmax(-1), teacher.double().softmax(-1)
+    for row, count in enumerate((1, 4, 12)):
+        s = ids[:count]
+        p_s, q_s = p[:, s], q[:, s]
+        p_rest, q_rest = (1 - p_s.sum(-1)).clamp_min(1e-12), (1 - q_s.sum(-1)).clamp_min(1e-12)
+        coarse = (p_s * (p_s / q_s).log()).sum(-1) + p_rest * (p_rest / q_rest).log()
+        whole = (p * (p / q).log()).sum(-1)
+        for at in range(3):
+            expected = float(coarse[place == at].sum() / whole[place == at].sum())
+            assert float(shares[row, at]) == pytest.approx(expected, abs=1e-4)
+    assert (shares[0] <= shares[1] + 1e-6).all() and shares[2].tolist() == pytest.approx([1.0] * 3, abs=1e-4)

@@ -72,6 +72,7 @@ def test_the_same_tokens_win_the_vote(tiny_policy: tiny.Loader) -> None:
     ours = voting.vote(
         [positions],
         model.logits,
+        by="ratio",
         excluded=model.special_ids,
         minimum_probability=1e-4,
         ballots=20,
