@@ -23,6 +23,8 @@ _LARGEST_FILE = 1 << 20
 """Bytes that a file of settings may have; they are a few thousand."""
 LOWEST_TEMPERATURE = 0.01
 """Below it, logits divided by the temperature are no numbers any more."""
+RECIPES = ("lite", "paper")
+"""Ways to distil, each a file of its own beside the presets; the first is the default."""
 _OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
 
 
@@ -110,8 +112,10 @@ class TokensConfig:
     )
     count: int = setting(50, "tokens (K)", "arXiv 2606.02530", bounds=Bounds(1, 100_000))
     ballots: int = setting(200, "votes a position", "the authors' research scripts", bounds=Bounds(1, 100_000))
-    samples: int = setting(8, "continuations a prompt (M)", "arXiv 2606.02530", bounds=Bounds(1, 1_000))
-    horizon: int = setting(7, "positions (H)", "paper, Qwen; Llama 5", bounds=Bounds(2, 512))
+    samples: int = setting(
+        1, "continuations a prompt (M)", "docs/method.md, safety tokens; paper 8", bounds=Bounds(1, 1_000)
+    )
+    horizon: int = setting(4, "positions (H)", "as a rollout has; paper 7, Llama 5", bounds=Bounds(2, 512))
     minimum_probability: float = setting(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7", bounds=_BELOW_ONE)
 
 
@@ -254,6 +258,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     seed: int = setting(0, "seed of every random choice", "the user", bounds=Bounds(0, 2**32 - 1))
+    recipe: str = setting("lite", "the recipe that these settings began from", "docs/method.md", RECIPES)
 
 
 SECTIONS: dict[str, type] = {
@@ -311,9 +316,9 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
         for name, value in values.items():
             merged[name] = (origin, value)
     known = {f"{section}.{item.name}": item for section, kind in SECTIONS.items() for item in fields(kind)}
-    known["seed"] = next(item for item in fields(RunConfig) if item.name == "seed")
+    known |= {item.name: item for item in fields(RunConfig) if item.name not in SECTIONS}
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    seed: dict[str, Any] = {}
+    alone: dict[str, Any] = {}
     for name, (origin, raw) in merged.items():
         if name in _GONE:
             problems.append(f"{origin}: {name} {_GONE[name]}.")
@@ -328,8 +333,8 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
             problems.append(f"{origin}: {name}: {error}.")
             continue
         section, _, key = name.rpartition(".")
-        (sections[section] if section else seed)[key] = value
-    config = RunConfig(**{section: kind(**sections[section]) for section, kind in SECTIONS.items()}, **seed)
+        (sections[section] if section else alone)[key] = value
+    config = RunConfig(**{section: kind(**sections[section]) for section, kind in SECTIONS.items()}, **alone)
     problems += _cross_checks(config)
     if problems:
         raise ConfigError("The settings have problems:\n  " + "\n  ".join(problems), "Correct them and start again.")
@@ -419,7 +424,7 @@ def to_toml(config: RunConfig) -> str:
     Raises:
         ConfigError: a path in it is not text.
     """
-    lines = [f"seed = {config.seed}"]
+    lines = [f"recipe = {_toml(config.recipe)}", f"seed = {config.seed}"]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
         table = getattr(config, section)
@@ -456,11 +461,31 @@ def preset_names() -> list[str]:
 
 
 def preset_values(name: str) -> Values:
-    """Settings of the preset `name`.
+    """Settings of the preset `name`, whatever the recipe.
 
     Raises:
         ConfigError: there is no such preset.
     """
+    return flatten({key: value for key, value in _preset(name).items() if key not in RECIPES}, name, [])
+
+
+def recipe_values(name: str, preset: str = "") -> Values:
+    """Settings of a recipe, with what a preset says of its model for that recipe alone (a table such as `[paper.tokens]`).
+
+    Args:
+        name: one of `RECIPES`.
+        preset: a preset's name; empty for a model without one.
+
+    Raises:
+        ConfigError: there is no such recipe, or no such preset.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"There is no recipe {name!r}.", f"There are: {', '.join(RECIPES)}.")
+    values = {"recipe": name, **read_toml(preset_folder() / "recipes" / f"{name}.toml")[0]}
+    return values | (flatten(_preset(preset).get(name, {}), preset, []) if preset else {})
+
+
+def _preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"There is no preset {name!r}.", f"There are: {', '.join(preset_names())}.")
-    return read_toml(preset_folder() / f"{name}.toml")[0]
+    return tomllib.loads((preset_folder() / f"{name}.toml").read_text(encoding="utf-8"))

@@ -88,10 +88,14 @@ def presets_on_cards() -> str:
 
 def settings_tables() -> str:
     """Every setting with its default, its unit and the source of the default, and what each preset changes."""
-    parts = [_table("The run", [next(item for item in fields(config.RunConfig) if item.name == "seed")])]
+    parts = [_table("The run", [item for item in fields(config.RunConfig) if item.name not in config.SECTIONS])]
     for section, kind in config.SECTIONS.items():
         parts.append(_table(f"[{section}]", fields(kind), (kind.__doc__ or "").strip(), f"{section}."))
     rows = [f"| {name} | {_preset_changes(name)} |" for name in config.preset_names()]
+    recipes = [f"| {name} | {_recipe_changes(name)} |" for name in config.RECIPES]
+    parts.append(
+        "\n".join(["## Recipes", "", "| recipe | what differs from the defaults |", "| --- | --- |", *recipes])
+    )
     return "\n\n".join([*parts, "\n".join(["## Presets", "", "| preset | what it sets |", "| --- | --- |", *rows])])
 
 
@@ -122,6 +126,17 @@ def slug(heading: str) -> str:
 
 def _preset_changes(name: str) -> str:
     return ", ".join(f"`{key}` = `{json.dumps(value)}`" for key, value in config.preset_values(name).items())
+
+
+def _recipe_changes(name: str) -> str:
+    plain, changed = (config.to_record(config.build(layers)) for layers in ([], [(name, config.recipe_values(name))]))
+    found = {
+        f"{section}.{key}": value
+        for section in config.SECTIONS
+        for key, value in changed[section].items()
+        if value != plain[section][key]
+    }
+    return ", ".join(f"`{key}` = `{json.dumps(value)}`" for key, value in found.items()) or "nothing: it is the default"
 
 
 def demo() -> dict[str, Any]:

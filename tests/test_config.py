@@ -202,6 +202,39 @@ def test_every_preset_builds() -> None:
     assert quick.distill.steps == config.QUICK["distill.steps"]
 
 
+def test_the_default_recipe_is_what_the_defaults_are() -> None:
+    values = config.recipe_values("lite")
+    assert len(values) > 15 and config.build([("lite", values)]) == config.build([])
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    built = config.build([("paper", config.recipe_values("paper"))])
+    distill, tokens = built.distill, built.tokens
+    assert (tokens.vote, tokens.voters, tokens.count, tokens.samples) == ("ratio", "harmless", 50, 8)
+    assert (distill.objective, distill.anchors, distill.completion_tokens) == ("paper", 0, 512)
+    assert distill.steps * distill.prompts * distill.rollouts == 800 == 8 * built.prompts.train
+    assert (distill.warmup, distill.gradient_clip, distill.reading) == (0.1, 1.0, "random")
+    # Qwen's figures unless the preset says what the paper took for its model.
+    assert (tokens.horizon, tokens.minimum_probability) == (7, 1e-8)
+    llama = config.build([("paper", config.recipe_values("paper", "llama-3-8b"))]).tokens
+    assert (llama.horizon, llama.minimum_probability) == (5, 1e-7)
+    assert config.build([("preset", config.preset_values("llama-3-8b"))]).tokens == config.TokensConfig()
+
+
+@pytest.mark.parametrize("name", config.RECIPES)
+def test_every_figure_of_a_recipe_has_its_source(name: str) -> None:
+    lines = (config.preset_folder() / "recipes" / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    figures = [line for line in lines if "=" in line and not line.startswith("#")]
+    assert len(figures) == len(config.recipe_values(name)) - 1
+    assert all(line.partition("#")[2].strip() for line in figures)
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.recipe_values("papr")
+    assert all(name in caught.value.hint for name in config.RECIPES)
+
+
 def tomllib_values(text: str) -> config.Values:
     problems: list[str] = []
     values = config.flatten(tomllib.loads(text), "text", problems)

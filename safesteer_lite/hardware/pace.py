@@ -38,6 +38,9 @@ _ALL_CANDIDATES = 100
 _LAUNCH_SECONDS = 1e-3
 _ANSWER_BATCH = 64
 
+SHARE_PLACES = 8
+"""At so many places of an answer stage 3 tells what the safety tokens see of the divergence."""
+
 EFFORTS = {
     "quick": "few prompts, short answers: to see it work",
     "standard": "the default settings",
@@ -93,9 +96,8 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     selection = _answers(2 * sets.selection + sets.borderline_selection, evaluate.selection_tokens)
     candidates = direction.shortlist or _ALL_CANDIDATES
     read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection
-    voters = sets.selection * tokens.samples
-    continued = Work(voters * tokens.horizon * _DECODE, -(-voters // _ANSWER_BATCH) * tokens.horizon)
-    voted = _along(voters, tokens.horizon) * (1 + _TEACHER_SHARE)
+    voting = sets.direction + sets.selection if tokens.voters == "harmless" else sets.train
+    voted = _continued(voting * tokens.samples, tokens.horizon) + _continued(sets.selection, SHARE_PLACES)
     rows = distill.prompts * distill.rollouts + distill.anchors
     trained = Work(rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN)
     reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
@@ -104,7 +106,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     return {
         "baseline": selection,
         "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, direction.teacher_tokens),
-        "tokens": continued + voted,
+        "tokens": voted,
         "distill": (_answers(rows, distill.completion_tokens) + trained) * distill.steps
         + _answers(answered, evaluate.selection_tokens)
         + _reference(sets.selection, evaluate.kl_tokens)
@@ -119,6 +121,12 @@ def _answers(count: int, tokens: int) -> Work:
     """Reading prompts and answering them, in whole batches."""
     batches = -(-count // _ANSWER_BATCH)
     return Work(count * (_PROMPT_TOKENS + tokens * _DECODE), batches * tokens)
+
+
+def _continued(count: int, places: int) -> Work:
+    """Answers of `places` tokens, read by base and teacher."""
+    written = Work(count * places * _DECODE, -(-count // _ANSWER_BATCH) * places)
+    return written + _along(count, places) * (1 + _TEACHER_SHARE)
 
 
 def _along(count: int, tokens: int) -> Work:

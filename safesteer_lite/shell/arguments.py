@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from safesteer_lite import __version__
+from safesteer_lite.config import RECIPES
 from safesteer_lite.text import visible
 
 EPILOG = """on a terminal, `safesteer-lite` alone asks a few questions and does the rest
@@ -185,6 +186,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=_filled, metavar="FILE", help="your own harmful prompts: jsonl, json, csv or txt"
     )
     parser.add_argument("--column", type=_filled, metavar="NAME", help="column of that file")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="how it is distilled: lite, minutes; paper, as published, hours (lite)"
+    )
     parser.add_argument("--effort", choices=("quick", "standard", "thorough"), help="how thorough (standard)")
     parser.add_argument("--yes", action="store_true", help="ask nothing")
     _plain_option(parser)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safesteer_lite.errors import DirectionError
+from safesteer_lite.hardware.pace import SHARE_PLACES
 from safesteer_lite.method import tokens as method
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.tokens import VotePositions
@@ -21,8 +22,8 @@ from safesteer_lite.stages.session import Session
 
 # Prompts a batch, fewer where memory is short; each may stand for several sequences.
 _BATCH = 8
-# What the table of shares looks at: so many tokens, at so many places of an answer.
-SHARE_COUNTS, SHARE_PLACES = (10, 20, 50, 100, 200), 8
+# What the table of shares looks at: so many tokens.
+SHARE_COUNTS = (10, 20, 50, 100, 200)
 # A set that sees less than this of the divergence where an answer begins cannot teach the model to begin otherwise.
 LEAST_SHARE = 0.1
 
@@ -80,7 +81,9 @@ def _voters(session: Session) -> list[VotePositions]:
     if config.voters == "harmless":
         prompts = texts(session.prompts.direction()[1]) + texts(session.prompts.split("selection").harmless)
         return _collect(session, prompts, config.samples, config.horizon, by_teacher=True)
-    return _collect(session, texts(session.prompts.training()), config.samples, config.horizon, by_teacher=False)
+    # A file of the user's own may hold any number; as many as the bundled ones are enough to vote.
+    harmful = texts(session.prompts.training())[: session.config.prompts.train]
+    return _collect(session, harmful, config.samples, config.horizon, by_teacher=False)
 
 
 def _collect(

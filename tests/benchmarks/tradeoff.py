@@ -43,7 +43,7 @@ from tests import REPOSITORY
 from tests.benchmarks.common import say
 
 RECORDS = REPOSITORY / "docs" / "research" / "tradeoff.jsonl"
-UPSTREAM = "tokens"
+UPSTREAM, SHARED = "tokens", "direction"
 KINDS = ("harmful", "borderline", "harmless")
 TEXT_MODULES = ("argparse", "collections", "csv", "datetime", "json", "random", "string", "textwrap")
 """Modules of the standard library whose documentation is the harmless text that perplexity is taken on."""
@@ -80,9 +80,12 @@ def say_event(event: Event) -> None:
 
 
 def upstream(settings: config.RunConfig, model: Path, work: Path) -> RunFolder:
-    """A run folder in which everything before distillation is done with these settings."""
+    """A run folder in which everything before distillation is done with these settings.
+
+    Rows that share the direction share the folder; where their safety tokens differ, the vote is taken again.
+    """
     base = open_base(model)
-    name = pipeline.stage_fingerprints(settings, base.fingerprint)[UPSTREAM][:16]
+    name = pipeline.stage_fingerprints(settings, base.fingerprint)[SHARED][:16]
     places = sorted(work.glob(f"{name}-*"))
     run = run_folders.open_run(places[0]) if places else run_folders.create(work, name)
     pipeline.run(settings, run, base, say_event, last=UPSTREAM)

@@ -241,7 +241,10 @@ def test_harmful_texts_are_folded_and_the_rest_has_its_prompt_in_sight(tree: Nod
 def test_every_setting_stands_on_the_page(tree: Node) -> None:
     shown = [line[1] for line in rows(part(tree, "settings")) if line[1] != "value"]
     record = config.to_record(settings("plain"))
-    wanted = [value for section in config.SECTIONS for value in record[section].values()] + [record["seed"]]
+    wanted = [value for section in config.SECTIONS for value in record[section].values()] + [
+        record["seed"],
+        record["recipe"],
+    ]
     assert shown == [json.dumps(value, ensure_ascii=False) for value in wanted]
     assert ["stepsoptimizer steps", "8"] in rows(part(tree, "settings"))
     assert rows(part(tree, "versions"))[1:] == [["torch", "2.13 plain"]]

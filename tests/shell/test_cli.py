@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from safesteer_lite import config
+from safesteer_lite.errors import UsageError
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell import cli
 from safesteer_lite.shell.arguments import EPILOG, build_parser
@@ -362,6 +363,17 @@ def test_flags_beat_environment_beats_file_beats_preset(monkeypatch: pytest.Monk
     assert (found.distill.steps, found.distill.prompts, found.distill.rank, found.seed) == (4, 3, 2, 5)
     assert found.model == preset.model
     assert settings_of("qwen3-4b").distill.prompts == 3
+
+
+def test_a_recipe_is_asked_for_once() -> None:
+    assert settings_of("qwen3-4b", "--recipe", "paper").distill.objective == "paper"
+    assert settings_of("qwen3-4b", "--recipe", "paper", "--set", "distill.steps=3").distill.steps == 3
+    assert settings_of("qwen3-4b", "--set", "recipe=paper").tokens.vote == "ratio"
+    assert settings_of("qwen3-4b").recipe == config.RECIPES[0]
+    Path("kept.toml").write_text(config.to_toml(settings_of("qwen3-4b", "--recipe", "paper")), encoding="utf-8")
+    assert settings_of("--config", "kept.toml") == settings_of("qwen3-4b", "--recipe", "paper")
+    with pytest.raises(UsageError, match="recipe paper"):
+        settings_of("--config", "kept.toml", "--recipe", "lite")
 
 
 def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,24 +37,33 @@ def sink(options: argparse.Namespace) -> Emit:
 
 def settings_from(options: argparse.Namespace, preset: str, file: Path | None, extra: config.Values) -> RunConfig:
     """All layers of settings, the weakest first."""
-    layers: list[tuple[str, config.Values]] = []
     values: config.Values = {}
     if file:
         values, named = config.read_toml(file)
         preset = preset or named
-    if preset:
-        layers.append((f"preset {preset}", config.preset_values(preset)))
-    if file:
-        layers.append((str(file), values))
-    layers.append(("command", extra))
-    layers.append(("environment", config.from_environment(os.environ)))
+    environment = config.from_environment(os.environ)
     flags = config.parse_assignments(options.set)
     if options.seed is not None:
         flags["seed"] = options.seed
+    if options.recipe:
+        flags["recipe"] = options.recipe
     if options.prompts:
         flags["prompts.training"] = str(options.prompts)
     if options.column:
         flags["prompts.column"] = options.column
+    asked = flags.get("recipe") or environment.get("recipe")
+    if file and asked and asked != values.get("recipe", asked):
+        raise UsageError(
+            f"{file} has the settings of the recipe {values['recipe']}, under which --recipe {asked} would be lost.",
+            "Leave one of the two out.",
+        )
+    recipe = str(asked or values.get("recipe") or config.RECIPES[0])
+    layers = [(f"preset {preset}", config.preset_values(preset))] if preset else []
+    layers.append((f"recipe {recipe}", config.recipe_values(recipe, preset)))
+    if file:
+        layers.append((str(file), values))
+    layers.append(("command", extra))
+    layers.append(("environment", environment))
     layers.append(("flag", flags))
     settings = config.build(layers)
     # Kept whole, so that a run can be resumed from another folder.
