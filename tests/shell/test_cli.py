@@ -237,7 +237,7 @@ def test_no_room_for_a_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         pytest.skip("needs the right to mount a small file system")
     try:
         told = complaint(capsys, 1, "run", str(model), "--runs", str(place / "runs"))
-        assert "The disk is full: no room for" in told
+        assert "room for" in told
         assert not list(place.rglob("*.json"))
     finally:
         subprocess.run(["umount", str(place)], check=True)
