@@ -16,7 +16,7 @@ from safesteer_lite.errors import DiskSpaceError, ExportError
 from safesteer_lite.export.gguf import INSTALL
 from safesteer_lite.export.gguf.quantise import MIXES, load_ggml, quantise_file
 from safesteer_lite.export.weights import shards
-from safesteer_lite.export.weights.merge import COPIED
+from safesteer_lite.export.weights.merge import copied_files
 from safesteer_lite.export.weights.verify import FailedCheck, chat_template
 
 QUANTS = ("F16", "Q8_0", *MIXES)
@@ -123,9 +123,9 @@ def try_tokenizer(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         words = Path(scratch) / "model"
         words.mkdir()
-        for name in COPIED:
-            if (folder / name).is_file():
-                shards.copy_file(folder / name, words / name)
+        for name, path in copied_files(folder).items():
+            (words / name).parent.mkdir(exist_ok=True)
+            shards.copy_file(path, words / name)
         config = shards.read_json(folder / "config.json")
         # The converter refuses some quantised weights that are merged in 16 bits here.
         config.pop("quantization_config", None)

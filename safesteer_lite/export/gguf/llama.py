@@ -1,18 +1,32 @@
-"""A GGUF file answering in llama.cpp, in this process: what users of Ollama and LM Studio run."""
+"""A GGUF file answering in llama.cpp, in a process of its own: what users of Ollama and LM Studio run."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from queue import Empty, Queue
+from threading import Thread
+from typing import IO, Any
 
+from safesteer_lite import children
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.gguf import INSTALL
 from safesteer_lite.export.weights.verify import FailedCheck
 
 LIKELIEST = 200
 """How many tokens of a distribution llama.cpp is asked for; the rest counts as one."""
+
+# When llama.cpp is given up: later than any machine that could be used needs.
+_PATIENCE_SECONDS = 300.0
+_SLOWEST_TOKEN_SECONDS = 2.0
+_SLOWEST_BYTES_A_SECOND = 10_000_000
+_SERVE = "from safesteer_lite.export.gguf.llama_child import serve; serve(*sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -43,30 +57,41 @@ class LlamaCpp:
             FailedCheck: llama.cpp cannot load it.
             ExportError: llama.cpp is not installed.
         """
+        if find_spec("xllamacpp") is None:
+            raise ExportError("llama.cpp is not installed.", INSTALL)
+        self._name, self._context = file.name, context
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            children.python_code(_SERVE, str(file.absolute()), str(context), str(threads)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env=children.environment(HF_HUB_OFFLINE="1"),
+            encoding="utf-8",
+        )
+        # Read by a thread of its own: a line can be waited for with a bound only where somebody else reads it.
+        self._lines: Queue[str] = Queue()
+        self._listener = Thread(target=self._listen, daemon=True)
+        self._listener.start()
         try:
-            import xllamacpp
-        except ImportError as error:
-            raise ExportError("llama.cpp is not installed.", INSTALL) from error
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(file)
-        parameters.n_ctx, parameters.n_parallel = context, 1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-        parameters.verbosity, parameters.warmup = -1, False
-        try:
-            self._server: Any = xllamacpp.Server(parameters)
-        except RuntimeError as error:
+            size = file.stat().st_size if file.exists() else 0
+            reply = self._next_reply(_PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND)
+        except BaseException:
+            self._end()
+            raise
+        if "error" in reply:
+            self._end()
             # It gives no cause; a file that is cut short, foreign or too large for the memory all end here.
             raise FailedCheck(
                 f"llama.cpp cannot load {file.name}.",
                 "Free memory and export again; if it fails again, the file is not usable.",
-            ) from error
-        self._name = file.name
+            )
 
     def __enter__(self) -> LlamaCpp:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        del self._server
+        self._end()
 
     def greedy(self, prompt: Sequence[int], tokens: int) -> Answer:
         """Answer a prompt given as token ids with at most `tokens` tokens, and tell the first distribution."""
@@ -89,15 +114,69 @@ class LlamaCpp:
     def prompt_length(self, text: str) -> int:
         """How many tokens llama.cpp makes of a user's text with the file's own template and tokenizer."""
         request = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0.0}
-        return int(self._checked(self._server.handle_chat_completions(request))["usage"]["prompt_tokens"])
+        return int(self._ask("chat", request, self._context)["usage"]["prompt_tokens"])
 
     def _complete(self, prompt: Sequence[int], tokens: int, **more: object) -> dict[str, Any]:
         # Without the cache an answer does not depend on which prompts came before it.
         request = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, **more}
-        return self._checked(self._server.handle_completions(request))
+        return self._ask("completion", request, len(prompt) + tokens)
 
-    def _checked(self, reply: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, way: str, request: Mapping[str, object], tokens: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # The process is gone, which the missing reply says better.
+            self._process.stdin.write(json.dumps({"way": way, **request}) + "\n")
+            self._process.stdin.flush()
+        reply = self._next_reply(_PATIENCE_SECONDS + tokens * _SLOWEST_TOKEN_SECONDS)
         if "error" in reply:
-            message = reply["error"].get("message", reply["error"])
-            raise ExportError(f"llama.cpp refused a prompt for {self._name}: {message}.", "Shorten the prompts.")
+            fault = reply["error"]
+            message = fault.get("message", fault) if isinstance(fault, dict) else fault
+            raise ExportError(
+                f"llama.cpp refused a prompt for {self._name}: {str(message).rstrip('.')}.", "Shorten the prompts."
+            )
         return reply
+
+    def _next_reply(self, patience: float) -> dict[str, Any]:
+        """The next line that the process says, waited for at most `patience` seconds.
+
+        Raises:
+            FailedCheck: there is none, because the process ended or does not go on.
+        """
+        try:
+            line = self._lines.get(timeout=patience)
+        except Empty:
+            raise FailedCheck(
+                f"llama.cpp gave no answer with {self._name} for {patience:.0f} seconds.",
+                "Export again; if it happens again, the file is not usable.",
+            ) from None
+        if not line:
+            self._end()
+            raise FailedCheck(f"llama.cpp ended by itself while it worked with {self._name}{self._last_words()}.")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(ValueError, OSError):  # Closed meanwhile.
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put("")
+
+    def _last_words(self) -> str:
+        """What the process said last of what went wrong, as the end of a sentence."""
+        self._said.seek(0)
+        lines = [line.strip() for line in self._said.read()[-4096:].decode("utf-8", "replace").splitlines()]
+        last = next((line for line in reversed(lines) if line), "")
+        return f", and said last: {last.rstrip('.')}" if last else ""
+
+    def _end(self) -> None:
+        """Take the process down, however it stands; its memory is free afterwards."""
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        self._listener.join(10)
+        if self._listener.is_alive():
+            return
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                with suppress(OSError):
+                    stream.close()

@@ -40,6 +40,8 @@ COPIED = (
     "chat_template.json",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps a model's further chat templates, each under its own name."""
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -128,8 +130,9 @@ def merge_adapter(
         progress(done, plan.size)
 
     with shards.published(out_folder, is_ours, {RECORD, *record.files} if record.files else ()) as draft:
-        for path in plan.copies:
-            shards.copy_file(path, draft / path.name)
+        for name, path in plan.copies.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            shards.copy_file(path, draft / name)
         shards.write_text(draft / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
         files = shards.write_shards(draft, plan.shards, written, tuple(record.files), partial(record.add, draft))
     return MergeResult(
@@ -143,13 +146,14 @@ class MergePlan:
 
     Attributes:
         config: the new config.json.
-        copies: the files that are copied as they are: tokenizer, chat templates, generation settings.
+        copies: the files that are copied as they are, by their place in the new folder: tokenizer, chat templates,
+            generation settings.
         shards: the tensors of each weight file.
         dtype: the type of the weight matrices.
     """
 
     config: Mapping[str, Any]
-    copies: tuple[Path, ...]
+    copies: Mapping[str, Path]
     shards: tuple[tuple[NewTensor, ...], ...]
     dtype: torch.dtype
 
@@ -166,7 +170,7 @@ class MergePlan:
     @property
     def room(self) -> int:
         """Bytes that the folder takes; headers, index and configuration are small beside the allowance for them."""
-        return self.size + sum(path.stat().st_size for path in self.copies) + (1 << 24)
+        return self.size + sum(path.stat().st_size for path in self.copies.values()) + (1 << 24)
 
 
 def plan_merge(
@@ -188,8 +192,14 @@ def plan_merge(
     sources = read_sources(shards.read_checkpoint(base_folder), config, weights)
     matrix_dtype, planned = _planned(sources, updates, config, strength, dtype)
     divided = tuple(tuple(part) for shard in planned for part in _divide(shard, max_shard_bytes))
-    copies = tuple(path for name in COPIED if (path := (words or base_folder) / name).is_file())
-    return MergePlan(_new_config(config, matrix_dtype), copies, divided, matrix_dtype)
+    return MergePlan(_new_config(config, matrix_dtype), copied_files(words or base_folder), divided, matrix_dtype)
+
+
+def copied_files(folder: Path) -> dict[str, Path]:
+    """The files of a model that a merge copies as they are, by their place in the folder, with forward slashes."""
+    found = {name: path for name in COPIED if (path := folder / name).is_file()}
+    further = sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
+    return {**found, **{f"{TEMPLATES}/{path.name}": path for path in further}}
 
 
 def check_adapter(base_folder: Path, adapter_folder: Path) -> None:
@@ -357,5 +367,5 @@ def _new_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
 def is_ours(name: str) -> bool:
     """Whether a merge writes files of this name."""
-    fixed = (*COPIED, "config.json", shards.WEIGHTS, shards.INDEX, RECORD, f"{RECORD}.tmp", SUMS)
+    fixed = (*COPIED, TEMPLATES, "config.json", shards.WEIGHTS, shards.INDEX, RECORD, f"{RECORD}.tmp", SUMS)
     return name in fixed or _SHARD.fullmatch(name) is not None

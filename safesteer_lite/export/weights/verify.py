@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -293,13 +292,22 @@ def _check_template(folder: Path, base_folder: Path | None, problems: list[str])
 
 
 def chat_template(folder: Path) -> bytes | None:
-    """The template's bytes from where transformers would find it: its own file, then the tokenizer's configuration."""
+    """The template's bytes from where transformers would find it: its own file, then the tokenizer's configuration.
+
+    Where a model has several by name, the one for plain conversations is called default.
+    """
     own = folder / "chat_template.jinja"
     if own.is_file():
         return own.read_bytes()
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and (template := shards.read_json(folder / name).get("chat_template")):
-            return template.encode() if isinstance(template, str) else json.dumps(template).encode()
+        template = shards.read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(template, list):
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        elif isinstance(template, dict):
+            template = template.get("default")
+        if isinstance(template, str) and template:
+            return template.encode()
     return None
 
 

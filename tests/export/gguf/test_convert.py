@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -12,7 +12,6 @@ import pytest
 
 from safesteer_lite.errors import DiskSpaceError, ExportError
 from safesteer_lite.export.gguf import convert
-from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.export.weights.verify import FailedCheck
 
 TEMPLATE = "{{ messages }} ü\n"
@@ -63,6 +62,24 @@ def test_a_template_inside_the_tokenizers_settings_counts(folder: Path, tmp_path
     convert.check_embedded_template(write_file(tmp_path / "a.gguf", TEMPLATE), folder)
 
 
+@pytest.mark.parametrize(
+    "several",
+    [
+        [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": TEMPLATE}],
+        {"tool_use": "{{ tools }}", "default": TEMPLATE},
+    ],
+    ids=["list", "object"],
+)
+def test_of_several_templates_the_one_for_plain_conversations_counts(
+    folder: Path, tmp_path: Path, several: object
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    convert.check_embedded_template(write_file(tmp_path / "a.gguf", TEMPLATE), folder)
+    with pytest.raises(FailedCheck, match="differs from the model's at byte 3"):
+        convert.check_embedded_template(write_file(tmp_path / "b.gguf", "{{ tools }}"), folder)
+
+
 def test_a_file_that_is_cut_short_is_no_gguf_file(folder: Path, tmp_path: Path) -> None:
     path = write_file(tmp_path / "a.gguf", TEMPLATE)
     path.write_bytes(path.read_bytes()[:40])
@@ -77,12 +94,6 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     assert caught.value.hint == f'Run: "{sys.executable}" -m pip install "safesteer-lite[gguf]"'
     with pytest.raises(ExportError, match="converter is not installed"):
         convert.convert(Path("model"), Path("out.gguf"), "q8_0", "name")
-
-
-def test_llama_cpp_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(ExportError, match=r"safesteer-lite\[gguf\]"):
-        LlamaCpp(tmp_path / "a.gguf", 64, 1)
 
 
 def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
@@ -165,9 +176,3 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(
         convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", "Tiny", tmp_path)
     assert told in str(caught.value) and hint in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["converter"]
-
-
-@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the extra [gguf]")
-def test_a_file_that_llama_cpp_cannot_load_fails_its_check(tmp_path: Path) -> None:
-    with pytest.raises(FailedCheck, match=r"llama.cpp cannot load a.gguf"):
-        LlamaCpp(write_file(tmp_path / "a.gguf", TEMPLATE), 64, 1)

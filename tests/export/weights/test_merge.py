@@ -14,7 +14,7 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import base as base_weights
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.base import Weights
-from safesteer_lite.export.weights.merge import COPIED, MergeResult, merge_adapter
+from safesteer_lite.export.weights.merge import COPIED, MergeResult, is_ours, merge_adapter
 from tests.export.weights.tiny_lora import (
     CONFIGS,
     TARGETS,
@@ -201,3 +201,14 @@ def test_a_matrix_that_is_wider_than_the_others_is_rounded_like_them_and_a_norm_
     merge_adapter(base, adapter, tmp_path / "out")
     merged = stored(tmp_path / "out")
     assert torch.equal(merged[matrix], whole[matrix].bfloat16()) and torch.equal(merged[norm], whole[norm])
+
+
+def test_named_templates_come_along_and_count_as_the_models_words(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2", torch.bfloat16)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (base / "additional_chat_templates" / "notes.txt").write_text("not a template")
+    merge_adapter(base, save_adapter(tmp_path / "adapter", base), tmp_path / "out")
+    [copied] = (tmp_path / "out" / "additional_chat_templates").iterdir()
+    assert copied.name == "tool_use.jinja" and copied.read_text() == "{{ tools }}"
+    assert is_ours("additional_chat_templates")
