@@ -50,6 +50,15 @@ class ModelShape:
         return (*attention, up, up, (self.intermediate, self.width))
 
 
+# What a family's models have where config.json leaves the key out; all others have as many key-value heads as heads, and
+# divide the width between the heads.
+_LEFT_OUT: dict[str, dict[str, int]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+
+
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """The shape from the contents of a `config.json`.
 
@@ -60,8 +69,10 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         ModelError: a size is missing or not a positive whole number, or the model is a mixture of experts.
     """
-    text = {**config, **(config.get("text_config") or {})}
-    if any((text.get(key) or 0) > 1 for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+    inner = config.get("text_config")
+    text = {**config, **(inner if isinstance(inner, Mapping) else {})}
+    experts = [text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    if any(_is_size(count) and count != 1 for count in experts):
         raise ModelError(
             "The model is a mixture of experts, which this method does not support.", "Choose a dense model."
         )
@@ -82,18 +93,18 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         )
     sizes = {name: int(text[key]) for name, key in required.items()}
     family = str(text.get("model_type", ""))
+    text = {**_LEFT_OUT.get(family, {}), **text}
     gemma = family.startswith("gemma")
     bias = bool(text.get("attention_bias", False))
     return ModelShape(
         **sizes,
         kv_heads=text.get("num_key_value_heads") or sizes["heads"],
         head_dim=text.get("head_dim") or sizes["width"] // sizes["heads"],
-        # A key that equals its family's default may be absent from config.json.
         tied=bool(text.get("tie_word_embeddings", gemma or family == "smollm3")),
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
-        qkv_bias=bias or family == "qwen2",
-        output_bias=bias and family != "qwen2",
-        mlp_bias=bool(text.get("mlp_bias", False)),
+        qkv_bias=family == "qwen2" or (bias and family != "mistral"),
+        output_bias=bias and family not in ("qwen2", "mistral"),
+        mlp_bias=bool(text.get("mlp_bias", False)) and family not in ("qwen2", "qwen3", "mistral"),
         head_norms=family in ("qwen3", "gemma3_text", "gemma3"),
         block_norms=4 if family in ("gemma2", "gemma3_text", "gemma3") else 2,
     )

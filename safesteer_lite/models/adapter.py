@@ -1,7 +1,8 @@
-"""The LoRA adapter: attached, saved, read, scaled, frozen, copied."""
+"""The LoRA adapter: attached, saved, read, scaled, frozen, copied; what is written into it must fit to the last weight."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.sources.hub import first_line
+
+_TRAIN_AGAIN = "Train again, or give the run its own adapter back."
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,20 @@ def save_adapter(model: PlainModel, folder: Path) -> None:
 
 
 def read_adapter(model: PlainModel, folder: Path) -> None:
-    """Load an adapter's weights into the student.
+    """Load an adapter's weights, as `save_adapter` writes them, into the student.
 
     Raises:
-        ModelError: the adapter does not belong to this model.
+        ModelError: the adapter cannot be read, does not belong to this model, or holds values that are not finite.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(model.network)
-    if {name: tuple(value.shape) for name, value in tensors.items()} != {
-        name: tuple(value.shape) for name, value in expected.items()
-    }:
-        raise ModelError(f"The adapter in {folder} does not fit this model.", "Use the model that it was trained on.")
-    set_peft_model_state_dict(model.network, tensors)
+    path = folder / "adapter_model.safetensors"
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"The adapter {path} cannot be read ({first_line(error)}).", _TRAIN_AGAIN) from error
+    _write_in({_stored_name(name): parameter for name, parameter in _parameters(model)}, stored)
 
 
 def freeze_reading(model: PlainModel) -> None:
@@ -92,15 +95,49 @@ def scale_adapter(model: PlainModel, factor: float) -> None:
 
 def adapter_tensors(model: PlainModel) -> dict[str, Tensor]:
     """A copy of the adapter's weights by name."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.network.named_parameters()
-        if "lora_" in name
-    }
+    return {name: parameter.detach().cpu().clone() for name, parameter in _parameters(model)}
 
 
-def load_adapter(model: PlainModel, tensors: dict[str, Tensor]) -> None:
-    """Write weights, as `adapter_tensors` copies them, into the adapter."""
-    for name, parameter in model.network.named_parameters():
-        if name in tensors:
-            parameter.data.copy_(tensors[name])
+def load_adapter(model: PlainModel, tensors: Mapping[str, Tensor]) -> None:
+    """Write weights, as `adapter_tensors` copies them, into the adapter.
+
+    Raises:
+        ModelError: they are not this adapter's, to the last name and shape, or are not finite.
+    """
+    _write_in(dict(_parameters(model)), tensors)
+
+
+def _parameters(model: PlainModel) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.network.named_parameters() if "lora_" in name)
+
+
+def _stored_name(name: str) -> str:
+    """A parameter's name in an adapter's file, which leaves out what peft calls the adapter in memory."""
+    return name.replace(".default.", ".")
+
+
+def _write_in(wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """The one way in: every weight of the adapter is written, and nothing is left over.
+
+    Args:
+        wanted: the adapter's weights, by the names that `tensors` has for them.
+        tensors: what they shall be.
+    """
+    if strange := sorted(wanted.keys() ^ tensors.keys()):
+        raise ModelError(
+            f"The adapter does not fit this model: {strange[0]} is only in one of them, one of {len(strange)} such weights.",
+            "Use the model that it was trained on.",
+        )
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise ModelError(
+                f"The adapter does not fit this model: {name} has the shape {tuple(tensors[name].shape)} instead of "
+                f"{tuple(parameter.shape)}.",
+                "Use the model that it was trained on.",
+            )
+    if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
+        raise ModelError(f"The adapter holds values that are not finite: {broken[0]}.", _TRAIN_AGAIN)
+    # Only now, so that an adapter that is refused leaves the one that is there as it was.
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])

@@ -213,7 +213,8 @@ class PlainModel:
             generator=generator,
             repeats=repeats,
             end_of_turn=self._end_of_turn,
-            padding=self.tokenizer.pad_token_id,
+            # Any token will do: what stands behind the end of an answer is never read.
+            padding=min(self._end_of_turn) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             new_cache=self.new_cache,
         )
 

@@ -14,7 +14,7 @@ from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.models.template import ChatTemplate, stop_ids
-from safesteer_lite.sources.base import Base
+from safesteer_lite.sources.base import Base, check_values
 
 Note = Callable[[str], None]
 
@@ -33,6 +33,7 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
         ModelError: it cannot be loaded.
         SelfCheckError: loaded, it does not behave as the method needs.
     """
+    check_values(base)
     check_template(base, day)
     note(decision.reason)
     distill, layers = config.distill, base.shape.layers
@@ -69,9 +70,10 @@ def check_template(base: Base, day: date | None = None) -> ChatTemplate:
     Raises:
         ModelError: the chat template will not do, or nothing ends an answer.
     """
-    tokenizer = plain.load_tokenizer(base.folder)
-    stop_ids(tokenizer, base.generation.get("eos_token_id"), base.config.get("eos_token_id"))
-    return ChatTemplate(tokenizer, day)
+    tokenizer = plain.load_tokenizer(base)
+    with plain.loading(base, "chat template"):
+        stop_ids(tokenizer, base.generation.get("eos_token_id"), base.config.get("eos_token_id"))
+        return ChatTemplate(tokenizer, day)
 
 
 def _trusts_unsloth(base: Base, decision: Decision, config: RunConfig, note: Note) -> bool:

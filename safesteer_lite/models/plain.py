@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from logging import getLogger
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from safesteer_lite.errors import ModelError
+from safesteer_lite.errors import ModelError, SafeSteerError
 from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.sources.base import Base
+from safesteer_lite.sources.hub import first_line
+
+ATTENTION = "sdpa"
+"""torch's own attention, named wherever a model is made: a config.json may ask for one that is code from elsewhere."""
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, padding on the left."""
+def load_tokenizer(base: Base) -> Any:
+    """The tokenizer of a model, padding on the left.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     forbid_hub_kernels()
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with loading(base, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder, config=library_config(base), local_files_only=True, trust_remote_code=False
+        )
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{folder} has no chat template, so it cannot be prompted as an assistant.",
+            f"{base.folder} has no chat template, so it cannot be prompted as an assistant.",
             "Use an instruct model, or add its chat_template.jinja to the folder.",
         )
     if tokenizer.pad_token_id is None:
@@ -44,6 +57,9 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
 
     Returns:
         The causal language model in evaluation mode, all weights frozen, and its tokenizer.
+
+    Raises:
+        ModelError: the libraries cannot load it.
     """
     forbid_hub_kernels()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -52,7 +68,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     logging.disable_progress_bar()
     # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
     getLogger("bitsandbytes").setLevel("ERROR")
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(base)
     wide = precision == "fp32" or (precision == "nf4" and compute == "fp32")
     dtype = torch.float32 if wide else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
@@ -63,14 +79,89 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base.folder, local_files_only=True, use_safetensors=True, device_map={"": device}, **options
-    )
-    keep_cpu_autograd(model)
-    if unpack:
-        unpack_4bit(model, dtype)
+    with loading(base, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            config=library_config(base),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION,
+            device_map={"": device},
+            output_loading_info=True,
+            **options,
+        )
+        _check_loaded(base, info)
+        keep_cpu_autograd(model)
+        if unpack:
+            unpack_4bit(model, dtype)
     model.requires_grad_(False)
     return model.eval(), tokenizer
+
+
+def library_config(base: Base) -> Any:
+    """A model's config.json, as it was read and checked, in the form that transformers wants.
+
+    Raises:
+        ModelError: transformers refuses it.
+    """
+    from transformers import AutoConfig
+
+    # An entry that says nothing would still count as a quantisation.
+    plain = {key: value for key, value in base.config.items() if key != "quantization_config" or value}
+    with loading(base, "config.json"):
+        return AutoConfig.for_model(**deepcopy(plain))
+
+
+def _check_loaded(base: Base, info: Mapping[str, Any]) -> None:
+    """The headers were compared with what this program expects of a model; this is what the library itself expected."""
+    found = {key: sorted(map(str, info.get(f"{key}_keys") or ())) for key in ("missing", "mismatched")}
+    if any(found.values()):
+        told = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in found.items() if names)
+        raise ModelError(
+            f"{base.folder} cannot be used: its weights are not those that its config.json describes ({told}).",
+            "Copy or download the model again.",
+        )
+
+
+@contextmanager
+def loading(base: Base, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a model into one error that names the model.
+
+    Args:
+        base: the model.
+        what: what of it is loaded.
+
+    Raises:
+        ModelError: anything went wrong inside.
+    """
+    try:
+        yield
+    except (SafeSteerError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    # tokenizers and safetensors are written in Rust, whose panics are no Exception.
+    except BaseException as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ModelError(
+                f"{base.folder} cannot be loaded: its {what} does not fit in memory.",
+                "Close other programs, choose a smaller model, or set model.precision=nf4.",
+            ) from error
+        raise ModelError(
+            f"{base.folder} cannot be loaded: its {what} is not one that {_library(error)} reads ({_said(error)}).",
+            "Copy or download the model again, or choose another one.",
+        ) from error
+
+
+def _library(error: BaseException) -> str:
+    """The library that an error comes from, as far as its type tells."""
+    module = type(error).__module__.partition(".")[0]
+    return {"pyo3_runtime": "tokenizers", "jinja2": "jinja"}.get(module, "transformers")
+
+
+def _said(error: BaseException) -> str:
+    line = first_line(error).rstrip(".")
+    # A library may quote a whole file.
+    return f"{type(error).__name__}: {line}"[:300]
 
 
 def keep_cpu_autograd(model: nn.Module) -> None:

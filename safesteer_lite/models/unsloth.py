@@ -136,7 +136,7 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
         network, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=str(base.folder),
             # Longer sequences would be cut without an error, so the limit is the model's own.
-            max_seq_length=base.config["max_position_embeddings"],
+            max_seq_length=plain.library_config(base).max_position_embeddings,
             dtype=torch.bfloat16,
             load_in_4bit=precision == "nf4",
             load_in_16bit=precision == "bf16",
@@ -145,6 +145,7 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
             use_gradient_checkpointing=False,
             use_exact_model_name=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
         network.requires_grad_(False)
         network = unsloth.FastLanguageModel.get_peft_model(
@@ -159,7 +160,7 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
             use_gradient_checkpointing=False,
             random_state=seed,
         )
-    return UnslothModel(network.eval(), plain.load_tokenizer(base.folder), adapter.first_layer)
+    return UnslothModel(network.eval(), plain.load_tokenizer(base), adapter.first_layer)
 
 
 def _remember(family: str) -> None:
@@ -234,7 +235,7 @@ def try_out(folder: str, precision: str, device: str = "cuda") -> None:
     forbid_hub_kernels()
     _import()
     with tempfile.TemporaryDirectory() as scratch:
-        small = open_base(small_copy(Path(folder), Path(scratch)))
+        small = open_base(small_copy(open_base(Path(folder)), Path(scratch)))
         adapter = Adapter(rank=4, alpha=8)
         policy = Policy(load(small, precision, adapter, 0, device), 128)
         self_check(policy)
@@ -247,11 +248,11 @@ def try_out(folder: str, precision: str, device: str = "cuda") -> None:
         raise SelfCheckError(f"Unsloth's answers differ from those of transformers by {kl:.3f} nats")
 
 
-def small_copy(folder: Path, out: Path) -> Path:
+def small_copy(base: Base, out: Path) -> Path:
     """Write a random model of the same kind with two narrow blocks, beside the same tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = plain.library_config(base)
     sizes = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}.items():
         setattr(config, name, value)
@@ -260,8 +261,11 @@ def small_copy(folder: Path, out: Path) -> Path:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
-    plain.load_tokenizer(folder).save_pretrained(out)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, trust_remote_code=False, attn_implementation=plain.ATTENTION
+    )
+    model.save_pretrained(out)
+    plain.load_tokenizer(base).save_pretrained(out)
     return out
 
 

@@ -6,14 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.hardware.shape import ModelShape, shape_from_config
+from safesteer_lite.hardware.shape import ModelShape
 from safesteer_lite.runs.durable import sha256_of
-from safesteer_lite.sources.folder import check_folder, matches, read_json
+from safesteer_lite.sources import headers
+from safesteer_lite.sources.folder import Findings, matches, read_json
+from safesteer_lite.sources.headers import Tensors, check_tensors, read_tensors
+from safesteer_lite.sources.settings import is_quantised, read_settings
 
 _FINGERPRINTED = (
     "config.json",
@@ -42,6 +45,7 @@ class Base:
         shape: its size.
         fingerprint: SHA-256 in hex that tells it apart from other models; see `model_fingerprint`.
         licence: as its folder states it, an identifier of the model hub; empty if it states none.
+        tensors: where each of its tensors lies.
     """
 
     folder: Path
@@ -50,6 +54,7 @@ class Base:
     shape: ModelShape
     fingerprint: str
     licence: str
+    tensors: Tensors = field(repr=False)
 
     @property
     def is_quantised(self) -> bool:
@@ -58,24 +63,37 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Look through a model's folder.
+    """Look through a model's folder: its settings, its tokenizer and the headers of its weights.
 
     Raises:
-        ModelError: names what in it this method cannot use, and what to do about it.
+        ModelError: names everything in it that this method cannot use, and what to do about it.
     """
-    check_folder(folder)
-    config = read_json(folder / "config.json")
-    settings = folder / "generation_config.json"
-    generation = read_json(settings) if settings.is_file() else {}
-    return Base(folder, config, generation, shape_from_config(config), model_fingerprint(folder), licence_in(folder))
+    findings = Findings(folder)
+    settings = read_settings(folder, findings)
+    tensors = read_tensors(folder, findings)
+    if settings.shape and tensors:
+        check_tensors(tensors, settings.shape, is_quantised(settings.config), findings)
+    findings.report()
+    assert settings.shape is not None
+    mark, licence = model_fingerprint(folder), licence_in(folder)
+    return Base(folder, settings.config, settings.generation, settings.shape, mark, licence, tensors)
 
 
-def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that the weights beside it are stored in fewer than 16 bits.
+# Models whose values this process has read already.
+_finite: set[str] = set()
 
-    Some tools leave an empty entry behind, which says nothing.
+
+def check_values(base: Base) -> None:
+    """Read every tensor of a model once, and refuse values that are not finite; once in a process.
+
+    Raises:
+        ModelError: names the tensors.
     """
-    return bool(config.get("quantization_config"))
+    if base.fingerprint not in _finite:
+        findings = Findings(base.folder)
+        headers.check_values(base.tensors, findings)
+        findings.report()
+        _finite.add(base.fingerprint)
 
 
 def licence_in(folder: Path) -> str:
@@ -86,8 +104,8 @@ def licence_in(folder: Path) -> str:
         head = text.split("\n---", 1)[0] if text.startswith("---") else ""
         if found := _LICENCE.search(head):
             return found[1].lower()
-    source = folder / "source.json"
-    return str(read_json(source).get("licence", "")).lower() if source.is_file() else ""
+    source = read_json(folder, "source.json", Findings(folder)) or {}
+    return str(source.get("licence", "")).lower()
 
 
 def model_fingerprint(folder: Path) -> str:

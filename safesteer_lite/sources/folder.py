@@ -1,107 +1,123 @@
-"""A model's folder: what must lie in it before this method can use it."""
+"""A model's folder: which files lie in it, and what is wrong with it, told at once."""
 
 from __future__ import annotations
 
 import fnmatch
-import json
+import reprlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ModelError
+from safesteer_lite.runs import durable
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
-"""Architectures that the method has been made for: dense decoders whose blocks take and return the residual stream."""
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# The index of a model of hundreds of parts, and a tokenizer's settings, take a few megabytes.
+_LARGEST_JSON = 50_000_000
 
 UNWANTED = ("*/*", "consolidated*")
 """Files that never count: some repositories hold the same weights twice, or other formats in folders of their own."""
 
+AGAIN = "Copy or download the model again."
+"""What to do about a file that is damaged or missing."""
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that lacks a part this method needs.
 
-    Raises:
-        ModelError: names the part that is missing and what to do about it.
+@dataclass
+class Findings:
+    """What is wrong with a model's folder.
+
+    Attributes:
+        folder: where it lies.
+        problems: what was found, each a clause without a full stop, with what to do about it.
     """
-    check_architecture(folder)
-    check_tokenizer(folder)
-    missing = missing_weights(folder)
-    if missing == ["*.safetensors"] and any(
-        next(folder.glob(pattern), None) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")
-    ):
-        raise ModelError(
-            f"{folder} has only pickled weights, and opening those can run code that somebody hid in them.",
-            "Convert them to safetensors on a machine where you trust them, or take a copy that has safetensors.",
-        )
-    if missing:
-        raise ModelError(f"{folder} lacks weights: {', '.join(missing)}.", "Copy or download the model again.")
-    check_weights(folder)
+
+    folder: Path
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, problem: str, advice: str) -> None:
+        """Note one problem."""
+        self.problems.append((problem, advice))
+
+    def report(self) -> None:
+        """Raise if there is a problem.
+
+        Raises:
+            ModelError: names them all.
+        """
+        if not self.problems:
+            return
+        told = [problem for problem, _ in self.problems]
+        # A line for each, as soon as there are two: sentences in a row would hide the second.
+        what = f" {told[0]}." if len(told) == 1 else "".join(f"\n  {problem}." for problem in told)
+        advice = " ".join(dict.fromkeys(advice for _, advice in self.problems))
+        raise ModelError(f"{self.folder} cannot be used:{what}", advice)
+
+
+def read_json(folder: Path, name: str, findings: Findings, *, needed: bool = False) -> dict[str, Any] | None:
+    """One of the JSON files of a model's folder; None if it is not there or cannot be used, which is noted.
+
+    Args:
+        folder: where the model lies.
+        name: of the file.
+        findings: takes what is wrong with it.
+        needed: whether the folder must have it.
+    """
+    path = folder / name
+    try:
+        content = durable.parse_json(durable.read_bytes(path, _LARGEST_JSON))
+    except FileNotFoundError:
+        # A link that leads nowhere is there and cannot be read.
+        if needed or path.is_symlink():
+            findings.add(f"it has no {name}, so it is not a whole model's folder", "Check the path.")
+        return None
+    except (OSError, MemoryError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "out of memory"
+        findings.add(f"{name} cannot be read ({why})", "Check the file and its permissions.")
+        return None
+    except ValueError as error:
+        findings.add(f"{name} is not valid JSON ({error})", AGAIN)
+        return None
+    if not isinstance(content, dict):
+        findings.add(f"{name} holds no settings", AGAIN)
+        return None
+    return content
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """The weight files that `folder` should hold and does not; `*.safetensors` stands for all of them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = sorted(set(read_json(index).get("weight_map", {}).values()))
-        return [name for name in named if not (folder / name).is_file()]
-    return [] if next(folder.glob("*.safetensors"), None) else ["*.safetensors"]
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse weight files that are not whole, such as those of a download that broke off; reads their headers only.
+    """The weight files that `folder` should hold and does not; `*.safetensors` stands for all of them.
 
     Raises:
-        ModelError: names the file.
+        ModelError: its index cannot be used.
     """
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        if not matches(path.name, ("*.safetensors",)):
-            continue
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} is damaged or was not copied to its end ({error}).", "Copy or download the model again."
-            ) from error
+    findings = Findings(folder)
+    names = weight_files(folder, findings)
+    findings.report()
+    return [name for name in names if not (folder / name).is_file()] if names else ["*.safetensors"]
 
 
-def check_architecture(folder: Path) -> None:
-    """Refuse a model that this method has not been made for.
+def weight_files(folder: Path, findings: Findings) -> list[str]:
+    """The names of the weight files that libraries would load, whether they are there or not; empty if there are none."""
+    if (folder / INDEX).exists():
+        index = read_json(folder, INDEX, findings)
+        if index is None:
+            return []
+        places = index.get("weight_map")
+        if not isinstance(places, dict) or not places:
+            findings.add(f"{INDEX} has no weight_map", AGAIN)
+            return []
+        odd = [name for name in places.values() if not _is_plain(name)]
+        if odd:
+            # A name such as ../other/model.safetensors would take weights from elsewhere.
+            findings.add(f"{INDEX} names {brief(odd[0])}, which is no file of this folder", AGAIN)
+            return []
+        return sorted(set(places.values()))
+    return [WEIGHTS] if (folder / WEIGHTS).exists() else []
 
-    Raises:
-        ModelError: config.json is missing or damaged, or names another architecture; lists what is supported.
-    """
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or []
-    if any(name in SUPPORTED_ARCHITECTURES for name in architectures):
-        return
-    found = ", ".join(architectures) or "no architecture"
-    if "auto_map" in config:
-        message = f"{folder.name} ({found}) needs Python code from its own repository, and such code is never run here."
-    else:
-        message = f"{folder.name} has {found}, which is not supported."
-    raise ModelError(message, f"Supported are {', '.join(SUPPORTED_ARCHITECTURES)}.")
 
-
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a folder without a tokenizer or a chat template.
-
-    Raises:
-        ModelError: says which of them is missing and where to get it.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt")):
-        raise ModelError(
-            f"{folder} has no tokenizer.", "Copy tokenizer.json and tokenizer_config.json next to the weights."
-        )
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return
-    settings = folder / "tokenizer_config.json"
-    if not (settings.is_file() and read_json(settings).get("chat_template")):
-        raise ModelError(
-            f"{folder} has no chat template, so it is a base model or its template was lost.",
-            "Use the model's instruct or chat version, or copy its chat_template.jinja into the folder.",
-        )
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -110,20 +126,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in UNWANTED)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One of the JSON files of a model's folder.
+def brief(value: object) -> str:
+    """A value from somebody's file as a message can show it, however large it is."""
+    return value if isinstance(value, str) and 0 < len(value) <= 60 else reprlib.repr(value)
 
-    Raises:
-        ModelError: it is missing, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{path.parent} has no {path.name}, so it is not a model's folder.", "Check the path."
-        ) from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON.", "Copy or download the model again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no settings.", "Copy or download the model again.")
-    return content
+
+def few(names: list[str]) -> str:
+    """The first names, and how many there are beyond."""
+    rest = len(names) - 3
+    return ", ".join(map(brief, names[:3])) + (f" and {rest} more" if rest > 0 else "")

@@ -34,7 +34,7 @@ def write_folder(gguf: Path, out: Path, name: str, emit: Emit, stage: str) -> No
     if (architecture := reader.get_field("general.architecture").contents()) != "qwen2":
         # Llama files keep attention rows in another order, which would have to be undone.
         raise ModelError(f"{gguf.name} holds the architecture {architecture}, and only qwen2 is read.")
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config.tie_word_embeddings = _share_embeddings(stored)
     tensors = _read_tensors(stored, config, emit, stage)
@@ -78,7 +78,7 @@ def _read_tensors(stored: dict[str, Any], config: Any, emit: Emit, stage: str) -
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # Names and shapes without any memory; a shared matrix is listed once.
-        expected = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+        expected = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
     names = get_tensor_name_map(MODEL_ARCH.QWEN2, config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}
     for count, (name, parameter) in enumerate(expected.items(), start=1):
@@ -110,7 +110,7 @@ def _write_tokenizer(gguf: Path, reader: Any, config: Any, out: Path) -> None:
     from gguf import TokenType
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     types = reader.get_field("tokenizer.ggml.token_type").contents()
     for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
         special = kind == TokenType.CONTROL

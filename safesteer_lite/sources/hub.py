@@ -11,7 +11,8 @@ from typing import Any
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit, Note
 from safesteer_lite.sources.download import readable_size, require_space
-from safesteer_lite.sources.folder import UNWANTED, check_architecture, check_tokenizer, matches, missing_weights
+from safesteer_lite.sources.folder import UNWANTED, matches, missing_weights
+from safesteer_lite.sources.settings import check_settings
 from safesteer_lite.sources.transfer import CONNECT_SECONDS, Download, hub_store, offered_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -66,8 +67,7 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
     try:
         with hub_refusals(name, revision):
             download.fetch([file.name for file in wanted if matches(file.name, _SETTINGS)])
-            check_architecture(download.folder)
-            check_tokenizer(download.folder)
+            check_settings(download.folder)
             download.fetch()
     except (OSError, httpx.HTTPError) as error:
         raise ModelError(
@@ -138,7 +138,7 @@ def ask_hub(name: str, revision: str | None) -> Any:
     return info
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the pages of advice that some add."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

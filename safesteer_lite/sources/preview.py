@@ -8,12 +8,12 @@ from pathlib import Path
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import discard
 from safesteer_lite.hardware.known import KNOWN
-from safesteer_lite.hardware.shape import ModelShape, parameters, shape_from_config
+from safesteer_lite.hardware.shape import ModelShape, parameters
 from safesteer_lite.sources.demo import DEMO
 from safesteer_lite.sources.download import cache_folder, quiet_libraries
-from safesteer_lite.sources.folder import read_json
 from safesteer_lite.sources.hub import ask_hub, cached_model, first_line, hub_refusals, is_hub_id, licence_of
 from safesteer_lite.sources.resolve import resolve_model
+from safesteer_lite.sources.settings import check_config
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _look_on_hub(name: str, revision: str | None) -> Look:
             f"{name} is not a folder, not on this machine, and the model hub cannot be asked ({first_line(error)}).",
             "Check the spelling and the connection, or give a local folder.",
         ) from error
-    shape = shape_from_config(read_json(folder / "config.json"))
+    shape = check_config(folder)
     sizes: list[int] = [file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")]
     gated = bool(getattr(info, "gated", False))
     return Look(name, shape, licence_of(info), gated, sum(sizes) or 2 * parameters(shape))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safesteer_lite.method import policies
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, save_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from safesteer_lite.sources.base import open_base
 from tests import tiny
 
 
@@ -117,12 +120,11 @@ def test_an_adapter_is_saved_and_read_back(tiny_policy: tiny.Loader, tmp_path: P
         read_adapter(tiny_policy(first_layer=1).model, tmp_path)
 
 
-def test_a_folder_without_a_chat_template_is_refused(tiny_policy: tiny.Loader, tmp_path: Path) -> None:
-    tokenizer = tiny.build_tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
+def test_an_empty_chat_template_is_none(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("")
     with pytest.raises(ModelError, match="no chat template") as caught:
-        plain.load_tokenizer(tmp_path)
+        plain.load_tokenizer(open_base(folder))
     assert "instruct" in caught.value.hint
 
 

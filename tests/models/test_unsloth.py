@@ -167,7 +167,7 @@ def test_what_unsloth_changes_in_transformers_is_put_back() -> None:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_small_copy_is_of_the_same_kind(architecture: str, tiny_policy: tiny.Loader, tmp_path: Path) -> None:
     source = tiny.save_model(tmp_path / "model", architecture)
-    copy = unsloth.small_copy(source, tmp_path / "copy")
+    copy = unsloth.small_copy(open_base(source), tmp_path / "copy")
     policy = tiny.load_policy(copy, "fp32")
     assert type(policy.model.causal) is type(tiny_policy(architecture).model.causal)
     assert len(policy.model.layers) == 2 and policy.template_positions > 0

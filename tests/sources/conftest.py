@@ -12,7 +12,9 @@ import torch
 from huggingface_hub import close_session
 from safetensors.torch import save_file
 
+from safesteer_lite.hardware.shape import shape_from_config
 from safesteer_lite.sources import transfer
+from safesteer_lite.sources.headers import expected_tensors
 from tests.sources.local_hub import LocalHub, serving
 from tests.sources.tiny_gguf import TEMPLATE
 
@@ -23,7 +25,8 @@ CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_attention_heads": 4,
-    "vocab_size": 1000,
+    "vocab_size": 15000,
+    "tie_word_embeddings": True,
 }
 
 
@@ -49,9 +52,10 @@ def model_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    save_file({"weight": torch.arange(1 << 20, dtype=torch.float32)}, folder / "model.safetensors")
+    tensors = {name: torch.ones(sizes) for name, sizes in expected_tensors(shape_from_config(CONFIG)).items()}
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

