@@ -122,6 +122,23 @@ def test_the_shell_speaks_through_two_files() -> None:
             assert called not in ("sys.stdout.write", "sys.stderr.write"), f"{path}:{node.lineno}"
 
 
+def test_no_library_is_left_to_ask_whether_to_run_a_model_s_code() -> None:
+    """Left out, `trust_remote_code` means: ask on the terminal, and run it on a y."""
+    seen = 0
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = node.func.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            if node.func.attr in {"from_pretrained", "from_config"} and name.startswith(("Auto", "Fast")):
+                given = {entry.arg: entry.value for entry in node.keywords}
+                said = given.get("trust_remote_code")
+                assert isinstance(said, ast.Constant) and said.value is False, f"{path}:{node.lineno}"
+                seen += 1
+    assert seen >= 6
+
+
 def test_nothing_works_at_import() -> None:
     """Module bodies define; they call nothing for its effect."""
     for path in MODULES:

@@ -13,6 +13,7 @@ from torch import nn
 
 from safesteer_lite.errors import ModelError, SafeSteerError
 from safesteer_lite.foreign import forbid_hub_kernels
+from safesteer_lite.method.memory import is_out_of_memory
 from safesteer_lite.sources.base import Base
 from safesteer_lite.sources.hub import first_line
 
@@ -141,7 +142,7 @@ def loading(base: Base, what: str) -> Iterator[None]:
         raise
     # tokenizers and safetensors are written in Rust, whose panics are no Exception.
     except BaseException as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise ModelError(
                 f"{base.folder} cannot be loaded: its {what} does not fit in memory.",
                 "Close other programs, choose a smaller model, or set model.precision=nf4.",

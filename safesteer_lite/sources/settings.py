@@ -116,7 +116,9 @@ def _read_config(folder: Path, findings: Findings) -> tuple[dict[str, Any], Mode
     if config is None:
         return {}, None
     _check_code("config.json", config, findings)
-    _check_architecture(config, findings)
+    if not _check_architecture(config, findings):
+        # Another kind of model has other settings, and what they say does not matter any more.
+        return config, None
     _check_attention(config, findings)
     _check_quantisation(config, findings)
     return config, _read_shape(config, findings)
@@ -132,22 +134,24 @@ def _check_code(name: str, settings: Mapping[str, Any], findings: Findings) -> N
             )
 
 
-def _check_architecture(config: Mapping[str, Any], findings: Findings) -> None:
+def _check_architecture(config: Mapping[str, Any], findings: Findings) -> bool:
+    """Whether it is one that is supported."""
     advice = f"Supported are {', '.join(SUPPORTED_ARCHITECTURES)}."
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
         findings.add(f"config.json names no architecture (architectures is {brief(named)})", advice)
-        return
+        return False
     architecture = next((name for name in named if name in FAMILIES), None)
     if architecture is None:
         findings.add(f"it has the architecture {few(named)}, which is not supported", advice)
-        return
+        return False
     family = config.get("model_type")
     if family != FAMILIES[architecture]:
         findings.add(
             f"config.json has the model_type {brief(family)} for {architecture}, whose type is {FAMILIES[architecture]}",
             AGAIN,
         )
+    return True
 
 
 def _check_attention(config: Mapping[str, Any], findings: Findings) -> None:

@@ -41,11 +41,11 @@ def not_a_number(tensors: Tensors) -> Tensors:
     return {**tensors, first(tensors): torch.full_like(tensors[first(tensors)], torch.nan)}
 
 
-FAULTS = {
+FAULTS: dict[Callable[[Tensors], Tensors], str] = {
     renamed: r"only in one of them, one of 2 such weights",
     added: r"lora_A\.of\.something is only in one of them",
     left_out: r"only in one of them, one of 1 such",
-    reshaped: r"has the shape \(64, 4\) instead of \(4, 64\)",
+    reshaped: r"has the shape \(128, 4\) instead of \(4, 128\)",
     not_a_number: r"not finite: .*layers\.0\.",
 }
 

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "a layer too many": (config(num_hidden_layers=5), "says that it has 5 layers, and its weights have 4"),
     "another vocabulary": (
         config(vocab_size=319),
-        r"embed_tokens\.weight has the shape 320 x 64, .* asks for 319 x 64",
+        r"lm_head\.weight has the shape 320 x 64, .* asks for 319 x 64, and so 1 more",
     ),
     "another width": (config(hidden_size=128), "has the shape"),
     "another head": (config(head_dim=32), r"layers\.0\.self_attn\.\w_proj\.weight has the shape"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from safesteer_lite import config
 from safesteer_lite.errors import RunFolderError, UsageError
+from safesteer_lite.text import typed_path
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
@@ -69,7 +70,14 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
     # Kept whole, so that a run can be resumed from another folder.
     own = settings.prompts
     own = replace(own, training=_whole_path(own.training), folder=_whole_path(own.folder))
-    return replace(settings, prompts=own)
+    return replace(settings, prompts=own, model=replace(settings.model, name=_whole_name(settings.model.name)))
+
+
+def _whole_name(name: str) -> str:
+    """A model's name; that of a folder from the root on, since from elsewhere `models/mine` would be sought on the hub."""
+    place = typed_path(name)
+    # Links stay: what they lead to may be called by a commit's hash.
+    return os.path.abspath(place) if name and place.is_dir() else name  # noqa: PTH100
 
 
 def _whole_path(place: str) -> str:
