@@ -13,7 +13,7 @@ import pytest
 from safesteer_lite.errors import ModelError
 from safesteer_lite.models.plain import load_tokenizer
 from safesteer_lite.models.template import ChatTemplate, stop_ids
-from safesteer_lite.sources.folder import check_tokenizer
+from safesteer_lite.sources.base import open_base
 from tests import tiny
 from tests.models.families import ALWAYS_THINKS, FAMILIES, LLAMA_32, QWEN_3, QWEN_25, Family, tokenizer_of
 
@@ -159,11 +159,12 @@ def test_of_named_templates_the_default_is_used_and_told() -> None:
 
 @pytest.mark.parametrize("layout", ["list", "files"])
 def test_named_templates_of_a_folder_are_read_in_both_layouts(layout: str, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, "llama")
+    (tmp_path / "chat_template.jinja").unlink()
     tokenizer = with_template({"default": CHATML, "tool_use": "{{ 7 }}"})
     tokenizer.save_pretrained(tmp_path, save_jinja_files=layout == "files")
     assert (tmp_path / "additional_chat_templates").is_dir() == (layout == "files")
-    check_tokenizer(tmp_path)
-    template = ChatTemplate(load_tokenizer(tmp_path))
+    template = ChatTemplate(load_tokenizer(open_base(tmp_path)))
     assert template.render(HI).startswith("<|im_start|>user\nHi there")
     assert "default is the one that is used" in template.notes[0]
 
