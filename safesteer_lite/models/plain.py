@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ ATTENTION = "sdpa"
 """torch's own attention, named wherever a model is made: a config.json may ask for one that is code from elsewhere."""
 
 
-def load_tokenizer(base: Base) -> Any:
+def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
     """The tokenizer of a model, padding on the left.
+
+    Args:
+        folder: where it lies.
+        config: the model's config.json.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -30,13 +35,13 @@ def load_tokenizer(base: Base) -> Any:
     forbid_hub_kernels()
     from transformers import AutoTokenizer
 
-    with loading(base, "tokenizer"):
+    with loading(folder, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            base.folder, config=library_config(base), local_files_only=True, trust_remote_code=False
+            folder, config=library_config(folder, config), local_files_only=True, trust_remote_code=False
         )
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{base.folder} has no chat template, so it cannot be prompted as an assistant.",
+            f"{folder} has no chat template, so it cannot be prompted as an assistant.",
             "Use an instruct model, or add its chat_template.jinja to the folder.",
         )
     if tokenizer.pad_token_id is None:
@@ -69,7 +74,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     logging.disable_progress_bar()
     # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
     getLogger("bitsandbytes").setLevel("ERROR")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base.folder, base.config)
     wide = precision == "fp32" or (precision == "nf4" and compute == "fp32")
     dtype = torch.float32 if wide else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
@@ -80,10 +85,10 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with loading(base, "model"):
+    with loading(base.folder, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
-            config=library_config(base),
+            config=library_config(base.folder, base.config),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -100,7 +105,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     return model.eval(), tokenizer
 
 
-def library_config(base: Base) -> Any:
+def library_config(folder: Path, config: Mapping[str, Any]) -> Any:
     """A model's config.json, as it was read and checked, in the form that transformers wants.
 
     Raises:
@@ -109,8 +114,8 @@ def library_config(base: Base) -> Any:
     from transformers import AutoConfig
 
     # An entry that says nothing would still count as a quantisation.
-    plain = {key: value for key, value in base.config.items() if key != "quantization_config" or value}
-    with loading(base, "config.json"):
+    plain = {key: value for key, value in config.items() if key != "quantization_config" or value}
+    with loading(folder, "config.json"):
         return AutoConfig.for_model(**deepcopy(plain))
 
 
@@ -126,11 +131,11 @@ def _check_loaded(base: Base, info: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def loading(base: Base, what: str) -> Iterator[None]:
+def loading(folder: Path, what: str) -> Iterator[None]:
     """Turn whatever a library raises while it reads a model into one error that names the model.
 
     Args:
-        base: the model.
+        folder: where the model lies.
         what: what of it is loaded.
 
     Raises:
@@ -144,11 +149,11 @@ def loading(base: Base, what: str) -> Iterator[None]:
     except BaseException as error:
         if is_out_of_memory(error):
             raise ModelError(
-                f"{base.folder} cannot be loaded: its {what} does not fit in memory.",
+                f"{folder} cannot be loaded: its {what} does not fit in memory.",
                 "Close other programs, choose a smaller model, or set model.precision=nf4.",
             ) from error
         raise ModelError(
-            f"{base.folder} cannot be loaded: its {what} is not one that {_library(error)} reads ({_said(error)}).",
+            f"{folder} cannot be loaded: its {what} is not one that {_library(error)} reads ({_said(error)}).",
             "Copy or download the model again, or choose another one.",
         ) from error
 

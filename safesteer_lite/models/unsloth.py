@@ -136,7 +136,7 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
         network, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=str(base.folder),
             # Longer sequences would be cut without an error, so the limit is the model's own.
-            max_seq_length=plain.library_config(base).max_position_embeddings,
+            max_seq_length=plain.library_config(base.folder, base.config).max_position_embeddings,
             dtype=torch.bfloat16,
             load_in_4bit=precision == "nf4",
             load_in_16bit=precision == "bf16",
@@ -160,7 +160,7 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
             use_gradient_checkpointing=False,
             random_state=seed,
         )
-    return UnslothModel(network.eval(), plain.load_tokenizer(base), adapter.first_layer)
+    return UnslothModel(network.eval(), plain.load_tokenizer(base.folder, base.config), adapter.first_layer)
 
 
 def _remember(family: str) -> None:
@@ -252,7 +252,7 @@ def small_copy(base: Base, out: Path) -> Path:
     """Write a random model of the same kind with two narrow blocks, beside the same tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    config = plain.library_config(base)
+    config = plain.library_config(base.folder, base.config)
     sizes = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}.items():
         setattr(config, name, value)
@@ -265,7 +265,7 @@ def small_copy(base: Base, out: Path) -> Path:
         config, dtype=torch.bfloat16, trust_remote_code=False, attn_implementation=plain.ATTENTION
     )
     model.save_pretrained(out)
-    plain.load_tokenizer(base).save_pretrained(out)
+    plain.load_tokenizer(base.folder, base.config).save_pretrained(out)
     return out
 
 

@@ -123,8 +123,9 @@ def test_an_adapter_is_saved_and_read_back(tiny_policy: tiny.Loader, tmp_path: P
 def test_an_empty_chat_template_is_none(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     (folder / "chat_template.jinja").write_text("")
+    base = open_base(folder)
     with pytest.raises(ModelError, match="no chat template") as caught:
-        plain.load_tokenizer(open_base(folder))
+        plain.load_tokenizer(base.folder, base.config)
     assert "instruct" in caught.value.hint
 
 

@@ -164,7 +164,7 @@ def test_named_templates_of_a_folder_are_read_in_both_layouts(layout: str, tmp_p
     tokenizer = with_template({"default": CHATML, "tool_use": "{{ 7 }}"})
     tokenizer.save_pretrained(tmp_path, save_jinja_files=layout == "files")
     assert (tmp_path / "additional_chat_templates").is_dir() == (layout == "files")
-    template = ChatTemplate(load_tokenizer(open_base(tmp_path)))
+    template = ChatTemplate(load_tokenizer(tmp_path, open_base(tmp_path).config))
     assert template.render(HI).startswith("<|im_start|>user\nHi there")
     assert "default is the one that is used" in template.notes[0]
 

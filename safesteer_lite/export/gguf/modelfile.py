@@ -198,7 +198,7 @@ def read_chat(model_folder: Path, day: date) -> Chat | None:
     config = shards.read_json(model_folder / "config.json")
     place = model_folder / "generation_config.json"
     generation = shards.read_json(place) if place.is_file() else {}
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder, config)
     own = ChatTemplate(tokenizer, day)
     form = chat_format(own.render, str(tokenizer.bos_token or ""))
     if form is None:

@@ -77,7 +77,7 @@ def read_sources(base: Checkpoint, config: Mapping[str, Any], weights: Weights) 
         if match := _STATISTIC.fullmatch(name):
             statistics.setdefault(match[1], {})[match[2]] = stored
     quantisation = config.get("quantization_config")
-    if quantisation is not None and not statistics:
+    if quantisation and not statistics:
         method = quantisation.get("quant_method", "some way") if isinstance(quantisation, dict) else "some way"
         raise ExportError(
             f"{base.folder} is quantised ({method}), and this merge reads only 16-bit and bitsandbytes 4-bit weights.",
