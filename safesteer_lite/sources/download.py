@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from safesteer_lite.events import Emit, Note, Progress
@@ -20,13 +20,7 @@ def cache_folder() -> Path:
     """Where downloads are kept: `SAFESTEER_LITE_CACHE`, else `safesteer-lite` in the platform's cache folder."""
     if chosen := os.environ.get("SAFESTEER_LITE_CACHE"):
         return typed_path(chosen)
-    if sys.platform == "win32":
-        platform_cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        platform_cache = Path.home() / "Library" / "Caches"
-    else:
-        platform_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return platform_cache / "safesteer-lite"
+    return platformdirs.user_cache_path("safesteer-lite", appauthor=False, opinion=False)
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
