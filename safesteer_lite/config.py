@@ -451,8 +451,9 @@ def _toml(value: Any) -> str:
 
 def preset_folder() -> Path:
     """Where the presets are: beside the package in a checkout, inside it once installed."""
-    beside = Path(__file__).parent.parent / "presets"
-    return beside if beside.is_dir() else Path(str(resources.files("safesteer_lite") / "presets"))
+    inside = Path(str(resources.files("safesteer_lite") / "presets"))
+    # What lies beside an installed package is somebody else's.
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "presets"
 
 
 def preset_names() -> list[str]:
