@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -129,8 +129,8 @@ def test_the_installed_program_answers_from_anywhere(installed: Installed) -> No
 def test_the_installed_doctor_knows_the_bounds(installed: Installed) -> None:
     told = installed.run("doctor").stdout
     assert "bounds unknown" not in told
-    requirements = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    assert any(requirement.startswith("torch>=") for requirement in requirements) and "  torch: " in told
+    # A version that is well is said alone.
+    assert re.search(r"^ok    transformers: [\d.]+$", told, flags=re.MULTILINE)
     assert "ok    bitsandbytes import: works" in told
 
 
