@@ -108,7 +108,7 @@ def test_the_wheel_holds_the_package_its_data_and_its_licence(built: Built) -> N
         names = set(archive.namelist())
     package = REPOSITORY / "safesteer_lite"
     files = {path.relative_to(REPOSITORY).as_posix() for path in [*package.rglob("*.py"), *package.glob("data/*")]}
-    presets = {f"safesteer_lite/presets/{path.name}" for path in (REPOSITORY / "presets").iterdir()}
+    presets = {f"safesteer_lite/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "presets").rglob("*.toml")}
     information = {name for name in names if f"-{__version__}.dist-info/" in name}
     assert names - information == files | presets
     assert any(name.endswith("/LICENSE") for name in information)
