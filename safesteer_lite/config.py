@@ -367,21 +367,38 @@ def read_toml(path: Path) -> tuple[Values, str]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        tables = tomllib.loads(read_bytes(path, _LARGEST_FILE).decode("utf-8-sig"))
+        text = read_bytes(path, _LARGEST_FILE).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}.", "Name an existing TOML file with --config.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", "Name a TOML file with --config.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}.", "Name a UTF-8 TOML file with --config.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct that line and start again.") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply.", "A setting is a value or a list of values.") from None
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {error}.", "Name a TOML file with --config.") from None
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, origin: str) -> tuple[Values, str]:
+    """Settings written as TOML, and the preset they name (empty if none).
+
+    Args:
+        text: the content of a file.
+        origin: what to call it.
+
+    Raises:
+        ConfigError: it is not TOML.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not valid TOML: {error}.", "Correct that line and start again.") from None
+    except RecursionError:
+        raise ConfigError(f"{origin} is nested too deeply.", "A setting is a value or a list of values.") from None
+    except ValueError as error:
+        raise ConfigError(f"{origin} cannot be read: {error}.", "Name a TOML file with --config.") from None
     problems: list[str] = []
-    values = flatten(tables, str(path), problems)
+    values = flatten(tables, origin, problems)
     if problems:
         raise ConfigError("The settings have problems:\n  " + "\n  ".join(problems), "Correct them and start again.")
     preset = tables.get("preset", "")

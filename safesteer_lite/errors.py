@@ -46,6 +46,10 @@ class DirectionError(SafeSteerError):
     """No usable refusal direction was found; the message reports the best candidates and what each failed."""
 
 
+class TrainingError(SafeSteerError):
+    """Training cannot go on; the steps saved before stay."""
+
+
 class ExportError(SafeSteerError):
     """Weights could not be merged or written, or the written weights failed their check."""
 

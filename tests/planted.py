@@ -277,9 +277,13 @@ def _loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, refusing: Ten
 
 def new_run(parent: Path, wanted: RunConfig) -> RunFolder:
     """A run of these settings that has not begun."""
-    run = run_folders.create(parent, "planted", planned=pipeline.STAGE_NAMES)
-    run.write_config(config.to_toml(wanted))
-    return run
+    return run_folders.create(
+        parent,
+        "planted",
+        config.to_toml(wanted),
+        planned=pipeline.STAGE_NAMES,
+        made_from=pipeline.origin(wanted, open_base(Path(wanted.model.name))),
+    )
 
 
 def finished_run(parent: Path, model: Path) -> RunFolder:

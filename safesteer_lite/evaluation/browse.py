@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.judges import judge
@@ -25,15 +22,14 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
     Raises:
         RunFolderError: the evaluation is not done, or its files do not belong to these settings.
     """
-    folder = run.stage_folder("evaluate")
-    before, after = _answers(folder / "answers-before.json"), _answers(folder / "answers-after.json")
+    before, after = (run.read_json("evaluate", f"answers-{when}.json") for when in ("before", "after"))
     sizes = {"harmful": config.prompts.test, "borderline": config.prompts.borderline_test}
     groups: dict[str, list[Flip]] = {}
     for kind in _KINDS:
         prompts = prompt_set(kind, "test", sizes.get(kind, config.prompts.test), config.prompts.folder)
         if not len(prompts) == len(before[kind]) == len(after[kind]):
             raise RunFolderError(
-                f"The answers in {folder} do not belong to the prompts of this run.", "Put its own prompts back."
+                f"The answers of {run.path.name} do not belong to the prompts of this run.", "Put its own prompts back."
             )
         for prompt, old, new in zip(prompts, before[kind], after[kind], strict=True):
             entry = Flip(kind, prompt.id, prompt.text, old, new, judge(old).refused, judge(new).refused)
@@ -60,13 +56,3 @@ def _group(entry: Flip) -> str:
     if entry.before_refused == entry.after_refused:
         return ""
     return f"{entry.set}, {'refused now' if entry.after_refused else 'no longer refused'}"
-
-
-def _answers(path: Path) -> dict[str, list[str]]:
-    try:
-        found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"The answers in {path} cannot be read: {error}.", "Measure again with `safesteer-lite resume`."
-        ) from error
-    return found

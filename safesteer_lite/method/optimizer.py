@@ -93,6 +93,10 @@ class MasterAdamW:
                 tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().clone()
         return tensors
 
+    def is_finite(self) -> bool:
+        """Whether every trained weight is a finite number."""
+        return all(bool(master.isfinite().all()) for master in self.masters)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up a `state` and write the weights into the adapter."""
         self.steps = int(tensors["steps"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation import dial
+from safesteer_lite.runs.durable import parse_json
 from safesteer_lite.runs.folder import RunFolder
 
 
@@ -29,51 +29,44 @@ class Source:
         found: dict[str, Any] = self.record["stages"].get(stage, {}).get("result", {})
         return found
 
-    def read(self, stage: str, name: str, parse: Callable[[Path], Any]) -> Any:
+    def read(self, stage: str, name: str, parse: Callable[[bytes], Any]) -> Any:
         """A file of a published stage, parsed; None where it is not there.
 
         Raises:
-            RunFolderError: the file is damaged.
+            RunFolderError: the file is not what was published.
         """
-        return _parsed(self.run.stage_folder(stage) / name, parse) if stage in self.record["stages"] else None
+        if stage not in self.record["stages"] or not (self.run.stage_folder(stage) / name).exists():
+            return None
+        content = self.run.read(stage, name)
+        try:
+            return parse(content)
+        except ValueError as error:
+            place = self.run.stage_folder(stage) / name
+            raise RunFolderError(f"{place} is damaged: {error}.", "Start a new run.") from error
 
     def dial(self) -> list[dict[str, Any]]:
-        """The strength dial; empty where it was not measured, or was for another training."""
-        record, trained = _parsed(self.run.path / "strength.json", plain_json), self.run.manifest.stages.get("distill")
-        if not record or not trained or record["distill"] != trained.fingerprint:
-            return []
-        found: list[dict[str, Any]] = record["points"]
-        return found
+        """The strength dial; empty where it was not measured, or was for another training.
+
+        Raises:
+            RunFolderError: its file is damaged.
+        """
+        return dial.to_records(dial.saved_points(self.run))
 
 
-def plain_json(path: Path) -> Any:
+def plain_json(content: bytes) -> Any:
     """A file of JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(content)
 
 
-def json_lines(path: Path) -> list[Any]:
+def json_lines(content: bytes) -> list[Any]:
     """A file with one JSON value a line."""
     # Not splitlines: an answer may hold other line separators, which JSON leaves as they are.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [parse_json(line) for line in content.split(b"\n") if line]
 
 
-def separation_scores(path: Path) -> list[list[float]]:
+def separation_scores(content: bytes) -> list[list[float]]:
     """The separation scores, (positions, layers)."""
-    from safetensors import safe_open
+    from safetensors.numpy import load
 
-    with safe_open(path, framework="np") as tensors:
-        found: list[list[float]] = tensors.get_tensor("separation").tolist()
+    found: list[list[float]] = load(content)["separation"].tolist()
     return found
-
-
-def _parsed(path: Path, parse: Callable[[Path], Any]) -> Any:
-    from safetensors import SafetensorError
-
-    if not path.is_file():
-        return None
-    try:
-        return parse(path)
-    except (ValueError, SafetensorError) as error:
-        raise RunFolderError(
-            f"{path} is damaged: {error}.", "Restore it from a copy, or delete it for a report without that part."
-        ) from error

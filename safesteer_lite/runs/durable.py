@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,7 @@ def draft_of(final: Path, what: str) -> Iterator[Path]:
     """
     draft = final.with_name(f"{final.name}.tmp")
     with explained(what):
-        if draft.exists():
-            shutil.rmtree(draft)
+        remove(draft)
         draft.mkdir()
     try:
         yield draft
@@ -74,11 +73,24 @@ def put_in_place(draft: Path, final: Path) -> None:
 def discard(folder: Path) -> None:
     """Remove a folder such that it is whole under its own name, or not there; a kill may leave it under `.old`."""
     old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    remove(old)
+    if os.path.lexists(folder):
         _replace(folder, old)
         sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # Its name is free, which is what counts; the rest is swept later.
+            remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all it holds, or a file, or a link but never what it leads to; nothing there is no error.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
@@ -90,7 +102,8 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
     """
     for path in folder.iterdir():
         if path.suffix in {".tmp", ".old"} and names.fullmatch(path.stem):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

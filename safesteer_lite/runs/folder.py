@@ -7,16 +7,17 @@ stages there are: their names come from the caller, and a result counts for as l
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from filelock import FileLock, Timeout
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.runs.durable import (
+    LARGEST_JSON,
     discard,
     draft_of,
     explained,
+    parse_json,
     put_in_place,
+    read_bytes,
+    remove,
     remove_leftovers,
     rename_to_free_name,
     sync_folder,
@@ -43,11 +48,15 @@ from safesteer_lite.runs.manifest import (
     parse_manifest,
     stage_folder_name,
 )
-from safesteer_lite.runs.steps import Checkpoints, read_mark
+from safesteer_lite.runs.steps import Checkpoints
 
 RUNS_FOLDER = Path("runs")
 
 _OWN_FOLDER = re.compile(rf"{STAGE_FOLDER.pattern}(?:\.partial)?")
+_NEW_RUN = re.compile(r"\.[0-9a-f]{32}")
+# What a run writes to in place, beside the drafts of stages.
+_WRITTEN = {"events.jsonl", "run.lock"}
+_MAKING_SECONDS = 60.0
 
 
 @dataclass
@@ -78,15 +87,23 @@ class RunSummary:
 
 
 def create(
-    parent: Path, label: str, *, planned: Sequence[str] = (), versions: Mapping[str, str] | None = None
+    parent: Path,
+    label: str,
+    settings: str = "",
+    *,
+    planned: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+    made_from: Mapping[str, str] | None = None,
 ) -> RunFolder:
-    """Make a new run folder, which no other process gets too.
+    """Make a new run folder, which no other process gets too, and which only its owner may look into.
 
     Args:
         parent: the folder of all runs, `RUNS_FOLDER` unless the user chose another; it is made if missing.
         label: the start of the folder's name, usually the model's; what file systems dislike becomes a hyphen.
+        settings: the content of `config.toml`, which never changes from now on.
         planned: the stages whose results make the run finished.
         versions: package versions to keep in the manifest.
+        made_from: fingerprints to keep of what the run starts from and is not in its folder, by what it is.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -94,14 +111,26 @@ def create(
     """
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")[:60] or "run"
     stem = f"{slug}-{datetime.now():%Y%m%d-%H%M%S}"
-    created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    manifest = Manifest(created, dict(versions or {}), tuple(planned), {})
-    # The folder gets its name only when its manifest is inside, so a kill never leaves a run that cannot be opened.
-    # Renaming onto a folder that is not empty fails, which makes the name exclusive.
+    content = settings.encode("utf-8", "surrogateescape")
+    manifest = Manifest(
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        versions=dict(versions or {}),
+        planned=tuple(planned),
+        stages={},
+        run_date=date.today().isoformat(),
+        config_sha256=hashlib.sha256(content).hexdigest(),
+        made_from=dict(made_from or {}),
+    )
+    # The folder gets its name only when settings and manifest are inside, so a kill never leaves a run that cannot be
+    # opened. Renaming onto a folder that is not empty fails, which makes the name exclusive.
     draft = parent / f".{uuid.uuid4().hex}"
     with explained(f"a new run folder in {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep_drafts(parent)
         try:
-            draft.mkdir(parents=True)
+            # What is in there was said to, and by, a model that answers harmful requests.
+            draft.mkdir(mode=0o700)
+            write_atomically(draft / "config.toml", content)
             write_atomically(draft / "manifest.json", manifest_bytes(manifest))
             for attempt in itertools.count(1):
                 path = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
@@ -112,6 +141,15 @@ def create(
             shutil.rmtree(draft, ignore_errors=True)
             raise
     return RunFolder(path)
+
+
+def _sweep_drafts(parent: Path) -> None:
+    """Clear away what killed processes left of runs they were making, which takes one that lives milliseconds."""
+    for path in parent.iterdir():
+        if _NEW_RUN.fullmatch(path.name):
+            with suppress(OSError):
+                if time.time() - path.lstat().st_mtime > _MAKING_SECONDS:
+                    remove(path)
 
 
 def open_run(path: Path | str, parent: Path = RUNS_FOLDER) -> RunFolder:
@@ -156,8 +194,28 @@ class RunFolder:
 
     @property
     def config_path(self) -> Path:
-        """The settings of the run, written once."""
+        """The settings of the run, written once; see `settings`."""
         return self.path / "config.toml"
+
+    def settings(self) -> str:
+        """The content of `config.toml`, as it was when the run was made.
+
+        Raises:
+            RunFolderError: it is missing, or was changed since.
+        """
+        hint = "Put the original back, or start a new run; `run --config` takes a file with other settings."
+        try:
+            content = read_bytes(self.config_path, LARGEST_JSON)
+        except (OSError, ValueError) as error:
+            said = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise RunFolderError(f"{self.config_path}, the settings of this run, {said}.", hint) from error
+        known = self.manifest.config_sha256
+        if known and hashlib.sha256(content).hexdigest() != known:
+            raise RunFolderError(
+                f"{self.config_path} was changed since the run was started, and the settings of a run never change.",
+                hint,
+            )
+        return content.decode("utf-8", "surrogateescape")
 
     @property
     def events_path(self) -> Path:
@@ -173,27 +231,14 @@ class RunFolder:
         """
         with explained(f"the manifest of {self.path.name}"):
             try:
-                content = (self.path / "manifest.json").read_bytes()
+                content = read_bytes(self.path / "manifest.json", LARGEST_JSON)
             except FileNotFoundError:
                 raise RunFolderError(f"{self.path} has no manifest.json.", "It is not a run folder.") from None
-        return parse_manifest(content, self.path)
-
-    def write_config(self, text: str) -> None:
-        """Write `config.toml`; writing the same text again changes nothing.
-
-        Raises:
-            RunFolderError: there is a different one already, or the folder cannot be written.
-            DiskSpaceError: the disk is full.
-        """
-        content = text.encode("utf-8")
-        with explained(f"the settings of {self.path.name}"):
-            if not self.config_path.exists():
-                write_atomically(self.config_path, content)
-            elif self.config_path.read_bytes() != content:
+            except ValueError as error:
                 raise RunFolderError(
-                    f"The run {self.path.name} was started with other settings, and those are never changed.",
-                    "Start a new run with the new settings.",
-                )
+                    f"The manifest of {self.path.name} cannot be read: {error}.", "Restore it."
+                ) from error
+        return parse_manifest(content, self.path)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -209,6 +254,7 @@ class RunFolder:
         owner = self.path / "run.pid"
         lock = FileLock(self.path / "run.lock")
         with explained(f"the lock of {self.path.name}"):
+            self._refuse_links()
             try:
                 lock.acquire(blocking=False)
             except Timeout:
@@ -218,7 +264,7 @@ class RunFolder:
                 ) from None
         try:
             with explained(f"the lock of {self.path.name}"):
-                owner.write_text(str(os.getpid()), encoding="ascii")
+                write_atomically(owner, str(os.getpid()).encode("ascii"))
                 self._sweep()
             yield
         finally:
@@ -227,9 +273,9 @@ class RunFolder:
             lock.release()
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Whether `stage` was published with this fingerprint and its files are all there, with the right sizes."""
+        """Whether `stage` was published with this fingerprint, and every file of it is still what was published."""
         record = self.manifest.stages.get(stage)
-        return record is not None and record.fingerprint == fingerprint and record.is_whole(self.path)
+        return record is not None and record.fingerprint == fingerprint and not record.damaged(self.path)
 
     def verify(self, stage: str) -> list[str]:
         """Read every file of a published stage.
@@ -240,15 +286,61 @@ class RunFolder:
         Raises:
             RunFolderError: the stage has not been published.
         """
-        return self._record(stage).damaged(self.path)
+        return self.record(stage).damaged(self.path)
+
+    def read(self, stage: str, name: str) -> bytes:
+        """A file of a published stage, which is what was published.
+
+        Args:
+            stage: of the run.
+            name: its path, with forward slashes, inside the stage's folder.
+
+        Raises:
+            RunFolderError: the stage has not been published, or the file is missing or was changed since.
+        """
+        record = self.record(stage)
+        path, artifact = self.path / record.folder / name, record.artifacts.get(name)
+        content = None
+        if artifact is not None:
+            with suppress(OSError, ValueError):
+                content = read_bytes(path, artifact.size)
+        if artifact is None or content is None or hashlib.sha256(content).hexdigest() != artifact.sha256:
+            raise self._damaged(path)
+        return content
+
+    def read_json(self, stage: str, name: str) -> Any:
+        """A file of a published stage, which is what was published, as JSON.
+
+        Raises:
+            RunFolderError: as for `read`, or it is no JSON.
+        """
+        try:
+            return parse_json(self.read(stage, name))
+        except ValueError as error:
+            raise self._damaged(self.stage_folder(stage) / name) from error
+
+    def folder(self, stage: str, part: str = "") -> Path:
+        """The folder of a published stage, or one inside it, every file of which is what was published.
+
+        For whoever reads a folder itself, such as peft; `read` is for single files.
+
+        Raises:
+            RunFolderError: the stage has not been published, or a file is missing or was changed since.
+        """
+        record = self.record(stage)
+        wanted = {name: file for name, file in record.artifacts.items() if not part or name.startswith(f"{part}/")}
+        damaged = replace(record, artifacts=wanted).damaged(self.path)
+        if damaged or not wanted:
+            raise self._damaged(self.path / record.folder / (damaged[0] if damaged else part))
+        return self.path / record.folder / part
 
     def stage_folder(self, stage: str) -> Path:
-        """The folder of a published stage.
+        """Where a published stage lies, to be shown; `read` and `folder` are for what is in it.
 
         Raises:
             RunFolderError: the stage has not been published.
         """
-        return self.path / self._record(stage).folder
+        return self.path / self.record(stage).folder
 
     @contextmanager
     def publish(self, stage: str, number: int, fingerprint: str) -> Iterator[Publication]:
@@ -278,9 +370,16 @@ class RunFolder:
             with explained(f"the result of the {stage} stage"):
                 self._commit(publication, final, stage, fingerprint)
 
-    def checkpoint(self, stage: str, number: int, fingerprint: str) -> Checkpoints:
-        """The checkpoints of a stage in progress; publishing the stage removes them. Arguments as for `publish`."""
-        return Checkpoints(self.path / f"{stage_folder_name(stage, number)}.partial", fingerprint)
+    def checkpoint(
+        self, stage: str, number: int, fingerprint: str, warn: Callable[[str], None] = lambda message: None
+    ) -> Checkpoints:
+        """The checkpoints of a stage in progress; publishing the stage removes them.
+
+        Args:
+            stage, number, fingerprint: as for `publish`.
+            warn: takes a sentence for the user where saved steps cannot be used.
+        """
+        return Checkpoints(self.path / f"{stage_folder_name(stage, number)}.partial", fingerprint, warn)
 
     def _commit(self, publication: Publication, final: Path, stage: str, fingerprint: str) -> None:
         """Move a finished draft to its final name and enter it in the manifest."""
@@ -299,7 +398,12 @@ class RunFolder:
         with suppress(OSError):  # The stage is published; checkpoints that stay are cleared by the next `lock`.
             discard(final.with_name(f"{final.name}.partial"))
 
-    def _record(self, stage: str) -> StageRecord:
+    def record(self, stage: str) -> StageRecord:
+        """What the manifest holds on a published stage.
+
+        Raises:
+            RunFolderError: the stage has not been published.
+        """
         record = self.manifest.stages.get(stage)
         if record is None:
             raise RunFolderError(
@@ -308,19 +412,37 @@ class RunFolder:
             )
         return record
 
+    def _damaged(self, path: Path) -> RunFolderError:
+        return RunFolderError(
+            f"{path} is missing or not what the run wrote there.",
+            f"`safesteer-lite resume {self.path.name}` does that stage again; or restore the file from a copy.",
+        )
+
+    def _refuse_links(self) -> None:
+        """See that nothing that a run writes to leads out of its folder."""
+        for path in self.path.iterdir():
+            written = path.name in _WRITTEN or _OWN_FOLDER.fullmatch(path.name.removesuffix(".tmp"))
+            if path.is_symlink() and written and not STAGE_FOLDER.fullmatch(path.name):
+                raise RunFolderError(
+                    f"{path} is a link, and a run writes inside its own folder only.",
+                    "Put what it leads to in its place.",
+                )
+
     def _sweep(self) -> None:
-        """Remove what a killed process left: drafts, discarded results, and checkpoints of a published stage."""
+        """Remove what a killed process left: drafts, discarded results, and what a published stage was made from."""
         remove_leftovers(self.path, _OWN_FOLDER)
         for record in self.manifest.stages.values():
             partial = self.path / f"{record.folder}.partial"
-            if read_mark(partial) == record.fingerprint:
+            if os.path.lexists(partial) and record.has_its_sizes(self.path):
                 discard(partial)
 
 
 def _summarise(path: Path) -> RunSummary:
     try:
-        manifest = RunFolder(path).manifest
-        done = tuple(name for name, record in manifest.stages.items() if record.is_whole(path))
+        run = RunFolder(path)
+        manifest = run.manifest
+        done = tuple(name for name, record in manifest.stages.items() if record.has_its_sizes(path))
+        run.settings()  # Without them it can be listed, and nothing else.
     except (RunFolderError, OSError) as error:
         return RunSummary(path.name, path, "", (), False, getattr(error, "message", str(error)))
     finished = bool(manifest.planned) and set(manifest.planned) <= set(done)

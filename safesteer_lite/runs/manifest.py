@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from safesteer_lite.runs.durable import files_in, json_bytes, parse_json, sha256
 SCHEMA_VERSION = 1
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+_SUM = "sum"
 
 STAGE_FOLDER = re.compile(r"\d{2}-[a-z][a-z0-9_-]*")
 
@@ -46,8 +49,8 @@ class StageRecord:
     artifacts: dict[str, Artifact]
     result: dict[str, Any]
 
-    def is_whole(self, run: Path) -> bool:
-        """Whether every file is there with its size; reading gigabytes of weights at each start would take minutes.
+    def has_its_sizes(self, run: Path) -> bool:
+        """Whether every file is there with its size: enough for a list, since reading gigabytes of weights takes minutes.
 
         Args:
             run: the run folder.
@@ -74,12 +77,18 @@ class Manifest:
         versions: package versions at the start of the run, by package.
         planned: the stages that make the run finished; empty if the caller named none.
         stages: the published stages, by name, in the order in which they were published.
+        run_date: the day, ISO 8601, that chat templates are told for as long as the run lives.
+        config_sha256: of `config.toml`; empty where an earlier version made the run.
+        made_from: the fingerprints of what the run was started with and is not in its folder, by what it is.
     """
 
     created: str
     versions: dict[str, str]
     planned: tuple[str, ...]
     stages: dict[str, StageRecord]
+    run_date: str = ""
+    config_sha256: str = ""
+    made_from: dict[str, str] = field(default_factory=dict)
 
 
 def fingerprint(parts: Mapping[str, Json]) -> str:
@@ -95,8 +104,11 @@ def fingerprint(parts: Mapping[str, Json]) -> str:
         TypeError: a value is not JSON.
         ValueError: a number is not finite.
     """
-    document = {"schema": SCHEMA_VERSION, "parts": parts}
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _canonical_sha256({"schema": SCHEMA_VERSION, "parts": parts})
+
+
+def _canonical_sha256(value: object) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
@@ -118,14 +130,14 @@ def artifacts_of(folder: Path) -> dict[str, Artifact]:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The content of `manifest.json`.
+    """The content of `manifest.json`, with a sum of its own, since readers trust every value in it.
 
     Raises:
         TypeError: a stage's result is not JSON.
         ValueError: a stage's result holds a number that is not finite.
     """
     document = {"schema": SCHEMA_VERSION, **asdict(manifest)}
-    return json_bytes(document)
+    return json_bytes({**document, _SUM: _canonical_sha256(document)})
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
@@ -146,13 +158,24 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
                 f"The run {path.name} was written by another version of safesteer-lite (layout {schema}).",
                 "Open it with that version, or start a new run.",
             )
-        stages = {name: _parse_record(record) for name, record in document["stages"].items()}
-        planned = tuple(str(name) for name in document["planned"])
-        return Manifest(str(document["created"]), dict(document["versions"]), planned, stages)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        given = document.pop(_SUM, None)
+        # The first versions wrote neither the sum nor the hash of the settings.
+        if given != _canonical_sha256(document) and (given is not None or "config_sha256" in document):
+            raise ValueError("it is not as it was written")
+        return Manifest(
+            created=_text(document["created"]),
+            versions={_text(name): _text(version) for name, version in document["versions"].items()},
+            planned=tuple(_text(name) for name in document["planned"]),
+            stages={_text(name): _parse_record(record) for name, record in document["stages"].items()},
+            run_date=date.fromisoformat(document.get("run_date", document["created"][:10])).isoformat(),
+            config_sha256=_text(document.get("config_sha256", "")),
+            made_from={_text(name): _text(mark) for name, mark in document.get("made_from", {}).items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise RunFolderError(
-            f"The manifest of {path.name} is damaged ({type(error).__name__}: {error}).",
-            f"Restore {path / 'manifest.json'} from a copy, or start a new run.",
+            f"{path / 'manifest.json'}, the list of this run's results, is damaged: {said}.",
+            "Restore it from a copy, or start a new run.",
         ) from error
 
 
@@ -160,10 +183,27 @@ def _parse_record(record: dict[str, Any]) -> StageRecord:
     # A folder such as ".." would send readers outside the run.
     if not STAGE_FOLDER.fullmatch(record["folder"]):
         raise ValueError(f"{record['folder']!r} is no stage's folder")
-    artifacts = {name: Artifact(int(file["size"]), str(file["sha256"])) for name, file in record["artifacts"].items()}
-    return StageRecord(
-        str(record["fingerprint"]), record["folder"], float(record["seconds"]), artifacts, dict(record["result"])
-    )
+    artifacts = {
+        _inside(name): Artifact(int(file["size"]), _text(file["sha256"])) for name, file in record["artifacts"].items()
+    }
+    seconds, result = float(record["seconds"]), record["result"]
+    if not isinstance(result, dict):
+        raise ValueError("the result of a stage is no JSON object")
+    return StageRecord(_text(record["fingerprint"]), record["folder"], seconds, artifacts, result)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} stands where a text belongs")
+    return value
+
+
+def _inside(name: str) -> str:
+    """The path of a file, if it stays inside the folder that it is read from."""
+    path = Path(_text(name))
+    if path.is_absolute() or path.drive or ".." in path.parts:
+        raise ValueError(f"{name!r} is no file of a stage")
+    return name
 
 
 def _size_of(path: Path) -> int | None:

@@ -63,11 +63,20 @@ def _training(commands: Any) -> None:
     resume.add_argument(
         "run", nargs="?", type=_filled, help="a run's name or folder; the newest unfinished one if left out"
     )
+    resume.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of memory: distill.micro_batch, distill.chunk or distill.checkpointing",
+    )
+    _base_option(resume)
     _plain_option(resume)
     _output_options(resume)
 
     evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
     evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, or a local folder")
+    _base_option(evaluate)
     evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     _output_options(evaluate)
 
@@ -98,7 +107,7 @@ def _exporting(commands: Any) -> None:
         help="of such a base: its 16-bit original, a folder or a Hub id to fetch",
     )
     export.add_argument("--strength", type=float, default=1.0, help="factor on the adapter, 0 to 2 (1)")
-    export.add_argument("--base", type=_path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
+    _base_option(export)
     export.add_argument("--measure", type=int, default=0, metavar="N", help="measure on N test prompts a set (all)")
     export.add_argument("--push", type=_filled, metavar="NAME", help="upload to the model hub as NAME, private")
     export.add_argument("--public", action="store_true", help="with --push: for everybody to see")
@@ -114,6 +123,7 @@ def _looking(commands: Any) -> None:
         commands, "strength", "measure a run's adapter at several strengths", "safesteer-lite strength RUN"
     )
     strength.add_argument("run", type=_filled, help="a run's name or folder")
+    _base_option(strength)
     strength.add_argument(
         "--at", type=_filled, metavar="X,Y,...", help="factors on the adapter, 0 to 2 (0 to 1.5 in quarters)"
     )
@@ -121,6 +131,7 @@ def _looking(commands: Any) -> None:
 
     chat = _command(commands, "chat", "talk to a run's model", "safesteer-lite chat RUN --view compare")
     chat.add_argument("run", type=_filled, help="a run's name or folder")
+    _base_option(chat)
     chat.add_argument(
         "--view", choices=("compare", "hardened", "base"), default="compare", help="who answers (compare)"
     )
@@ -173,6 +184,10 @@ def _command(commands: Any, name: str, text: str, example: str) -> argparse.Argu
 def _output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="events and result as JSON Lines, for machines")
     parser.add_argument("--runs", type=_path, default=Path("runs"), metavar="FOLDER", help="folder of all runs (runs)")
+
+
+def _base_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=_path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
 
 
 def _plain_option(parser: argparse.ArgumentParser) -> None:

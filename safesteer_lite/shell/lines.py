@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from safesteer_lite.evaluation import dial
 from safesteer_lite.events import (
     Event,
     Metric,
@@ -121,15 +122,15 @@ def dial_table(points: Sequence[dict[str, Any]]) -> Table:
     """The strength dial: what each strength refuses, and its trade-off.
 
     Args:
-        points: records as `stages.strength` makes them, weakest first.
+        points: records as `evaluation.dial` makes them, weakest first.
     """
     table = Table(title="Strength dial, selection split: refused, with 95 % Wilson intervals", title_justify="left")
     for heading in ("strength", "harmful", "borderline", "harmless", "KL", "score"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = max(points, key=lambda point: (point["score"], -point["strength"]))
+    best = dial.best([dial.Point.from_record(point) for point in points]).strength
     for point in points:
         rates = [_share_text(point[name]) for name in ("harmful", "borderline", "harmless")]
-        mark = "> " if point is best else ""
+        mark = "> " if point["strength"] == best else ""
         table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
     sizes = ", ".join(str(points[0][name]["n"]) for name in ("harmful", "borderline", "harmless"))
     table.caption = f"n = {sizes}; > marks the best trade-off"

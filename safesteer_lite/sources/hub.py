@@ -15,6 +15,7 @@ from safesteer_lite.sources.folder import UNWANTED, matches, missing_weights
 from safesteer_lite.sources.settings import check_settings
 from safesteer_lite.sources.transfer import CONNECT_SECONDS, Download, hub_store, offered_files
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
@@ -87,6 +88,11 @@ def _remember(name: str, revision: str | None, commit: str) -> None:
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit)
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the hub that a folder of its cache holds; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else ""
 
 
 def cached_model(name: str, revision: str | None) -> Path | None:

@@ -279,8 +279,6 @@ def repeats(answer: str) -> bool:
 
 def load_steering(session: Session) -> Steering:
     """The teacher that a published direction stage chose."""
-    from safetensors.torch import load_file
-
     result = session.result("direction")
-    vector = load_file(session.folder("direction") / "direction.safetensors")["direction"]
+    vector = session.tensors("direction", "direction.safetensors")["direction"]
     return Steering(result["layer"], result["strength"] * vector)

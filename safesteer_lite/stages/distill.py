@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safesteer_lite.errors import Interrupted
+from safesteer_lite.errors import Interrupted, RunFolderError, TrainingError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import measure
-from safesteer_lite.evaluation.scorecard import Rate, Scorecard, trade_off
+from safesteer_lite.evaluation.scorecard import Rate, Scorecard, takes_over, trade_off
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import free_cuda_memory
@@ -28,6 +28,7 @@ from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import Prompt
+from safesteer_lite.runs.durable import read_json, write_json
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
@@ -80,7 +81,7 @@ def run(session: Session, publication: Publication, checkpoints: Checkpoints) ->
     training, history, best = train(session, checkpoints)
     load_adapter(session.policy.model, best)
     save_adapter(session.policy.model, publication.path / "adapter")
-    (publication.path / "history.json").write_text(json.dumps(asdict(history), indent=1), encoding="utf-8")
+    write_json(publication.path / "history.json", asdict(history))
     publication.result = {
         "best_step": history.best_step,
         "best_strength": history.best_strength,
@@ -136,7 +137,8 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         stop = session.stop_requested()
         if stop or training.done % config.distill.save_every == 0 or training.done == config.distill.steps:
             checkpoints.save_checkpoint(training.done, partial(_save, training=training, history=history, best=best))
-            checkpoints.prune(1)
+            # Two, since the newest may turn out to be damaged.
+            checkpoints.prune(2)
         if stop:
             raise Interrupted(f"Stopped after step {training.done}; everything up to there is saved.")
     with training.optimizer.averaged():
@@ -230,6 +232,12 @@ def _fit_micro_batch(session: Session, training: Distillation) -> None:
 def _one_step(session: Session, training: Distillation, history: History, shown: ShownAnswers) -> None:
     before, sampled = training.micro_batch, training.sampled_at_once
     result = training.step()
+    if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm) and training.optimizer.is_finite()):
+        raise TrainingError(
+            f"Step {result.step} has the loss {result.loss:g} and a gradient of norm {result.gradient_norm:g}: the training "
+            "has diverged, and further steps would not bring it back.",
+            "Start a new run with a lower distill.learning_rate; resuming this one would come to the same.",
+        )
     if training.micro_batch < before:
         session.warn(
             f"Out of memory: rollouts a forward lowered from {before} to {training.micro_batch}; nothing was lost."
@@ -322,8 +330,8 @@ def _measure(session: Session, step: int, yardstick: _Yardstick, history: Histor
     if whole:
         tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
         history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
-    # Rates of 32 prompts tie often: of equal scores the later step has seen more, and `adapter_strengths` says which comes last.
-    if score >= history.best_score:
+    # `adapter_strengths` says which strength comes last.
+    if takes_over(score, history.best_score):
         history.best_step, history.best_strength, history.best_score = step, strength, score
         return True
     return False
@@ -338,11 +346,7 @@ def _stop(session: Session, history: History) -> bool:
 
 def baseline_card(session: Session) -> Scorecard:
     """The base's scorecard on the selection split, from the baseline stage."""
-    record = session.result("baseline")["scorecard"]
-    rates = {
-        name: Rate.of(record[name]["refused"], record[name]["n"]) for name in ("harmful", "borderline", "harmless")
-    }
-    return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], 0.0)
+    return replace(Scorecard.from_record(session.result("baseline")["scorecard"]), kl_to_base=0.0)
 
 
 def _save(folder: Path, training: Distillation, history: History, best: dict[str, Tensor]) -> None:
@@ -351,16 +355,21 @@ def _save(folder: Path, training: Distillation, history: History, best: dict[str
     # JSON has no infinity, and before the first measurement the best score is minus that.
     record = asdict(history)
     record["best_score"] = history.best_score if math.isfinite(history.best_score) else None
-    (folder / "history.json").write_text(json.dumps({"done": training.done, **record}), encoding="utf-8")
+    write_json(folder / "history.json", {"done": training.done, **record})
 
 
 def _restore(folder: Path, training: Distillation) -> tuple[History, dict[str, Tensor]]:
-    record = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-    training.done = record.pop("done")
-    if record["best_score"] is None:
-        record["best_score"] = -math.inf
-    training.optimizer.load(load_file(folder / "optimizer.safetensors"))
-    history = History(**record)
-    training.micro_batch = history.micro_batch or training.micro_batch
+    hint = f"Delete {folder.parent} and resume: training then begins anew."
+    record = read_json(folder / "history.json", "what happened until a saved step", hint=hint)
+    try:
+        training.done = int(record.pop("done"))
+        if record["best_score"] is None:
+            record["best_score"] = -math.inf
+        history = History(**record)
+        training.optimizer.load(load_file(folder / "optimizer.safetensors"))
+        best = load_file(folder / "best.safetensors")
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunFolderError(f"The saved step in {folder} is damaged: {error}.", hint) from error
+    training.micro_batch = min(history.micro_batch or training.micro_batch, training.micro_batch)
     training.sampled_at_once = history.sampled_at_once or training.sampled_at_once
-    return history, load_file(folder / "best.safetensors")
+    return history, best

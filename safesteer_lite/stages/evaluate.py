@@ -18,7 +18,7 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 def run(session: Session, publication: Publication) -> None:
     """Measure before and after, write every answer that changed sides."""
     config, policy = session.config.evaluate, session.policy
-    read_adapter(policy.model, session.folder("distill") / "adapter")
+    read_adapter(policy.model, session.run.folder("distill", "adapter"))
     sets = session.prompts.split("test")
     before, after, answers = compare(session, policy, sets)
     sentence = verdict(before, after, config.tax_budget)

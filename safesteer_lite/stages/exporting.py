@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -139,15 +138,13 @@ def _measure_trained(session: Session, adapter: Path, request: Request) -> Measu
 def _stored_rows(session: Session, request: Request) -> list[Row] | None:
     """Base and adapter as the run measured them, judged again by the judge of today; None where the run has no answers."""
     try:
-        folder = session.folder("evaluate")
-        if session.run.verify("evaluate"):
-            return None
+        known = {when: session.run.read_json("evaluate", f"answers-{when}.json") for when in ("before", "after")}
     except RunFolderError:
         return None
     cards = session.result("evaluate")["scorecard"]
     rows = []
     for name, when in (("base", "before"), ("adapter", "after")):
-        stored = json.loads((folder / f"answers-{when}.json").read_text(encoding="utf-8"))
+        stored = known[when]
         answers = Answers(**{part: stored[part][: request.prompts or None] for part in SETS})
         rows.append(Row(name, "", 0, scorecard(answers, cards[when]["kl_to_base"], len(stored["harmless"]))))
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import (
     DiskSpaceError,
-    ExportError,
     Interrupted,
     ModelError,
     PromptError,
@@ -28,6 +27,7 @@ from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.prompts import sets
 from safesteer_lite.report import record as report
+from safesteer_lite.runs.durable import LARGEST_JSON, read_bytes
 from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.runs.steps import Checkpoints
@@ -127,13 +127,69 @@ def prompts_fingerprint(config: RunConfig) -> str:
     own = [Path(config.prompts.training)] if config.prompts.training else []
     for path in [*sets.data_files(config.prompts.folder), *own]:
         try:
-            digest.update(path.read_bytes())
-        except OSError as error:
+            digest.update(read_bytes(path, LARGEST_JSON))
+        except (OSError, ValueError) as error:
             raise PromptError(
-                f"The prompt file {path} cannot be read: {error.strerror}.",
+                f"The prompt file {path} cannot be read: {getattr(error, 'strerror', error)}.",
                 "The run's results depend on it: put it back, or start a new run.",
             ) from error
     return digest.hexdigest()
+
+
+def origin(config: RunConfig, base: Base) -> dict[str, str]:
+    """The fingerprints of what a run starts from and does not keep: its base model and its prompts."""
+    return {"base": base.fingerprint, "prompts": prompts_fingerprint(config)}
+
+
+def check_origin(config: RunConfig, run_folder: RunFolder, base: Base, *, prompts: bool = True) -> None:
+    """See that a run goes on with the base model and the prompts that it was started with.
+
+    Args:
+        config: the run's own settings.
+        run_folder: the run.
+        base: what shall be its base model.
+        prompts: whether the prompts are needed.
+
+    Raises:
+        ModelError: it is another base model.
+        PromptError: the prompts have changed.
+    """
+    manifest = run_folder.manifest
+    known = manifest.made_from
+    if known.get("base", base.fingerprint) != base.fingerprint:
+        raise ModelError(
+            f"{base.folder} is not the base model that this run was made with: its weights, its tokenizer or its chat "
+            "template are others.",
+            "Give the run its own base model back; if that lies elsewhere now, name its folder with --base.",
+        )
+    if prompts and known.get("prompts") not in (None, prompts_fingerprint(config)):
+        raise PromptError(
+            "The prompts are not those that this run was made with.",
+            f"Put {config.prompts.training or config.prompts.folder or 'those of its version'} back as it was, or start "
+            "a new run.",
+        )
+    # Runs of the first versions keep no such fingerprints, but those of their stages depend on both.
+    measured = manifest.stages.get("baseline")
+    if not known and measured and stage_fingerprints(config, base.fingerprint)["baseline"] != measured.fingerprint:
+        raise ModelError(
+            f"{base.folder} is not the base model that this run was made with, or its prompts have changed.",
+            "Give the run its own base model back; if that lies elsewhere now, name its folder with --base.",
+        )
+
+
+def _check_results(run_folder: RunFolder, wanted: Mapping[str, str]) -> None:
+    """See that nothing that is done would be done differently now.
+
+    Raises:
+        RunFolderError: something would.
+    """
+    for name, record in run_folder.manifest.stages.items():
+        if record.fingerprint != wanted.get(name):
+            raise RunFolderError(
+                f"The {name} stage of {run_folder.path.name} was done in another way than this version does it, or with "
+                "other settings.",
+                "Its results stay as they are. Start a new run, or go on with the version that made it.",
+            )
 
 
 def run(
@@ -144,6 +200,7 @@ def run(
     stop_requested: Callable[[], bool] = lambda: False,
     last: str = STAGE_NAMES[-1],
     decision: Decision | None = None,
+    working: RunConfig | None = None,
 ) -> dict[str, Any]:
     """Do every stage that is not done yet.
 
@@ -155,6 +212,7 @@ def run(
         stop_requested: asked after each optimizer step and each stage.
         last: the last stage to do.
         decision: how the base is loaded; None to decide when it is needed.
+        working: `config` with other settings of memory, to work with; None to work with `config`.
 
     Returns:
         The report, as written to `report.json`; nothing before the last stage of all is done.
@@ -165,13 +223,17 @@ def run(
     """
     keep_freed_memory()
     with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
-        session = Session(config, run_folder, base, tee(keep, emit), "", stop_requested, decision)
+        session = Session(working or config, run_folder, base, tee(keep, emit), "", stop_requested, decision)
+        check_origin(config, run_folder, base)
         wanted = stage_fingerprints(config, base.fingerprint)
-        if last == "export" and not run_folder.is_done("export", wanted["export"]):
+        _check_results(run_folder, wanted)
+        if last == "export" and "export" not in run_folder.manifest.stages:
             export.rehearse_stage(config, base, run_folder.path, session.day)
+        changed: set[str] = set()
         for number, stage in enumerate(STAGES[: STAGE_NAMES.index(last) + 1], 1):
             session.stage = stage.name
-            if run_folder.is_done(stage.name, wanted[stage.name]):
+            before = run_folder.manifest.stages.get(stage.name)
+            if not changed & set(stage.after) and run_folder.is_done(stage.name, wanted[stage.name]):
                 session.emit(StageSkipped(stage.name, "done already, with the same settings"))
                 if stage.name == "baseline":
                     # Whoever watches a resumed run wants to see where it began.
@@ -179,7 +241,12 @@ def run(
                 continue
             if stop_requested():
                 raise Interrupted(f"Stopped before the stage {stage.title!r}; everything up to there is saved.")
+            if before:
+                damaged = ", ".join(run_folder.verify(stage.name)) or "what it was made from"
+                session.warn(f"Damaged: {damaged}. The {stage.name} stage is done again.")
             _do(session, stage, number, wanted[stage.name])
+            if before and run_folder.record(stage.name).artifacts != before.artifacts:
+                changed.add(stage.name)
         return report.write(run_folder, config) if last == STAGE_NAMES[-1] else {}
 
 
@@ -213,20 +280,14 @@ def export_run(
 
     Raises:
         ModelError: the base model is not the one the run was made with.
+        RunFolderError: the run has no adapter, or a damaged one.
         FailedCheck: what was written failed a check, and is kept beside `out`.
         ExportError, DiskSpaceError: the adapter cannot be used or `out` not written; nothing was left there.
     """
-    adapter = run_folder.stage_folder("distill") / "adapter"
-    damaged = [name for name in run_folder.verify("distill") if name.startswith("adapter/")]
-    if damaged:
-        raise ExportError(f"The run's adapter is damaged: {', '.join(damaged)}.", "Run `safesteer-lite resume` on it.")
+    adapter = run_folder.folder("distill", "adapter")
     # Half a download would only be called another model by its fingerprint.
     shards.read_checkpoint(base.folder)
-    if stage_fingerprints(config, base.fingerprint)["baseline"] != (run_folder.manifest.stages["baseline"].fingerprint):
-        raise ModelError(
-            f"{base.folder} is not the base model that this run was made with, or its prompts have changed.",
-            "Give the run its own base model back.",
-        )
+    check_origin(config, run_folder, base)
     merge.check_adapter(base.folder, adapter)
     if kind == "adapter":
         if strength != 1:
@@ -253,14 +314,21 @@ def evaluate_model(
 ) -> dict[str, dict[str, Any]]:
     """Measure a model on the test split: a run's base and student, or (twice the same) a model as it is.
 
+    Args:
+        config: the settings to measure with, which may be others than the run's own.
+        run_folder: the run; None for a model as it is.
+        base: the base model, or that model; see `check_origin`.
+        emit: sink for events.
+
     Returns:
         `before` and `after`, scorecards as in the report.
     """
+    adapter = run_folder.folder("distill", "adapter") if run_folder else None
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(config, run_folder or RunFolder(Path(scratch)), base, emit, stage="evaluate")
-        if run_folder:
-            read_adapter(session.policy.model, run_folder.stage_folder("distill") / "adapter")
+        if adapter:
+            read_adapter(session.policy.model, adapter)
         before, after, _ = evaluate.compare(
             session, session.policy, session.prompts.split("test"), both=bool(run_folder)
         )
@@ -279,7 +347,7 @@ def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
 
 def _work(session: Session, stage: Stage, number: int, mark: str, publication: Publication) -> None:
     if stage.name == "distill":
-        checkpoints: Checkpoints = session.run.checkpoint(stage.name, number, mark)
+        checkpoints: Checkpoints = session.run.checkpoint(stage.name, number, mark, session.warn)
         stage.work(session, publication, checkpoints)
     else:
         stage.work(session, publication)

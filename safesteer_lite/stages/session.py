@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date, datetime
-from pathlib import Path
+from datetime import date
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
 from safesteer_lite.config import RunConfig
+from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Emit, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
 from safesteer_lite.models import unsloth
@@ -20,6 +24,8 @@ from safesteer_lite.sources.base import Base
 
 # Answers decoded at a time: more fill the matrix units no better, and each takes key-value cache.
 ANSWER_BATCH = 64
+
+_AGAIN = "Start a new run, or restore the file from a copy."
 
 
 @dataclass
@@ -65,18 +71,28 @@ class Session:
 
     def result(self, stage: str) -> dict[str, Any]:
         """What a published stage left in the manifest."""
-        return self.run.manifest.stages[stage].result
+        return self.run.record(stage).result
 
-    def folder(self, stage: str) -> Path:
-        """The folder of a published stage."""
-        return self.run.stage_folder(stage)
+    def tensors(self, stage: str, name: str) -> dict[str, Tensor]:
+        """The tensors of a published file, which is what was published and holds finite numbers only.
+
+        Raises:
+            RunFolderError: it is missing, was changed, or is no such file.
+        """
+        try:
+            found = load(self.run.read(stage, name))
+        except SafetensorError as error:
+            raise RunFolderError(f"{name} of the {stage} stage holds no tensors: {error}.", _AGAIN) from error
+        if not all(tensor.isfinite().all() for tensor in found.values()):
+            raise RunFolderError(f"{name} of the {stage} stage holds values that are not finite.", _AGAIN)
+        return found
 
     @property
     def day(self) -> date:
         """The day on which the run began: what a chat template that asks the date is told, however long the run takes."""
         if not (self.run.path / "manifest.json").is_file():
             return date.today()
-        return datetime.fromisoformat(self.run.manifest.created).date()
+        return date.fromisoformat(self.run.manifest.run_date)
 
     @property
     def policy(self) -> Policy:

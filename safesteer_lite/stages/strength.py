@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safesteer_lite.errors import RunFolderError, UsageError
+from safesteer_lite.errors import UsageError
+from safesteer_lite.evaluation.dial import Point, save_points
 from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
 from safesteer_lite.events import Metric, Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, Reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets, texts
-from safesteer_lite.runs.durable import explained, read_json, write_json
-from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 HIGHEST = 2.0
 """Rounded as in Q4_K_M, a demo was nearest to what was trained at this strength (docs/research/log.md); none above was tried."""
-FILE = "strength.json"
-
-
-@dataclass(frozen=True)
-class Point:
-    """The model at one strength.
-
-    Attributes:
-        strength: factor on the adapter; 0 is the base, 1 the trained model.
-        card: what was measured on the selection split.
-        score: the trade-off, points; the base scores 0.
-    """
-
-    strength: float
-    card: Scorecard
-    score: float
 
 
 def check_strength(strength: float) -> float:
@@ -72,7 +54,7 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
         RunFolderError: the run has no adapter yet.
     """
     wanted = sorted({0.0, *map(check_strength, strengths)})
-    adapter = session.folder("distill") / "adapter"
+    adapter = session.run.folder("distill", "adapter")
     policy, evaluate = session.policy, session.config.evaluate
     sets = session.prompts.split("selection")
     with policy.model.adapters_off():
@@ -87,7 +69,7 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
         points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3)))
         _tell(session, points[-1])
         session.emit(Sample(session.stage, sets.harmful[0].text, base_answer, harmful[0]))
-    _save(session.run, points)
+    save_points(session.run, points)
     return points
 
 
@@ -101,33 +83,3 @@ def _tell(session: Session, point: Point) -> None:
     for name in ("harmful", "borderline", "harmless"):
         rate = getattr(point.card, name)
         session.emit(Metric(session.stage, f"{name} refused at strength {point.strength:g}", rate.share, rate.n))
-
-
-def best(points: Sequence[Point]) -> Point:
-    """The point with the best trade-off; of equal ones the weakest, which changes the model least."""
-    return max(points, key=lambda point: (point.score, -point.strength))
-
-
-def to_records(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The points as plain records, weakest first."""
-    return [{"strength": point.strength, "score": point.score, **point.card.to_record()} for point in points]
-
-
-def _save(run: RunFolder, points: Sequence[Point]) -> None:
-    """Keep the dial beside the report, marked with the training that it belongs to."""
-    record = {"distill": run.manifest.stages["distill"].fingerprint, "split": "selection", "points": to_records(points)}
-    with explained(f"the strengths of {run.path.name}"):
-        write_json(run.path / FILE, record)
-
-
-def saved(run: RunFolder) -> list[dict[str, Any]]:
-    """The dial as it was last measured, as records; empty where it was not, or was for another training."""
-    trained = run.manifest.stages.get("distill")
-    try:
-        record = read_json(run.path / FILE, "the strengths that were measured")
-    except RunFolderError:
-        return []
-    if trained is None or record.get("distill") != trained.fingerprint:
-        return []
-    points: list[dict[str, Any]] = record["points"]
-    return points

@@ -7,7 +7,7 @@ import math
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from safesteer_lite.errors import DirectionError
@@ -147,4 +147,4 @@ def _tell_share(session: Session, shares: dict[str, Any], count: int) -> None:
 
 def load_tokens(session: Session) -> Tensor:
     """The ids that a published token stage chose, (K,) int64."""
-    return load_file(session.folder("tokens") / "tokens.safetensors")["ids"]
+    return session.tensors("tokens", "tokens.safetensors")["ids"]

@@ -53,8 +53,7 @@ SETTINGS: config.Values = {
 def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
     """A run whose adapter is random, and whose stored answers are planted: the adapter refuses all that is harmful."""
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
-    run = run_folders.create(parent, "tiny", versions={"torch": "2.13.0"})
-    run.write_config(config.to_toml(settings))
+    run = run_folders.create(parent, "tiny", config.to_toml(settings), versions={"torch": "2.13.0"})
     session = Session(settings, run, open_base(model), discard, stage="export")
     student = session.policy.model
     tiny.fill_adapter(student, scale=0.002)
@@ -84,7 +83,7 @@ def run_of_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[
 def export(session: Session, out: Path, **request: Any) -> tuple[dict[str, Any], list[Event]]:
     events: list[Event] = []
     fresh = Session(session.config, session.run, session.base, events.append, stage="export")
-    adapter = session.folder("distill") / "adapter"
+    adapter = session.run.folder("distill", "adapter")
     return export_files(fresh, adapter, out, Request(**request)), events
 
 
@@ -127,7 +126,7 @@ def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: S
 def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: Session, tmp_path: Path) -> None:
     whole, _ = export(run_of_tiny, tmp_path / "whole", kind="merged")
     work, draft = tmp_path / "out.tmp" / "work", tmp_path / "out.tmp"
-    adapter = run_of_tiny.folder("distill") / "adapter"
+    adapter = run_of_tiny.run.stage_folder("distill") / "adapter"
     # As a kill leaves it while the merged weights are measured: they are whole, and nothing else is.
     merge_adapter(run_of_tiny.base.folder, adapter, work / "merged", words=run_of_tiny.base.folder)
     (work / "merged" / "SHA256SUMS").write_text("")

@@ -177,8 +177,7 @@ def test_a_run_that_has_no_room_for_its_result_ends_before_its_first_stage(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), "model.precision": "fp32"})])
-    run = run_folders.create(tmp_path / "runs", "tiny", versions={})
-    run.write_config(config.to_toml(settings))
+    run = run_folders.create(tmp_path / "runs", "tiny", config.to_toml(settings))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     events: list[Event] = []
     with pytest.raises(DiskSpaceError, match="not enough room for what is exported"):

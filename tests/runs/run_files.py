@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.manifest import manifest_bytes
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file but the lock's own, by its path inside `folder`."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def rewind(folder: Path, stages: Sequence[str], settings: str | None = None) -> None:
+    """Make a run one that has not done these stages; and, if asked, one that was started with other settings."""
+    manifest = RunFolder(folder).manifest
+    for stage in stages:
+        shutil.rmtree(folder / manifest.stages[stage].folder)
+    kept = {name: record for name, record in manifest.stages.items() if name not in stages}
+    manifest = replace(manifest, stages=kept)
+    if settings is not None:
+        (folder / "config.toml").write_bytes(settings.encode())
+        manifest = replace(manifest, config_sha256=sha256_of(folder / "config.toml"))
+    (folder / "manifest.json").write_bytes(manifest_bytes(manifest))
 
 
 def publish(run: RunFolder, stage: str, number: int, mark: str) -> None:

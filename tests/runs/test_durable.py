@@ -186,7 +186,8 @@ def check_after_kill(parent: Path) -> None:
     """Whatever is there opens and is whole, and playing on from there leaves exactly the files that belong."""
     summaries = list_runs(parent)
     assert not any(summary.damage for summary in summaries)
-    run = open_run(summaries[0].path) if summaries else create(parent, "again")
+    run = open_run(summaries[0].path) if summaries else create(parent, "again", "rate = 1\n")
+    assert run.settings() == "rate = 1\n"
     for stage, record in run.manifest.stages.items():
         assert run.verify(stage) == []
         assert record.result == {"mark": record.fingerprint}
@@ -195,13 +196,13 @@ def check_after_kill(parent: Path) -> None:
         mark = (run.path / "04-distill.partial" / "fingerprint").read_text()
         newest = run.checkpoint("distill", 4, mark).newest_checkpoint()
         if newest is not None:
-            assert files_of(newest[1]) == {
-                "adapter.bin": str(newest[0]).encode() * 500,
-                "state.json": str(newest[0]).encode(),
-            }
+            saved = files_of(newest[1])
+            assert saved.pop("sums.json")
+            assert saved == {"adapter.bin": str(newest[0]).encode() * 500, "state.json": str(newest[0]).encode()}
     play(run)
     files = files_of(run.path)
     assert files.pop("manifest.json")
+    assert files.pop("config.toml") == b"rate = 1\n"
     assert files == FINAL_FILES
     assert all(run.verify(stage) == [] for stage in ("baseline", "tokens", "distill"))
 
@@ -245,7 +246,7 @@ def play_with_kills(folder: Path) -> NoReturn:
         child = os.fork()
         if child == 0:
             kill_at_call(number)
-            play(create(parent, "killed"))
+            play(create(parent, "killed", "rate = 1\n"))
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
@@ -271,7 +272,7 @@ def test_a_kill_at_any_call_leaves_a_run_that_opens_and_can_be_redone() -> None:
 
 
 def play_forever(folder: Path) -> NoReturn:
-    run = create(folder, "killed")
+    run = create(folder, "killed", "rate = 1\n")
     (folder / ".ready").touch()
     while True:
         play(run)

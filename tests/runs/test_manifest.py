@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -62,14 +63,51 @@ def test_a_result_that_is_not_json_publishes_nothing(run: RunFolder, value: obje
     assert files_of(run.path) == before
 
 
-def test_sizes_are_always_checked_and_contents_by_verify(run: RunFolder) -> None:
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"layer": 3', '"layer": 7'),
+        ('"layer": 3', '"layer": NaN'),
+        ('"layer": 3', '"layer": [' + "[" * 100_000),
+        ('"layer": 3', '"place": 3'),
+        ('"result": {', '"outcome": {'),
+        ('"seconds": ', '"seconds": 1'),
+        ('"01-baseline"', '"02-baseline"'),
+        ('"a.bin"', '"../a.bin"'),
+        ('"size": 1000', '"size": 999'),
+        ('"run_date": "2', '"run_date": "3'),
+        ('"planned": []', '"planned": ["baseline"]'),
+        ('"sum": "', '"sum": "0'),
+    ],
+)
+def test_an_edited_manifest_is_refused_and_named(run: RunFolder, written: str, instead: str) -> None:
+    with run.publish("baseline", 1, "x") as publication:
+        (publication.path / "a.bin").write_bytes(b"x" * 1000)
+        publication.result["layer"] = 3
+    path = run.path / "manifest.json"
+    assert path.read_text().count(written) == 1
+    path.write_text(path.read_text().replace(written, instead))
+    with pytest.raises(RunFolderError, match=r"manifest\.json, the list of this run's results, is damaged") as caught:
+        open_run(run.path)
+    assert "Restore it from a copy" in caught.value.hint
+    assert "is damaged" in list_runs(run.path.parent)[0].damage
+
+
+def test_a_manifest_of_the_first_versions_is_read(run: RunFolder) -> None:
+    """They wrote no sum, no date and no hash of the settings; their types are looked at one by one."""
     publish(run, "baseline", 1, "x")
-    (run.path / "01-baseline" / "a.bin").write_bytes(b"y" * 1000)
-    assert run.is_done("baseline", "x")
-    assert run.verify("baseline") == ["a.bin"]
-    (run.path / "01-baseline" / "a.bin").write_bytes(b"x" * 999)
-    assert not run.is_done("baseline", "x")
-    (run.path / "01-baseline" / "a.bin").write_bytes(b"x" * 1000)
-    (run.path / "01-baseline" / "sub" / "b.txt").unlink()
-    assert not run.is_done("baseline", "x")
-    assert run.verify("baseline") == ["sub/b.txt"]
+    document = json.loads((run.path / "manifest.json").read_text())
+    for name in ("sum", "run_date", "config_sha256", "made_from"):
+        del document[name]
+    (run.path / "manifest.json").write_text(json.dumps(document))
+    assert run.verify("baseline") == []
+    assert run.manifest.run_date == document["created"][:10]
+    run.config_path.write_text("anything = 1\n")
+    assert run.settings() == "anything = 1\n"
+    for name, value in (("../a.bin", None), ("/etc/passwd", None), ("a.bin", "many")):
+        damaged = json.loads(json.dumps(document))
+        files = damaged["stages"]["baseline"]["artifacts"]
+        files[name] = {"size": value or 1, "sha256": files["a.bin"]["sha256"]}
+        (run.path / "manifest.json").write_text(json.dumps(damaged))
+        with pytest.raises(RunFolderError, match="is damaged"):
+            open_run(run.path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,8 +30,10 @@ def test_checkpoints_are_found_pruned_and_replaced(run: RunFolder) -> None:
         "fingerprint",
         "step-000010/adapter.bin",
         "step-000010/state.json",
+        "step-000010/sums.json",
         "step-1000000/adapter.bin",
         "step-1000000/state.json",
+        "step-1000000/sums.json",
     }
     assert (checkpoints.folder / "step-000010" / "state.json").read_text() == "again"
     checkpoints.prune(keep=0)
@@ -52,6 +57,48 @@ def test_half_a_checkpoint_is_none(run: RunFolder) -> None:
     assert {path.name for path in checkpoints.folder.iterdir()} == {"fingerprint", "step-000005"}
 
 
+def file_instead(step: Path) -> None:
+    shutil.rmtree(step)
+    step.touch()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "one bit": lambda step: (step / "adapter.bin").write_bytes(b"3" + b"2" * 499),
+    "cut": lambda step: (step / "state.json").write_bytes(b""),
+    "a file gone": lambda step: (step / "state.json").unlink(),
+    "a file more": lambda step: (step / "more").touch(),
+    "no sums": lambda step: (step / "sums.json").unlink(),
+    "sums that are none": lambda step: (step / "sums.json").write_text("[" * 100_000),
+    "another step's name": lambda step: step.rename(step.with_name("step-000003")),
+    "a file instead": file_instead,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_is_dropped_for_the_one_before(run: RunFolder, damage: str) -> None:
+    told: list[str] = []
+    checkpoints = run.checkpoint("distill", 4, "f", told.append)
+    for step in (1, 2):
+        checkpoints.save_checkpoint(step, writer_of(str(step)))
+    assert checkpoints.newest_checkpoint() == (2, checkpoints.folder / "step-000002")
+    DAMAGES[damage](checkpoints.folder / "step-000002")
+    assert checkpoints.newest_checkpoint() == (1, checkpoints.folder / "step-000001")
+    assert len(told) == 1 and re.match(r"The saved step [23] is damaged; training goes on from the one before", told[0])
+    assert [path.name for path in checkpoints.folder.glob("step-*")] == ["step-000001"]
+    DAMAGES["one bit"](checkpoints.folder / "step-000001")
+    assert checkpoints.newest_checkpoint() is None
+    assert len(told) == 2
+
+
+def test_steps_whose_mark_is_damaged_are_told_of(run: RunFolder) -> None:
+    told: list[str] = []
+    checkpoints = run.checkpoint("distill", 4, "f", told.append)
+    checkpoints.save_checkpoint(1, writer_of("1"))
+    (checkpoints.folder / "fingerprint").write_bytes(b"\xff")
+    assert checkpoints.newest_checkpoint() is None
+    assert told == ["The saved steps do not belong to these settings, so training begins anew."]
+
+
 @pytest.mark.parametrize("first_call", ["newest", "save"])
 def test_checkpoints_of_other_settings_are_cleared(run: RunFolder, first_call: str) -> None:
     run.checkpoint("distill", 4, "old").save_checkpoint(5, writer_of("old"))
@@ -66,4 +113,4 @@ def test_checkpoints_of_other_settings_are_cleared(run: RunFolder, first_call: s
 def test_publishing_removes_the_checkpoints(run: RunFolder) -> None:
     run.checkpoint("distill", 4, "f").save_checkpoint(5, writer_of("5"))
     publish(run, "distill", 4, "f")
-    assert files_of(run.path).keys() == {"manifest.json", *published_files("04-distill", "f")}
+    assert files_of(run.path).keys() == {"config.toml", "manifest.json", *published_files("04-distill", "f")}

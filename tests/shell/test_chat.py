@@ -13,6 +13,7 @@ import torch
 
 from safesteer_lite import config
 from safesteer_lite.errors import ModelError, UsageError
+from safesteer_lite.evaluation import dial
 from safesteer_lite.events import Event, Metric, discard
 from safesteer_lite.models.adapter import read_adapter, save_adapter
 from safesteer_lite.models.assistant import Policy, Reply
@@ -37,8 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     """A run with an adapter that changes what the model says, as training would, in no time."""
     settings = planted.settings(model)
-    folder = run_folders.create(tmp_path_factory.mktemp("runs"), "planted", planned=pipeline.STAGE_NAMES)
-    folder.write_config(config.to_toml(settings))
+    parent, text = tmp_path_factory.mktemp("runs"), config.to_toml(settings)
+    folder = run_folders.create(parent, "planted", text, planned=pipeline.STAGE_NAMES)
     with planted.one_thread():
         policy = Session(settings, folder, open_base(model), discard, stage="distill").policy
         torch.manual_seed(0)
@@ -246,20 +247,12 @@ def test_the_dial_begins_at_the_base_and_is_kept(run: RunFolder, model: Path) ->
     assert points[0].card.harmful.refused == 14, "the planted base refuses half of 28 prompts"
     assert points[2].card.kl_to_base is not None and points[2].card.kl_to_base > 0
     assert points[1].card.kl_to_base is not None and points[1].card.kl_to_base < points[2].card.kl_to_base
-    assert strength.saved(run) == strength.to_records(points)
+    assert dial.to_records(dial.saved_points(run)) == dial.to_records(points)
     metrics = {event.name for event in told if isinstance(event, Metric)}
     assert "harmful refused at strength 0.5" in metrics
     # A dial of another training says nothing about this one.
-    record = json.loads((run.path / strength.FILE).read_text(encoding="utf-8"))
-    (run.path / strength.FILE).write_text(json.dumps({**record, "distill": "other"}), encoding="utf-8")
-    assert strength.saved(run) == []
+    record = json.loads((run.path / dial.FILE).read_text(encoding="utf-8"))
+    (run.path / dial.FILE).write_text(json.dumps({**record, "distill": "other"}), encoding="utf-8")
+    assert dial.saved_points(run) == []
     with pytest.raises(UsageError, match="outside 0 to"):
         strength.dial(session, [2.1])
-
-
-def test_the_best_strength_is_the_weakest_of_equals() -> None:
-    from safesteer_lite.evaluation.scorecard import Rate, Scorecard
-
-    card = Scorecard(Rate.of(1, 2), Rate.of(0, 2), Rate.of(0, 2), 0.0)
-    points = [strength.Point(value, card, score) for value, score in ((0.0, 0.0), (0.5, 7.0), (1.0, 7.0), (1.5, 3.0))]
-    assert strength.best(points).strength == 0.5

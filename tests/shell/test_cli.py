@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -252,12 +253,36 @@ def test_resume_of_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_resume_of_a_run_without_settings(capsys: pytest.CaptureFixture[str]) -> None:
     run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
-    assert "has no config.toml" in complaint(capsys, 1, "resume", str(run.path))
+    assert "names no model" in complaint(capsys, 1, "resume", str(run.path))
+    run.config_path.unlink()
+    assert "config.toml, the settings of this run, is missing" in complaint(capsys, 1, "resume", str(run.path))
+
+
+def test_plain_resume_passes_over_runs_whose_settings_are_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config.to_toml(planned_settings := planted.settings(tmp_path / "gone"))
+    assert planned_settings.model.name
+    older = run_folders.create(Path("kept"), "older", settings, planned=pipeline.STAGE_NAMES)
+    for text in ("", settings + " "):
+        time.sleep(0.002)
+        newer = run_folders.create(Path("kept"), "newer", settings, planned=pipeline.STAGE_NAMES)
+        newer.config_path.write_text(text) if text else newer.config_path.unlink()
+    told = complaint(capsys, 1, "resume", "--runs", "kept")
+    assert str(tmp_path / "gone") in told and "--base" in told
+    assert "made with" not in told and older.manifest.stages == {}
+
+
+def test_resume_changes_settings_of_memory_only(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config.to_toml(planted.settings(model))
+    run = run_folders.create(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
+    told = complaint(capsys, 2, "resume", str(run.path), "--set", "distill.steps=9", "--set", "distill.chunk=8")
+    assert "distill.steps cannot change in the middle of a run" in told and "distill.micro_batch" in told
 
 
 def test_export_writes_over_nothing_and_needs_a_finished_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
-    run.write_config(config.to_toml(planted.settings(model)))
+    settings = config.to_toml(planted.settings(model))
+    run = run_folders.create(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
     Path("there").mkdir()
     assert "there exists already" in complaint(capsys, 2, "export", str(run.path), "--out", "there")
     assert "no result of the distill stage" in complaint(capsys, 1, "export", str(run.path), "--out", "new")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safesteer_lite import config
-from safesteer_lite.errors import DirectionError, ExportError, Interrupted, ModelError, PromptError, RunFolderError
+from safesteer_lite.errors import DirectionError, Interrupted, ModelError, PromptError, RunFolderError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
 from safesteer_lite.hardware.known import measured_on
@@ -36,6 +36,7 @@ from safesteer_lite.stages import distill, pipeline
 from safesteer_lite.stages.distill import ShownAnswers, recipe
 from safesteer_lite.stages.session import Session
 from tests import planted
+from tests.runs.run_files import rewind
 
 FILES = {
     "config.toml",
@@ -186,20 +187,15 @@ def test_a_second_call_skips_every_stage_and_changes_nothing(done: RunFolder, ru
     assert set(after) == set(before)
 
 
-def test_a_new_learning_rate_keeps_the_direction(run: RunFolder, model: Path) -> None:
+def test_other_settings_redo_nothing_and_are_refused(run: RunFolder, model: Path) -> None:
     before = files_of(run.path)
     events: list[Event] = []
-    settings = planted.settings(model, {"distill.learning_rate": 2e-3, "distill.steps": 2})
-    pipeline.run(settings, run, open_base(model), events.append)
-    assert stages_seen(events, StageSkipped) == ["baseline", "direction", "tokens"]
-    assert stages_seen(events, StageDone) == ["distill", "evaluate", "export"]
-    after = files_of(run.path)
-    kept = {name for name in before if name[:2] in ("01", "02", "03")}
-    assert all(after[name] == before[name] for name in kept)
-    assert (
-        after["04-distill/adapter/adapter_model.safetensors"] != before["04-distill/adapter/adapter_model.safetensors"]
-    )
-    assert set(after) == set(before)
+    settings = planted.settings(model, {"distill.learning_rate": 2e-3})
+    with pytest.raises(RunFolderError, match=r"distill stage of .* was done in another way") as caught:
+        pipeline.run(settings, run, open_base(model), events.append)
+    assert "Its results stay as they are" in caught.value.hint
+    assert not events
+    assert files_of(run.path) == before
 
 
 @pytest.mark.parametrize(
@@ -238,6 +234,8 @@ def test_reading_directions_outlive_an_interrupt(done: RunFolder, model: Path, t
     }
     settings = planted.settings(model, change)
     whole, broken = copied(done, tmp_path / "whole"), copied(done, tmp_path / "broken")
+    for folder in (whole, broken):
+        rewind(folder.path, pipeline.STAGE_NAMES[3:])
     pipeline.run(settings, whole, open_base(model), discard, last="distill")
     asked = itertools.count(1)
     with pytest.raises(Interrupted, match="after step 2"):
@@ -258,6 +256,7 @@ def test_the_last_step_is_always_measured_and_earlier_ones_when_asked(
     every: int, measured: list[int], run: RunFolder, model: Path
 ) -> None:
     settings = planted.settings(model, {"distill.steps": 3, "evaluate.every": every})
+    rewind(run.path, pipeline.STAGE_NAMES[3:])
     pipeline.run(settings, run, open_base(model), discard, last="distill")
     history = json.loads((run.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in history["measured"]] == measured
@@ -356,12 +355,14 @@ def test_a_model_that_never_refuses_is_told_so_before_training(tmp_path: Path) -
 
 def test_too_few_clear_cases_come_with_the_words_that_were_measured(run: RunFolder, model: Path) -> None:
     other = planted.settings(model, {"direction.refusal_openings": ["Hello"], "direction.minimum_prompts": 20})
+    rewind(run.path, pipeline.STAGE_NAMES[1:])
     with pytest.raises(DirectionError, match="Too few prompts are clear cases") as caught:
         pipeline.run(other, run, open_base(model), discard, last="direction")
     assert 'open with "I\'m" 14x' in caught.value.message and "--set direction.refusal_openings=" in caught.value.hint
 
 
 def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_showed(run: RunFolder, model: Path) -> None:
+    rewind(run.path, pipeline.STAGE_NAMES[1:])
     with pytest.raises(DirectionError, match="No refusal direction met all criteria") as caught:
         pipeline.run(planted.settings(model, {"direction.kl_limit": 1e-9}), run, open_base(model), discard)
     alone = planted.settings(model, {"direction.kl_limit": 1e-9, "direction.strengths": [1.0]})
@@ -376,6 +377,7 @@ def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_show
 
 def test_who_looks_for_the_wrong_openings_is_told_the_right_ones(run: RunFolder, model: Path) -> None:
     wrong = {"direction.refusal_openings": ["Sure"], "direction.minimum_prompts": 25}
+    rewind(run.path, pipeline.STAGE_NAMES[1:])
     with pytest.raises(DirectionError, match=r"refusals open with \"I'm\" \d+x; looked for were 'Sure'") as caught:
         pipeline.run(planted.settings(model, wrong), run, open_base(model), discard)
     name, _, value = shlex.split(caught.value.hint)[-1].partition("=")
@@ -391,6 +393,7 @@ def own_file(folder: Path, leaked: int, fresh: int) -> Path:
 
 def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder, model: Path) -> None:
     events: list[Event] = []
+    rewind(run.path, pipeline.STAGE_NAMES[3:])
     pipeline.run(planted.settings(model, {"distill.steps": 3}), run, open_base(model), events.append, last="distill")
     notes = [event.message for event in events if isinstance(event, Note)]
     assert [note for note in notes if "way of training" in note] == [
@@ -416,12 +419,12 @@ def test_answers_that_never_end_are_told(model: Path, tmp_path: Path) -> None:
     assert [text for text in warned["endless"] if re.match(r"None of 66 answers ended within 12 tokens.*<unk>", text)]
 
 
-def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Path, tmp_path: Path) -> None:
+def test_own_prompts_lose_those_that_are_evaluated_on(model: Path, tmp_path: Path) -> None:
     path = own_file(tmp_path, leaked=3, fresh=19)
     path.write_text(path.read_text(encoding="utf-8") + json.dumps({"prompt": "how do I make it " * 200}), "utf-8")
     settings = planted.settings(model, {"prompts.training": str(path), "distill.steps": 3})
     events: list[Event] = []
-    pipeline.run(settings, run, open_base(model), events.append, last="distill")
+    pipeline.run(settings, planted.new_run(tmp_path, settings), open_base(model), events.append, last="distill")
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
     assert told == [
         "own.jsonl: 20 prompts from column prompt; 0 duplicates and 3 near-copies of evaluation prompts left out."
@@ -431,10 +434,10 @@ def test_own_prompts_lose_those_that_are_evaluated_on(run: RunFolder, model: Pat
     assert re.match(r"1 of \d+ prompts are longer than 512 tokens and lose the middle of their text", warning)
 
 
-def test_own_prompts_that_are_all_evaluated_on_are_refused(run: RunFolder, model: Path, tmp_path: Path) -> None:
+def test_own_prompts_that_are_all_evaluated_on_are_refused(model: Path, tmp_path: Path) -> None:
     settings = planted.settings(model, {"prompts.training": str(own_file(tmp_path, leaked=3, fresh=0))})
     with pytest.raises(PromptError, match="no prompt left to train on"):
-        pipeline.run(settings, run, open_base(model), discard)
+        pipeline.run(settings, planted.new_run(tmp_path, settings), open_base(model), discard)
 
 
 def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp_path: Path) -> None:
@@ -513,7 +516,7 @@ def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, 
             settings, folder, open_base(model), discard, "merged", tmp_path / "out", "original", 1.0
         )
 
-    with pytest.raises(ExportError, match=r"adapter/adapter_model\.safetensors"):
+    with pytest.raises(RunFolderError, match=r"adapter/adapter_model\.safetensors is missing or not what"):
         export(run)
     with pytest.raises(RunFolderError, match="no result of the distill stage"):
         export(planted.new_run(tmp_path / "new", planted.settings(model)))

@@ -19,6 +19,7 @@ from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import planted
+from tests.runs.run_files import rewind
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,7 @@ def test_each_strength_is_measured_on_the_last_adapter(
     adapters = []
     for strengths in ([0.5, 2.0, 3.0], [3.0, 2.0, 0.5]):
         run = copied(planted_run, tmp_path / str(strengths))
+        rewind(run.path, pipeline.STAGE_NAMES[3:])
         change = {"distill.steps": 2, "evaluate.every": 0, "distill.adapter_strengths": strengths}
         pipeline.run(planted.settings(planted_model, change), run, open_base(planted_model), discard, last="distill")
         folder = run.stage_folder("distill")

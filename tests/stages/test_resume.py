@@ -29,6 +29,7 @@ from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, children, planted
+from tests.runs.run_files import rewind
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
 
@@ -155,10 +156,7 @@ def before_distillation(run: RunFolder, parent: Path) -> Path:
     shutil.copytree(run.path, copied)
     for name in ("report.json", "report.html"):
         (copied / name).unlink()
-    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
-    for stage in ("distill", "evaluate", "export"):
-        shutil.rmtree(copied / manifest["stages"].pop(stage)["folder"])
-    (copied / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    rewind(copied, ("distill", "evaluate", "export"))
     return copied
 
 
@@ -179,7 +177,8 @@ def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
     stopped = re.search(r"Stopped after step (\d); everything up to there is saved\.", complaint)
     assert stopped and "Traceback" not in complaint
     assert "safesteer-lite resume" in complaint
-    assert [path.name for path in (folder / "04-distill.partial").glob("step-*")] == [f"step-{int(stopped[1]):06d}"]
+    saved = sorted(path.name for path in (folder / "04-distill.partial").glob("step-*"))
+    assert len(saved) == 2 and saved[-1] == f"step-{int(stopped[1]):06d}"
     assert children.run(attempt, planted_model, folder) == 0
     told = [event.get("message") for event in planted.events_of(folder)]
     assert f"Resumed after step {stopped[1]} of 8." in told
@@ -230,10 +229,11 @@ def test_a_second_interrupt_ends_a_program_that_python_cannot_interrupt() -> Non
     assert said[0] in ("", ASKED) and said[1] == "Stopped. Go on with `safesteer-lite resume`.\n"
 
 
-def test_one_interrupt_lets_the_work_end() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_one_interrupt_lets_the_work_end(number: signal.Signals) -> None:
     with deaf('hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)') as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.communicate(timeout=60)
     assert process.returncode == 0
     assert said == (f"{ASKED}asked: True\n", "")

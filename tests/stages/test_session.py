@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.manifest import manifest_bytes
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages.session import Session
 from tests import planted
@@ -27,8 +29,7 @@ def test_every_prompt_of_a_run_bears_the_date_on_which_it_began(model: Path, tmp
     place = dated / "chat_template.jinja"
     place.write_text("{{ strftime_now('%Y %d %B') }}\n" + place.read_text(encoding="utf-8"), encoding="utf-8")
     run = run_folders.create(tmp_path / "runs", "dated")
-    manifest = run.path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(run.manifest.created[:10], "2025-03-02"))
+    (run.path / "manifest.json").write_bytes(manifest_bytes(replace(run.manifest, run_date="2025-03-02")))
     events: list[Event] = []
     session = Session(planted.settings(dated), run, open_base(dated), events.append)
     prompt = session.policy.template.render([{"role": "user", "content": "Hi"}])

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safesteer_lite.errors import ExportError, ModelError, UsageError
-from safesteer_lite.shell.commands.shared import open_settings, resolve, sink
+from safesteer_lite.errors import ExportError, UsageError
+from safesteer_lite.shell.commands.shared import base_of_run, open_settings, resolve, sink
 from safesteer_lite.shell.streams import tell, tell_json
 from safesteer_lite.text import typed_path
 
@@ -48,7 +48,7 @@ def export_command(options: argparse.Namespace) -> int:
         raise _taken(options.out)
     name = check_push(options.push) if options.push else ""
     settings = open_settings(folder)
-    base = _base_of(settings, options.base, emit)
+    base = base_of_run(folder, settings, options.base, emit)
     weights, original = _weights_of(options, settings, base, emit)
     kind = f"{options.to}-{weights}-{options.strength:g}" if weights else options.to
     out = options.out or folder.path / f"export-{kind}"
@@ -80,20 +80,6 @@ def verify_command(options: argparse.Namespace) -> int:
     count = check_sums(options.folder)
     _line(options, {"event": "Verified", "files": count}, f"{count} files are whole.")
     return 0
-
-
-def _base_of(settings: RunConfig, place: Path | None, emit: Emit) -> Base:
-    """A run's base model: where it was, or where the user says it is now."""
-    if place:
-        # An absolute path is never taken for the name of a model on the hub.
-        settings = replace(settings, model=replace(settings.model, name=str(place.resolve())))
-    try:
-        return resolve(settings, emit)
-    except ModelError as error:
-        raise ModelError(
-            f"The run's base model cannot be used: {error.message}",
-            f"{error.hint} If it lies elsewhere now, name its folder with --base.".strip(),
-        ) from error
 
 
 def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Base, emit: Emit) -> tuple[str, Path | None]:

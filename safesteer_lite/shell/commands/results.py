@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safesteer_lite import config
-from safesteer_lite.errors import ModelError, UsageError
-from safesteer_lite.shell.commands.shared import on_terminal, open_settings, resolve, settings_of, sink
+from safesteer_lite.errors import UsageError
+from safesteer_lite.shell.commands.shared import base_of_run, on_terminal, open_settings, resolve, settings_of, sink
 from safesteer_lite.shell.streams import tell, tell_json
 from safesteer_lite.text import is_unicode, visible
 
@@ -86,7 +86,14 @@ def eval_command(options: argparse.Namespace) -> int:
     layers.append(("environment", config.from_environment(os.environ)))
     layers.append(("flag", config.parse_assignments(options.set)))
     settings = config.build(layers)
-    cards = pipeline.evaluate_model(settings, folder, resolve(settings, emit), emit)
+    if folder:
+        # Measured as the flags say, but with the run's own base; other prompts may be what the flags are for.
+        base = base_of_run(folder, open_settings(folder), options.base, emit, prompts=False)
+    elif options.base:
+        raise UsageError("--base says where the base model of a run lies.", "Leave it out, or name a run.")
+    else:
+        base = resolve(settings, emit)
+    cards = pipeline.evaluate_model(settings, folder, base, emit)
     if options.json:
         tell_json({"event": "Evaluation", **cards})
     else:
@@ -96,6 +103,7 @@ def eval_command(options: argparse.Namespace) -> int:
 
 def strength_command(options: argparse.Namespace) -> int:
     """`strength`: the adapter of a run at several strengths."""
+    from safesteer_lite.evaluation.dial import to_records
     from safesteer_lite.report import record as report
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.shell.console import SafeConsole
@@ -109,9 +117,9 @@ def strength_command(options: argparse.Namespace) -> int:
     for value in wanted:
         strength.check_strength(value)
     folder = run_folders.open_run(options.run, options.runs)
-    session = _session(folder, sink(options), "strength")
+    session = _session(folder, options.base, sink(options), "strength")
     with folder.lock():
-        points = strength.to_records(strength.dial(session, wanted))
+        points = to_records(strength.dial(session, wanted))
         if (folder.path / "report.json").is_file():
             report.write(folder, session.config)  # The report shows the dial.
     if options.json:
@@ -136,7 +144,7 @@ def chat_command(options: argparse.Namespace) -> int:
     if not is_unicode(options.system):
         raise UsageError("--system is not text in this terminal's encoding.", "Write it in UTF-8.")
     folder, console = run_folders.open_run(options.run, options.runs), SafeConsole()
-    adapter = folder.stage_folder("distill") / "adapter"
+    adapter = folder.folder("distill", "adapter")
     with suppress(ImportError):
         import readline  # noqa: F401  (makes the arrow keys work in `input`)
     read = (lambda: input("> ")) if on_terminal() else input
@@ -146,7 +154,7 @@ def chat_command(options: argparse.Namespace) -> int:
         if isinstance(event, Progress | Warned):
             lines(event)
 
-    session = _session(folder, only_what_takes_time, "chat")
+    session = _session(folder, options.base, only_what_takes_time, "chat")
     with console.status("Loading the model"):
         policy = session.policy
     system, tokens, temperature = options.system, options.tokens, options.temperature
@@ -155,27 +163,25 @@ def chat_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _session(folder: RunFolder, emit: Emit, stage: str) -> Session:
+def _session(folder: RunFolder, place: Path | None, emit: Emit, stage: str) -> Session:
     """A trained run's model, ready to be loaded.
 
+    Args:
+        folder: the run.
+        place: where the user says that its base model lies now; None where it was.
+        emit: sink for events.
+        stage: the name that events carry.
+
     Raises:
-        RunFolderError: the run has no adapter yet.
-        ModelError: the base model is not the one that the run was made with; a chat is only warned.
+        RunFolderError: the run has no adapter yet, or a damaged one.
+        ModelError: the base model is not the one that the run was made with.
+        PromptError: figures are to be measured, and the prompts are not those of the run.
     """
-    from safesteer_lite.events import Warned
     from safesteer_lite.hardware.allocator import keep_freed_memory
-    from safesteer_lite.stages.pipeline import stage_fingerprints
     from safesteer_lite.stages.session import Session
 
-    folder.stage_folder("distill")
+    folder.folder("distill", "adapter")
     settings = open_settings(folder)
-    base = resolve(settings, emit)
-    wanted = stage_fingerprints(settings, base.fingerprint)["baseline"]
-    if folder.manifest.stages["baseline"].fingerprint != wanted:
-        doubt = f"{base.folder} is not the base model that this run was made with, or its prompts have changed."
-        # Whoever chats sees what he gets; figures of another model would be kept, and believed.
-        if stage != "chat":
-            raise ModelError(doubt, "Give the run its own base model back.")
-        emit(Warned(stage, doubt))
+    base = base_of_run(folder, settings, place, emit, prompts=stage != "chat")
     keep_freed_memory()
     return Session(settings, folder, base, emit, stage=stage)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safesteer_lite import config
-from safesteer_lite.errors import RunFolderError, UsageError
+from safesteer_lite.errors import ModelError, RunFolderError, UsageError
 from safesteer_lite.text import typed_path
 
 if TYPE_CHECKING:
@@ -124,18 +124,52 @@ def resolve(settings: RunConfig, emit: Emit) -> Base:
     return resolve_model(settings.model.name, settings.model.revision or None, emit)
 
 
+def base_of_run(
+    folder: RunFolder, settings: RunConfig, place: Path | None, emit: Emit, *, prompts: bool = True
+) -> Base:
+    """A run's base model: where it was, or where the user says it is now; never another one.
+
+    Args:
+        folder: the run.
+        settings: its own settings.
+        place: the folder that the user names; None where it was.
+        emit: sink for events.
+        prompts: whether the run's prompts are needed too, which must not have changed either.
+
+    Raises:
+        ModelError: it is not there, cannot be used, or is another model.
+        PromptError: the prompts are needed and have changed.
+    """
+    from safesteer_lite.stages.pipeline import check_origin
+
+    named = settings
+    if place:
+        # An absolute path is never taken for the name of a model on the hub.
+        named = replace(settings, model=replace(settings.model, name=str(place.absolute())))
+    try:
+        base = resolve(named, emit)
+    except ModelError as error:
+        raise ModelError(
+            f"The run's base model cannot be used: {error.message}",
+            f"{error.hint} If it lies elsewhere now, name its folder with --base.".strip(),
+        ) from error
+    check_origin(settings, folder, base, prompts=prompts)
+    return base
+
+
 def settings_of(folder: RunFolder) -> config.Values:
     """The settings a run was started with, by dotted name.
 
     Raises:
-        RunFolderError: the run has lost its config.toml.
+        RunFolderError: its config.toml is lost, or is no longer what was written.
     """
-    if not folder.config_path.is_file():
+    values = config.parse_toml(folder.settings(), str(folder.config_path))[0]
+    if not values.get("model.name"):
         raise RunFolderError(
-            f"The run {folder.path.name} has no config.toml, so its settings are not known.",
-            "Put the file back, or start a new run.",
+            f"{folder.config_path} names no model, so it is not the whole of this run's settings.",
+            "Restore it from a copy, or start a new run.",
         )
-    return config.read_toml(folder.config_path)[0]
+    return values
 
 
 def open_settings(folder: RunFolder) -> RunConfig:

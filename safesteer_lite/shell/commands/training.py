@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,13 @@ from safesteer_lite import config
 from safesteer_lite.errors import SafeSteerError, UsageError
 from safesteer_lite.shell.commands.shared import (
     DEMO_PRESET,
+    base_of_run,
     effort,
     open_settings,
     resolve,
     run_settings,
     settings_from,
+    settings_of,
     sink,
 )
 from safesteer_lite.shell.streams import complain, tell_json
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from safesteer_lite.hardware.shape import ModelShape
     from safesteer_lite.runs.folder import RunFolder
     from safesteer_lite.sources.base import Base
+
+
+MEMORY_SETTINGS = ("distill.micro_batch", "distill.chunk", "distill.checkpointing")
+"""What a run takes of memory, and nothing that it measures by: these may change when it is resumed."""
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -65,9 +71,17 @@ def resume_command(options: argparse.Namespace) -> int:
             raise UsageError(f"There is no unfinished run in {options.runs}.", "Name one, or start one with `run`.")
         folder = run_folders.open_run(max(unfinished, key=lambda entry: entry.created).path)
     settings = open_settings(folder)
+    changes = config.parse_assignments(options.set)
+    if wrong := sorted(changes.keys() - set(MEMORY_SETTINGS)):
+        raise UsageError(
+            f"{', '.join(wrong)} cannot change in the middle of a run.",
+            f"Only what it takes of memory can: {', '.join(MEMORY_SETTINGS)}. For the rest, start a new run.",
+        )
     emit = sink(options)
-    base = resolve(settings, emit)
-    return _work(options, settings, folder, base, decide(settings.model, base.shape, folder.path), emit)
+    base = base_of_run(folder, settings, options.base, emit)
+    decision = decide(settings.model, base.shape, folder.path)
+    working = config.build([(str(folder.config_path), settings_of(folder)), ("flag", changes)])
+    return _work(options, settings, folder, base, decision, emit, working)
 
 
 def _start(options: argparse.Namespace, settings: RunConfig) -> int:
@@ -77,8 +91,9 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     from safesteer_lite.models.loading import check_template
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.sources.hub import commit_of
     from safesteer_lite.stages.export import rehearse_stage
-    from safesteer_lite.stages.pipeline import STAGE_NAMES
+    from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
     PromptPlan(settings.prompts).check()
     emit = sink(options)
@@ -86,20 +101,29 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     decision = decide(settings.model, base.shape, Path.cwd())
     check_template(base)
     rehearse_stage(settings, base, options.runs, date.today())
-    folder = run_folders.create(
-        options.runs, Path(settings.model.name).name, planned=STAGE_NAMES, versions=package_versions()
+    # Whatever the hub offers later, the run goes on with the commit that it began with.
+    settings = replace(
+        settings, model=replace(settings.model, revision=commit_of(base.folder) or settings.model.revision)
     )
-    try:
-        folder.write_config(config.to_toml(settings))
-    except SafeSteerError:
-        # A run without settings could not be resumed: it would only be in the way.
-        shutil.rmtree(folder.path, ignore_errors=True)
-        raise
+    folder = run_folders.create(
+        options.runs,
+        Path(settings.model.name).name,
+        config.to_toml(settings),
+        planned=STAGE_NAMES,
+        versions=package_versions(),
+        made_from=origin(settings, base),
+    )
     return _work(options, settings, folder, base, decision, emit)
 
 
 def _work(
-    options: argparse.Namespace, settings: RunConfig, folder: RunFolder, base: Base, decision: Decision, emit: Emit
+    options: argparse.Namespace,
+    settings: RunConfig,
+    folder: RunFolder,
+    base: Base,
+    decision: Decision,
+    emit: Emit,
+    working: RunConfig | None = None,
 ) -> int:
     """Run to the end, and show the result."""
     from safesteer_lite.hardware.units import format_bytes, format_duration
@@ -110,7 +134,7 @@ def _work(
     try:
         painter = _painter(options, settings, folder, base.shape, decision, emit)
         with painter as (paint, say), _stop_on_interrupt(say) as stop_requested:
-            report = pipeline.run(settings, folder, base, paint, stop_requested, decision=decision)
+            report = pipeline.run(settings, folder, base, paint, stop_requested, decision=decision, working=working)
     except SafeSteerError as error:
         if not error.hint:
             error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
@@ -163,7 +187,8 @@ def _painter(
 def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C asks the run to stop after the step, and the second stops it at once.
 
-    Closing the terminal asks it to stop too; from then on nobody reads what it says.
+    So does the signal by which a scheduler, or a system that shuts down, asks a program to end (SIGTERM). Closing the
+    terminal asks it to stop too; from then on nobody reads what it says.
     """
     asked: list[bool] = []
 
@@ -179,7 +204,7 @@ def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool
         for stream in (0, 1, 2):
             os.dup2(nowhere, stream)
 
-    handlers: dict[int, Any] = {signal.SIGINT: interrupted}
+    handlers: dict[int, Any] = {signal.SIGINT: interrupted, signal.SIGTERM: interrupted}
     if hasattr(signal, "SIGHUP"):  # Windows has none: it ends the program with its window.
         handlers[signal.SIGHUP] = hung_up
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -207,7 +232,7 @@ def _second_interrupt_ends() -> Iterator[None]:
     def listen() -> None:
         heard = 0
         while number := ear.recv(1):
-            heard += number[0] == signal.SIGINT
+            heard += number[0] in (signal.SIGINT, signal.SIGTERM)
             if heard == 2 and not over.wait(_PATIENCE_SECONDS):
                 if sys.stdout.isatty():
                     # Out of the live screen, with a cursor.

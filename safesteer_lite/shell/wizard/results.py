@@ -11,6 +11,7 @@ from rich.text import Text
 
 from safesteer_lite.errors import RunFolderError, SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups
+from safesteer_lite.evaluation.dial import saved_points, to_records
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.export.gguf.convert import check_extra
 from safesteer_lite.hardware.units import format_estimate
@@ -20,7 +21,6 @@ from safesteer_lite.shell.console import as_text
 from safesteer_lite.shell.lines import dial_table, scorecard_table
 from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write_path
 from safesteer_lite.shell.wizard.program import Program, as_command
-from safesteer_lite.stages import strength
 from safesteer_lite.text import typed_path, visible
 
 _WHERE = {"report": "report.html", "figures": "report.json", "model": "06-export/merged", "settings": "config.toml"}
@@ -39,12 +39,12 @@ class Results:
         self.run = run_folders.open_run(path)
         self.settings = program.open_settings(path)
         self.strength = 1.0
-        try:
-            self.report: dict[str, Any] = report.read(path)
-        except RunFolderError as error:
+        # From the manifest, whose values are vouched for; report.json is for other programs.
+        self.report: dict[str, Any] = report.build(self.run, self.settings)
+        if not self.report["finished"]:
             raise SafeSteerError(
                 f"The run {path.name} has no report yet.", f"Finish it with `safesteer-lite resume {path}`."
-            ) from error
+            )
 
     def show_scorecard(self) -> None:
         """Before and after with n and intervals, and the verdict in one sentence."""
@@ -90,7 +90,7 @@ class Results:
 
     def dial(self) -> None:
         """Measure the adapter at several strengths, unless that was done, and pick one."""
-        points = strength.saved(self.run)
+        points = self._saved_points()
         if points:
             again = choose(
                 "The strengths have been measured.", [Option(False, "see them"), Option(True, "measure them again")]
@@ -99,7 +99,7 @@ class Results:
         if not points:
             if self.program.execute(["strength", str(self.run.path)]):
                 return
-            points = strength.saved(self.run)
+            points = self._saved_points()
         else:
             self.program.console.print(dial_table(points))
         options = [
@@ -108,6 +108,13 @@ class Results:
             if point["strength"] > 0
         ]
         self.strength = choose("Use which strength for chat and export?", options, self.strength)
+
+    def _saved_points(self) -> list[dict[str, Any]]:
+        """The strengths as they were measured last; none where that was not done, or its file is damaged."""
+        try:
+            return to_records(saved_points(self.run))
+        except RunFolderError:
+            return []
 
     def chat(self) -> None:
         """Base and hardened side by side, or one of them."""

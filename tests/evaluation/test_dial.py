@@ -1,0 +1,77 @@
+"""The strength dial as a run keeps it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation import dial
+from safesteer_lite.evaluation.scorecard import Rate, Scorecard
+from safesteer_lite.runs.folder import RunFolder, create
+from tests.runs.run_files import publish
+
+CARD = Scorecard(Rate.of(1, 2), Rate.of(0, 2), Rate.of(0, 3), 0.25)
+POINTS = [dial.Point(value, CARD, score) for value, score in ((0.0, 0.0), (0.5, 7.0), (1.0, 7.0), (1.5, 3.0))]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run with strengths that were measured."""
+    run = create(tmp_path, "tiny")
+    publish(run, "distill", 4, "trained")
+    dial.save_points(run, POINTS)
+    return run
+
+
+def test_of_equal_strengths_the_last_is_best_as_after_training() -> None:
+    assert dial.best(POINTS).strength == 1.0
+    assert dial.best(POINTS[:1]).strength == 0.0
+
+
+def test_what_was_measured_comes_back(run: RunFolder) -> None:
+    assert dial.saved_points(run) == POINTS
+    publish(run, "distill", 4, "trained anew")
+    assert dial.saved_points(run) == []
+
+
+def edited(**changes: Any) -> str:
+    """A dial with its first point changed."""
+    points = dial.to_records(POINTS)
+    return json.dumps({"distill": "trained", "points": [{**points[0], **changes}, *points[1:]]})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "Expecting"),
+        ("[]", "no JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"distill": "trained"}', "'points'"),
+        ('{"distill": "trained", "points": []}', "no points"),
+        ('{"distill": "trained", "points": {}}', "no points"),
+        ('{"distill": "trained", "points": [7]}', "lacks"),
+        (edited(strength=None), "lacks"),
+        (edited(strength="much"), "much"),
+        (edited(score=[1]), "lacks"),
+        (edited(harmful=None), "lacks"),
+        (edited(harmful={"refused": 1}), "lacks 'n'"),
+        (edited(harmful={"refused": 1, "n": "2"}), "no rate"),
+        (edited(harmful={"refused": True, "n": 2}), "no rate"),
+        (edited(harmful={"refused": 3, "n": 2}), "do not fit"),
+        (edited(kl_to_base=None), "divergence"),
+        (edited(kl_to_base="x"), "no divergence"),
+        (edited(kl_to_base=True), "no divergence"),
+        (edited(score=0.0).replace('"score": 0.0', '"score": NaN', 1), "NaN"),
+        (edited(score=0.0).replace('"score": 0.0', '"score": 1e999', 1), "1e999"),
+    ],
+)
+def test_a_damaged_dial_is_named(run: RunFolder, content: str, said: str) -> None:
+    (run.path / dial.FILE).write_text(content)
+    with pytest.raises(RunFolderError, match=f"strength\\.json.*is damaged.*{re.escape(said)}") as caught:
+        dial.saved_points(run)
+    assert f"safesteer-lite strength {run.path.name}" in caught.value.hint
