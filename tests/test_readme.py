@@ -132,6 +132,19 @@ def test_every_file_and_setting_that_is_named_is_there(page: Path) -> None:
             assert setting[1] in known_settings(), f"{page.name} names {span}"
 
 
+def test_names_that_a_page_sends_its_reader_to_are_in_that_file() -> None:
+    """Such as `STAGES` of `stages/pipeline.py`, with the file as a link or in code."""
+    pairs = [
+        pair
+        for page in PAGES
+        for pair in re.findall(r"`(\w+)` (?:in|of)\s\[?`([\w/]+\.py)`", prose(page))
+        if (PACKAGE / pair[1]).is_file()
+    ]
+    assert len(pairs) >= 10
+    for name, file in pairs:
+        assert re.search(rf"\b{name}\b", (PACKAGE / file).read_text(encoding="utf-8")), f"{name} is not in {file}"
+
+
 @pytest.mark.parametrize(("page", "name"), PARTS, ids=by_name)
 def test_what_the_program_makes_is_up_to_date(page: Path, name: str) -> None:
     """The table of files may lag behind until CI asks for it; its links show that no file in it is gone."""
