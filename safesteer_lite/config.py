@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -315,8 +315,7 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
     for origin, values in layers:
         for name, value in values.items():
             merged[name] = (origin, value)
-    known = {f"{section}.{item.name}": item for section, kind in SECTIONS.items() for item in fields(kind)}
-    known |= {item.name: item for item in fields(RunConfig) if item.name not in SECTIONS}
+    known = known_settings()
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     alone: dict[str, Any] = {}
     for name, (origin, raw) in merged.items():
@@ -339,6 +338,12 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
     if problems:
         raise ConfigError("The settings have problems:\n  " + "\n  ".join(problems), "Correct them and start again.")
     return config
+
+
+def known_settings() -> dict[str, Field[Any]]:
+    """Every setting by its dotted name."""
+    known = {f"{section}.{item.name}": item for section, kind in SECTIONS.items() for item in fields(kind)}
+    return {**known, **{item.name: item for item in fields(RunConfig) if item.name not in SECTIONS}}
 
 
 def _distance(first: str, second: str) -> float:

@@ -132,13 +132,10 @@ def test_a_wrong_value_is_one_problem(name: str, value: object, problem: str) ->
 
 def every_number() -> list[tuple[str, Bounds, Any]]:
     """Each number and each list of numbers: its name, its bounds and its default."""
-    sections = {name: fields(kind) for name, kind in config.SECTIONS.items()}
-    named = [(f"{section}.{item.name}", item) for section, items in sections.items() for item in items]
-    named.append(("seed", next(item for item in fields(RunConfig) if item.name == "seed")))
     is_number = (int, float)
     return [
         (name, item.metadata["bounds"], item.default)
-        for name, item in named
+        for name, item in config.known_settings().items()
         if isinstance(item.default[0] if isinstance(item.default, tuple) else item.default, is_number)
         and not isinstance(item.default, bool)
     ]
@@ -158,7 +155,7 @@ def test_every_number_has_bounds_that_are_kept(name: str, bounds: Bounds, defaul
 
 def test_the_highest_seed_reaches_every_stream() -> None:
     """Streams of steps and anchors are counted from the seed, and no random generator takes more than 64 bits."""
-    highest = next(item for item in fields(RunConfig) if item.name == "seed").metadata["bounds"].high
+    highest = config.known_settings()["seed"].metadata["bounds"].high
     assert generator_at(10_000, highest + 1, 15).initial_seed() < 2**64
     assert len(prompts_at(10_000, 3, 7, highest + 1)) == 3
 

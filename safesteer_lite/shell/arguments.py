@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from safesteer_lite import __version__
 from safesteer_lite.config import RECIPES
+from safesteer_lite.shell.completion import SHELLS
 from safesteer_lite.text import visible
 
 EPILOG = """on a terminal, `safesteer-lite` alone asks a few questions and does the rest
@@ -40,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"safesteer-lite {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help="print what teaches bash, zsh or fish to complete commands with Tab",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _training(commands)
     _exporting(commands)

@@ -12,7 +12,8 @@ from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands import exporting, machine, results, training
 from safesteer_lite.shell.commands.shared import on_terminal, open_settings, run_settings
-from safesteer_lite.shell.streams import complain, protect
+from safesteer_lite.shell.completion import script
+from safesteer_lite.shell.streams import complain, protect, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forbid_hub_kernels()
     parser = build_parser()
     options = parser.parse_args(arguments)
+    if options.print_completion:
+        tell(script(parser, options.print_completion))
+        return 0
     if not hasattr(options, "command"):
         if not on_terminal():
             parser.print_help()

@@ -27,7 +27,7 @@ from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, planted
 from tests.models import families
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "rich", "questionary", "numpy")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "rich", "questionary", "numpy", "shtab")
 
 
 @pytest.fixture(scope="module")
