@@ -18,6 +18,7 @@ from safesteer_lite.shell.cli import main
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.preview import look
 from tests import planted
+from tests.runs.run_files import rewind
 
 ENTRIES = {
     "config.json": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"},
@@ -49,7 +50,7 @@ def run(planted_run: RunFolder, planted_model: Path, tmp_path: Path) -> Path:
     """A finished run whose base is a copy that may be spoilt."""
     model = shutil.copytree(planted_model, tmp_path / "model")
     folder = RunFolder(shutil.copytree(planted_run.path, tmp_path / "runs" / "run"))
-    folder.config_path.write_text(config.to_toml(planted.settings(model)), encoding="utf-8")
+    rewind(folder.path, (), config.to_toml(planted.settings(model)))
     return folder.path
 
 
