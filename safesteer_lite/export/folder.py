@@ -61,10 +61,8 @@ def _keep_merged(work: Path) -> None:
     """Clear all that a killed export left in its work folder but merged weights: half a GGUF file is of no use."""
     merged = work / MERGED
     for entry in work.iterdir() if work.is_dir() else ():
-        if entry.is_dir() and entry not in (merged, shards.draft_name(merged)):
-            shutil.rmtree(entry)
-        elif not entry.is_dir():
-            entry.unlink()
+        if entry.is_symlink() or not entry.is_dir() or entry not in (merged, shards.draft_name(merged)):
+            shards.remove(entry)
 
 
 def _names_aside(out: Path) -> Iterator[Path]:

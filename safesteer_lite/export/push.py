@@ -10,17 +10,18 @@ from pathlib import Path
 from safesteer_lite.errors import ExportError, UsageError
 
 
-def check_push(name: str) -> str:
-    """See, before hours of work, that an upload can succeed: the name is one, and the hub knows who asks.
+def check_push(name: str, public: bool = False) -> str:
+    """See, before hours of work, that an upload can succeed and is shown to nobody whom the user did not mean.
 
     Args:
         name: `owner/name`, or a name alone for the token's owner.
+        public: whether the user wants everybody to see what is uploaded.
 
     Returns:
         The whole name.
 
     Raises:
-        UsageError: it is not a name that the hub allows.
+        UsageError: it is not a name that the hub allows, or everybody can see that repository and `public` is not set.
         ExportError: there is no token, it is refused, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -32,7 +33,30 @@ def check_push(name: str) -> str:
         raise UsageError(f"--push {name!r} is not a name that the model hub allows.", "Give owner/name.") from error
     with _hub_errors(name):
         owner = HfApi().whoami()["name"]
-    return name if "/" in name else f"{owner}/{name}"
+        whole = name if "/" in name else f"{owner}/{name}"
+        _refuse_to_publish(whole, public)
+    return whole
+
+
+def _refuse_to_publish(name: str, public: bool) -> None:
+    """Refuse to upload to a repository that everybody can see, unless that is wanted.
+
+    Raises:
+        UsageError: there is such a repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        shown = not HfApi().model_info(name).private
+    except RepositoryNotFoundError as error:
+        # There is none yet, and it will be private; a gated one is there for everybody to find.
+        shown = isinstance(error, GatedRepoError)
+    if shown and not public:
+        raise UsageError(
+            f"{name} is public on the model hub already: everybody would see what is uploaded.",
+            "Add --public if that is what you want, or choose another name.",
+        )
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
@@ -47,6 +71,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
         The address of what was uploaded.
 
     Raises:
+        UsageError: everybody can see that repository, and `public` is not set.
         ExportError: the hub refused or broke off; the folder stays as it is.
     """
     from huggingface_hub import HfApi
@@ -55,6 +80,8 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     command = f"hf upload {name} {shlex.quote(str(folder))} ." + ("" if public else " --private")
     again = f"The files stay in {folder}; `{command}` uploads them without exporting anew."
     with _hub_errors(name, again):
+        # Asked once more: an export takes a while, and repositories are made public by a click.
+        _refuse_to_publish(name, public)
         repository = hub.create_repo(name, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from safesteer-lite")
     return str(repository)

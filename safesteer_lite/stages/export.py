@@ -47,7 +47,8 @@ class Trained:
 def run(session: Session, publication: Publication) -> None:
     """Merge, check the files, reload them, compare, and write the sums."""
     adapter = session.run.folder("distill", "adapter")
-    shutil.copytree(adapter, publication.path / "adapter")
+    (publication.path / "adapter").mkdir()
+    shards.copy_folder(adapter, publication.path / "adapter")
     # Merged outside the draft, which does not outlive a kill; publishing the stage removes this folder.
     work = publication.path.with_suffix(".partial")
     try:

@@ -117,7 +117,7 @@ def copy_adapter(adapter: Path, out: Path) -> None:
         ExportError, DiskSpaceError: nothing was left under `out`.
     """
     with exported(out) as draft:
-        shutil.copytree(adapter, draft, dirs_exist_ok=True)
+        shards.copy_folder(adapter, draft)
 
 
 def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:

@@ -55,8 +55,14 @@ class Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """Who asks."""
-        self._answer({"name": OWNER, "type": "user", "orgs": []} if self.path == "/api/whoami-v2" else None)
+        """Who asks, or what is known of a repository."""
+        name = self.path.removeprefix("/api/models/").split("?")[0]
+        if self.path == "/api/whoami-v2":
+            self._answer({"name": OWNER, "type": "user", "orgs": []})
+        elif name in self.server.repositories:
+            self._answer({"id": name, "private": self.server.repositories[name]})
+        else:
+            self._answer(None, 404)
 
     def do_PUT(self) -> None:
         """One large file, at the address that the batch gave."""
@@ -120,6 +126,8 @@ class Request(BaseHTTPRequestHandler):
             status = max(status, 400)
         text = json.dumps(record or {}).encode()
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

@@ -125,7 +125,7 @@ def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: S
 
 def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: Session, tmp_path: Path) -> None:
     whole, _ = export(run_of_tiny, tmp_path / "whole", kind="merged")
-    work, draft = tmp_path / "out.tmp" / "work", tmp_path / "out.tmp"
+    work, draft = tmp_path / "out.safesteer-draft" / "work", tmp_path / "out.safesteer-draft"
     adapter = run_of_tiny.run.stage_folder("distill") / "adapter"
     # As a kill leaves it while the merged weights are measured: they are whole, and nothing else is.
     merge_adapter(run_of_tiny.base.folder, adapter, work / "merged", words=run_of_tiny.base.folder)

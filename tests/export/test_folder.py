@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
 def test_a_good_end_gives_the_name(tmp_path: Path) -> None:
     with exported(tmp_path / "out") as draft:
         (draft / "a.gguf").write_bytes(b"1")
-        assert names(tmp_path) == ["out.tmp", "out.tmp/a.gguf"]
+        assert names(tmp_path) == ["out.safesteer-draft", "out.safesteer-draft/a.gguf"]
     assert names(tmp_path) == ["out", "out/a.gguf"]
 
 
@@ -68,10 +68,10 @@ def test_a_place_below_a_file_is_told(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_goes_and_what_others_left_stays(tmp_path: Path) -> None:
-    left = tmp_path / "out.tmp"
+    left = tmp_path / "out.safesteer-draft"
     for name in (
         "work/merged/merge.json",
-        "work/merged.tmp/merge.json",
+        "work/merged.safesteer-draft/merge.json",
         "work/16-bit.gguf",
         "work/other/a",
         "m-Q8_0.gguf",
@@ -83,12 +83,51 @@ def test_what_a_killed_export_left_goes_and_what_others_left_stays(tmp_path: Pat
         (left / name).write_bytes(b"half")
     with exported(tmp_path / "out") as draft:
         # Merged weights are what takes long, and the merge knows how to check them.
-        kept = ["work", "work/merged", "work/merged.tmp", "work/merged.tmp/merge.json", "work/merged/merge.json"]
+        kept = [
+            *("work", "work/merged", "work/merged.safesteer-draft", "work/merged.safesteer-draft/merge.json"),
+            "work/merged/merge.json",
+        ]
         assert names(draft) == kept
     assert names(tmp_path / "out") == []
-    own = tmp_path / "other.tmp"
+    own = tmp_path / "other.safesteer-draft"
     own.mkdir()
     (own / "thesis.txt").write_text("mine")
     with pytest.raises(ExportError, match="in the way"), exported(tmp_path / "other"):
         pass
     assert (own / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_what_a_link_in_a_draft_leads_to_stays(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "merged").mkdir(parents=True)
+    (mine / "letter.txt").write_text("dear")
+    draft = tmp_path / "out.safesteer-draft"
+    draft.mkdir()
+    (draft / "work").symlink_to(mine)
+    (draft / "README.md").symlink_to(mine / "letter.txt")
+    with exported(tmp_path / "out") as draft:
+        assert names(draft) == []
+    draft.mkdir()
+    (draft / "work").mkdir()
+    (draft / "work" / "merged").symlink_to(mine)
+    (draft / "work" / "16-bit.gguf").symlink_to(mine / "letter.txt")
+    with exported(tmp_path / "second-out"), exported(tmp_path / "out-again"):
+        pass
+    (tmp_path / "out").rmdir()
+    with exported(tmp_path / "out") as draft:
+        assert names(draft) == ["work"]
+    draft.parent.joinpath("link.safesteer-draft").symlink_to(mine)
+    with pytest.raises(ExportError, match="in the way"), exported(tmp_path / "link"):
+        pass
+    assert names(mine) == ["letter.txt", "merged"] and (mine / "letter.txt").read_text() == "dear"
+
+
+def test_a_folder_of_ones_own_that_is_called_tmp_is_no_draft(tmp_path: Path) -> None:
+    own = tmp_path / "out.tmp"
+    own.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (own / name).write_bytes(b"mine")
+    with exported(tmp_path / "out"):
+        pass
+    assert names(own) == ["config.json", "model.safetensors", "tokenizer.json"]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -45,6 +46,7 @@ def test_refusals_of_the_hub_say_what_to_do(
     def refuse(*_: object, **__: object) -> None:
         raise refusing(status)
 
+    monkeypatch.setattr(HfApi, "model_info", lambda *_: SimpleNamespace(private=True))
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(ExportError) as caught:
         push(tmp_path, "owner/name")
@@ -54,11 +56,12 @@ def test_refusals_of_the_hub_say_what_to_do(
 UPLOAD = """
 import sys
 from pathlib import Path
-from safesteer_lite.errors import ExportError
+from safesteer_lite.errors import SafeSteerError
 from safesteer_lite.export.push import check_push, push
+public = sys.argv[3] == "public"
 try:
-    print(push(Path(sys.argv[1]), check_push(sys.argv[2]), sys.argv[3] == "public"))
-except ExportError as error:
+    print(push(Path(sys.argv[1]), check_push(sys.argv[2], public), public))
+except SafeSteerError as error:
     sys.exit(f"{error.message} {error.hint}")
 """
 
@@ -98,6 +101,16 @@ def test_every_file_arrives_as_it_is_and_private_unless_told_otherwise(folder: P
     sent = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in (f"{OWNER}/my-model", "team/model"):
         assert {path.name: path.read_bytes() for path in (tmp_path / "hub" / name).iterdir()} == sent
+
+
+def test_a_repository_that_everybody_sees_takes_an_upload_only_with_public(folder: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "hub") as hub:
+        hub.repositories = {"team/shown": False, "team/hidden": True}
+        refused = upload(hub, folder, "team/shown")
+        assert refused.returncode == 1 and "team/shown is public on the model hub already" in refused.stderr
+        assert "Add --public" in refused.stderr and not (tmp_path / "hub" / "team").exists()
+        assert upload(hub, folder, "team/shown", "public").returncode == 0
+        assert upload(hub, folder, "team/hidden").returncode == 0
 
 
 def test_a_wrong_token_and_a_broken_upload_lose_nothing(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safesteer_lite.errors import DiskSpaceError, ExportError
@@ -36,9 +38,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
-_LARGEST_HEADER = 100_000_000
+# A name and nothing that leads elsewhere: no way through other folders, no drive, no control characters.
+_SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f]+\.safetensors")
 _CHUNK = 1 << 24
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+# What numpy, which writes quantised tensors, raises without the system's number.
+_NO_ROOM_FOR_NUMPY = re.compile(r"Not enough free space|requested and \d+ written")
 
 
 @dataclass(frozen=True)
@@ -50,47 +55,56 @@ class StoredTensor:
         dtype: its type as safetensors writes it, such as `BF16`.
         shape: its sizes; empty for a scalar.
         file: the shard that holds it.
-        start: where its first byte lies in `file`, from the beginning of the file.
-        size: its length in bytes.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    start: int
-    size: int
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        return (math.prod(self.shape) * _bits(self.dtype) + 7) // 8
 
     def load(self) -> Tensor:
-        """Read the tensor into memory of its own."""
-        return self._read(0, self.size).reshape(self.shape)
+        """Read the tensor."""
+        with self._opened() as reader:
+            tensor: Tensor = reader.get_tensor(self.name)
+            return tensor
 
     def load_rows(self, first: int, count: int) -> Tensor:
-        """Read `count` rows of a matrix from row `first` on, (count, columns), into memory of its own."""
-        row = self.size // self.shape[0]
-        return self._read(first * row, count * row).reshape(count, *self.shape[1:])
+        """Read `count` rows of a matrix from row `first` on, (count, columns)."""
+        with self._opened() as reader:
+            rows: Tensor = reader.get_slice(self.name)[first : first + count]
+            return rows
 
-    def _read(self, offset: int, size: int) -> Tensor:
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes as stored, in pieces of some 16 MiB."""
+        if len(self.shape) < 2:
+            yield tensor_bytes(self.load())
+            return
+        rows = max(_CHUNK * self.shape[0] // max(self.size, 1), 1)
+        for first in range(0, self.shape[0], rows):
+            yield tensor_bytes(self.load_rows(first, rows))
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         if self.dtype not in DTYPES:
             raise ExportError(f"{self.name} in {self.file} is stored as {self.dtype}, which cannot be read here.")
-        raw = torch.empty(size, dtype=torch.uint8)
-        with self.file.open("rb") as stream:
-            stream.seek(self.start + offset)
-            if stream.readinto(raw.numpy().data) != size:
-                raise _damaged(self.file)
-        return raw.view(DTYPES[self.dtype])
+        try:
+            with safe_open(self.file, framework="pt") as reader:
+                yield reader
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self.file) from error
 
-    def chunks(self) -> Iterator[bytes]:
-        """The tensor's bytes as stored, in pieces of at most 16 MiB."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            left = self.size
-            while left:
-                chunk = stream.read(min(left, _CHUNK))
-                if not chunk:
-                    raise _damaged(self.file)
-                left -= len(chunk)
-                yield chunk
+
+def _bits(dtype: str) -> int:
+    """Bits of one number, of types that cannot be computed with here too: `F8_E4M3`, `F4`."""
+    if dtype in DTYPES:
+        return DTYPES[dtype].itemsize * 8
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
 
 
 @dataclass(frozen=True)
@@ -138,36 +152,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_shard(path: Path) -> tuple[StoredTensor, ...]:
-    """Where each tensor of one safetensors file lies, from its header alone.
+    """The tensors of one safetensors file in the order of their bytes, from its header alone.
 
     Raises:
         ExportError: the file is missing, cut short, or not a safetensors file.
     """
     try:
-        file_size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if file_size < 8 + length or length > _LARGEST_HEADER:
-                raise _damaged(path)
-            header: dict[str, Any] = durable.parse_json(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = [
-            StoredTensor(
-                name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, entry["data_offsets"][1] - begin
-            )
-            for name, entry in header.items()
-            for begin in entry["data_offsets"][:1]
-        ]
+        # Opening a pipe by its name would wait for whoever writes to it.
+        durable.open_regular(path).close()
+        with safe_open(path, framework="pt") as reader:
+            slices = [(name, reader.get_slice(name)) for name in reader.offset_keys()]
+            return tuple(StoredTensor(name, part.get_dtype(), tuple(part.get_shape()), path) for name, part in slices)
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error}.", "Download the model again.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except SafetensorError as error:
         raise _damaged(path) from error
-    for tensor in tensors:
-        known = DTYPES.get(tensor.dtype)
-        wrong_size = known is not None and tensor.size != math.prod(tensor.shape) * known.itemsize
-        if wrong_size or tensor.size < 0 or tensor.start + tensor.size > file_size:
-            raise _damaged(path)
-    return tuple(sorted(tensors, key=lambda tensor: tensor.start))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -183,6 +182,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ExportError(f"{folder / INDEX} has no weight_map.", "Download the model again.")
         indexed = {str(name): str(file) for name, file in weight_map.items()}
         files = sorted(set(indexed.values()))
+        if elsewhere := [name for name in files if not _SHARD_NAME.fullmatch(name)]:
+            raise ExportError(
+                f"The index of {folder} names weight files that do not lie in it: {few(elsewhere)}.",
+                "Download the model again, from a source that you trust.",
+            )
     elif (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     else:
@@ -297,14 +301,21 @@ def write_text(path: Path, text: str) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes to the disk, not only to the system's cache."""
-    with source.open("rb") as reader, target.open("xb") as writer:
+    with durable.open_regular(source) as reader, target.open("xb") as writer:
         shutil.copyfileobj(reader, writer, _CHUNK)
         _flush(writer)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, which has no folders in it, to an existing one."""
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            copy_file(path, target / path.name)
+
+
 def draft_name(folder: Path) -> Path:
-    """Where a folder is written before it gets its name."""
-    return folder.with_name(f"{folder.name}.tmp")
+    """Where a folder is written before it gets its name: beside it, and called as nobody calls a folder of their own."""
+    return folder.with_name(f"{folder.name}.safesteer-draft")
 
 
 def require_space(folder: Path, needed: int, what: str = "") -> None:
@@ -353,11 +364,16 @@ def published(folder: Path, ours: Callable[[str], bool], kept: Collection[str] =
             raise
         _sync_folder(folder.parent)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if _ran_full(error):
             raise DiskSpaceError(f"The disk ran full while {folder} was written.", "Free some space.") from error
         raise ExportError(
             f"{folder} could not be written: {error}.", "Choose a folder that you can write to."
         ) from error
+
+
+def _ran_full(error: OSError) -> bool:
+    """Whether an error of the system means a full disk."""
+    return error.errno in _NO_ROOM or (error.errno is None and _NO_ROOM_FOR_NUMPY.search(str(error)) is not None)
 
 
 def few(names: Sequence[str]) -> str:
@@ -371,12 +387,17 @@ def _clear_leftover(temporary: Path, ours: Callable[[str], bool], kept: Collecti
     if temporary.is_symlink() or not temporary.is_dir() or not all(ours(entry.name) for entry in temporary.iterdir()):
         raise ExportError(f"{temporary} is in the way and was not written by a merge.", "Move it elsewhere.")
     for entry in list(temporary.iterdir()):
-        if entry.name in kept:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        # What a link leads to was not written by a merge, whatever the link is called.
+        if entry.name not in kept or entry.is_symlink():
+            remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, a folder with all that lies in it, or a link but not what it leads to."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def _flush(stream: IO[Any]) -> None:

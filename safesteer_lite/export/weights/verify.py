@@ -14,9 +14,10 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.base import empty_model
 from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint, NewTensor, StoredTensor
-from safesteer_lite.runs.durable import sha256_of
+from safesteer_lite.runs.durable import read_bytes, sha256_of
 
 SUMS = "SHA256SUMS"
+_LARGEST_SUMS = 1 << 24
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -169,15 +170,20 @@ def check_sums(folder: Path) -> int:
         ExportError: files were changed, are missing, or are not listed; the message names them all.
     """
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        text = read_bytes(folder / SUMS, _LARGEST_SUMS).decode()
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder / SUMS} cannot be read: {error}.", "Name a folder that `export` wrote.") from error
-    matches = [_LINE.fullmatch(line) for line in lines if line]
-    if not all(matches):
+    # Only line feeds end a line: names may hold what else Python would split at.
+    matches = [_LINE.fullmatch(line.removesuffix("\r")) for line in text.split("\n") if line.strip()]
+    if not matches or not all(matches):
         raise ExportError(f"{folder / SUMS} is not a list of SHA-256 sums.", "Export again.")
+    counts = Counter(match[2] for match in matches if match)
     listed = {match[2]: match[1] for match in matches if match}
-    present = set(_names(folder))
-    problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
+    present, odd = set(_names(folder)), _odd_entries(folder)
+    problems = [f"{name} is listed {count} times" for name, count in sorted(counts.items()) if count > 1]
+    # What a link leads to may change, or be another's, without a change in the folder.
+    problems += [f"{name} is a link, or no file at all" for name in odd]
+    problems += [f"{name} is missing" for name in sorted(listed.keys() - present - set(odd))]
     problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
     problems += [
         f"{name} has changed" for name in sorted(present & listed.keys()) if sha256_of(folder / name) != listed[name]
@@ -316,6 +322,16 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """All files below a folder but the sums, sorted, with forward slashes on every system."""
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """All files below a folder but the sums, sorted, with forward slashes on every system; no links."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_plain_file(path))
     yield from sorted(name for name in files if name != SUMS)
+
+
+def _odd_entries(folder: Path) -> list[str]:
+    """Whatever lies below a folder and is neither a file nor a folder: links, pipes, devices."""
+    odd = (path for path in folder.rglob("*") if path.is_symlink() or not (path.is_dir() or path.is_file()))
+    return sorted(path.relative_to(folder).as_posix() for path in odd)
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

@@ -46,7 +46,7 @@ def export_command(options: argparse.Namespace) -> int:
     folder, emit = run_folders.open_run(options.run, options.runs), sink(options)
     if options.out and options.out.exists():
         raise _taken(options.out)
-    name = check_push(options.push) if options.push else ""
+    name = check_push(options.push, options.public) if options.push else ""
     settings = open_settings(folder)
     base = base_of_run(folder, settings, options.base, emit)
     weights, original = _weights_of(options, settings, base, emit)

@@ -93,4 +93,4 @@ def test_damaged_or_foreign_adapters_are_refused(
     save_file({name: value for name, value in tensors.items() if value is not None}, file)
     with pytest.raises(ExportError, match=message):
         merge_adapter(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safesteer-draft").exists()

@@ -129,7 +129,7 @@ def test_shards_are_divided_at_the_limit(tmp_path: Path, adapter: Path, base: Pa
 def test_a_value_beyond_float16_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
     with pytest.raises(ExportError, match=r"float16 cannot express"):
         merge_adapter(base, adapter, tmp_path / "out", strength=1e7, dtype=torch.float16)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safesteer-draft").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
@@ -139,7 +139,7 @@ def test_nothing_is_left_of_an_interrupted_merge(
     before = {path.name for path in tmp_path.iterdir()}
 
     def stop(done: int, total: int) -> None:
-        assert (tmp_path / "out.tmp").is_dir() and not (tmp_path / "out").exists()
+        assert (tmp_path / "out.safesteer-draft").is_dir() and not (tmp_path / "out").exists()
         if done > total / 2:
             raise error
 
@@ -149,12 +149,12 @@ def test_nothing_is_left_of_an_interrupted_merge(
 
 
 def test_what_a_killed_merge_left_is_cleared_and_nothing_else(tmp_path: Path, base: Path, adapter: Path) -> None:
-    leftover = tmp_path / "out.tmp"
+    leftover = tmp_path / "out.safesteer-draft"
     leftover.mkdir()
     (leftover / "model-00001-of-00009.safetensors").write_bytes(b"half")
     merge_adapter(base, adapter, tmp_path / "out")
     assert not leftover.exists() and not (tmp_path / "out" / "model-00001-of-00009.safetensors").exists()
-    foreign = tmp_path / "second.tmp"
+    foreign = tmp_path / "second.safesteer-draft"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(ExportError, match="in the way"):

@@ -38,7 +38,7 @@ def kill(base: Path, adapter: Path, out: Path, after: int) -> list[str]:
     """Start a merge and kill it after some tensors; returns the weight files that it says are whole."""
     assert children.run(merge_and_die, base, adapter, out, after) == -signal.SIGKILL
     assert not out.exists()
-    record = out.with_name(f"{out.name}.tmp") / RECORD
+    record = out.with_name(f"{out.name}.safesteer-draft") / RECORD
     return sorted(json.loads(record.read_text())["files"]) if record.exists() else []
 
 
@@ -59,7 +59,7 @@ def whole(tmp_path: Path, base: Path, adapter: Path) -> dict[str, bytes]:
 def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, base: Path, adapter: Path, whole: dict[str, bytes]
 ) -> None:
-    out, draft = tmp_path / "out", tmp_path / "out.tmp"
+    out, draft = tmp_path / "out", tmp_path / "out.safesteer-draft"
     finished = kill(base, adapter, out, 10)
     assert finished and len(finished) < len([name for name in whole if name.endswith(".safetensors")])
     again = kill(base, adapter, out, 16)
@@ -92,7 +92,7 @@ def test_what_is_not_as_it_was_written_is_written_again(
     tmp_path: Path, base: Path, adapter: Path, whole: dict[str, bytes], change: Callable[[Path, str], object]
 ) -> None:
     finished = kill(base, adapter, tmp_path / "out", 10)
-    change(tmp_path / "out.tmp", finished[0])
+    change(tmp_path / "out.safesteer-draft", finished[0])
     merge_adapter(base, adapter, tmp_path / "out")
     assert contents(tmp_path / "out") == whole
 
@@ -100,7 +100,7 @@ def test_what_is_not_as_it_was_written_is_written_again(
 @needs_sigkill
 def test_another_merge_trusts_nothing_of_it(tmp_path: Path, base: Path, adapter: Path) -> None:
     finished = kill(base, adapter, tmp_path / "out", 10)
-    left = {name: (tmp_path / "out.tmp" / name).read_bytes() for name in finished}
+    left = {name: (tmp_path / "out.safesteer-draft" / name).read_bytes() for name in finished}
     merge_adapter(base, adapter, tmp_path / "out", strength=0.5)
     merge_adapter(base, adapter, tmp_path / "half", strength=0.5)
     assert contents(tmp_path / "out") == contents(tmp_path / "half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -209,6 +210,44 @@ def test_sums_are_what_sha256sum_reads(folder: Path) -> None:
     assert subprocess.run(command, cwd=folder, check=False).returncode == 0
     (folder / "config.json").write_text("{}")
     assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 1
+
+
+def test_an_emptied_folder_is_not_whole(tmp_path: Path) -> None:
+    write_sums(tmp_path)
+    assert (tmp_path / "SHA256SUMS").read_text() == ""
+    with pytest.raises(ExportError, match="is not a list of SHA-256 sums"):
+        check_sums(tmp_path)
+
+
+def test_a_file_that_is_listed_twice_is_told(folder: Path) -> None:
+    path = write_sums(folder)
+    [line] = [line for line in path.read_text().splitlines() if line.endswith("  config.json")]
+    path.write_text(f"{'0' * 64}  config.json\n{path.read_text()}")
+    with pytest.raises(ExportError, match=r"config\.json is listed 2 times"):
+        check_sums(folder)
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ExportError, match=r"config\.json is listed 3 times"):
+        check_sums(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there, and pipes are no files")
+def test_links_and_pipes_are_not_whole_files(folder: Path, tmp_path: Path) -> None:
+    write_sums(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "config.json").rename(tmp_path / "elsewhere" / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "elsewhere" / "config.json")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe")
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(ExportError) as caught:
+        check_sums(folder)
+    for name in ("config.json", "more", "pipe", "nowhere"):
+        assert f"{name} is a link, or no file at all" in caught.value.message
+    assert "missing" not in caught.value.message
+    (folder / "SHA256SUMS").unlink()
+    os.mkfifo(folder / "SHA256SUMS")
+    with pytest.raises(ExportError, match="no regular file"):
+        check_sums(folder)
 
 
 @pytest.mark.parametrize("text", [None, "no sums here\n"])
