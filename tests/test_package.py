@@ -9,12 +9,15 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from safesteer_lite import __version__, config
 from tests import REPOSITORY, planted
@@ -48,8 +51,24 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     command = [sys.executable, "-P", "-m", "build", "--no-isolation", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "would be ignored" not in done.stdout + done.stderr
     (wheel,), (sdist,) = ((source / "dist").glob(pattern) for pattern in ("*.whl", "*.tar.gz"))
     return Built(wheel, sdist)
+
+
+def test_the_lock_pins_everything_that_is_asked_for_and_names_no_place() -> None:
+    """All but torch, whose file differs with the card and the system."""
+    text = (REPOSITORY / "requirements.lock").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", text, flags=re.MULTILINE))
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    names = {str(canonicalize_name(requirement.name)): requirement.specifier for requirement in asked}
+    bounds = names.pop("torch")
+    assert {name for name, bound in names.items() if name not in pinned or pinned[name] not in bound} == set()
+    assert len(re.findall(r"^[a-z].* \\$", text, flags=re.MULTILINE)) == len(pinned) and "torch" not in pinned
+    assert "://" not in text
+    named = re.search(r"torch==(\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8"))
+    assert named and named[1] in bounds
 
 
 class Installed:
@@ -108,7 +127,9 @@ def test_the_wheel_holds_the_package_its_data_and_its_licence(built: Built) -> N
         names = set(archive.namelist())
     package = REPOSITORY / "safesteer_lite"
     files = {path.relative_to(REPOSITORY).as_posix() for path in [*package.rglob("*.py"), *package.glob("data/*")]}
-    presets = {f"safesteer_lite/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "presets").rglob("*.toml")}
+    presets = {
+        f"safesteer_lite/{path.relative_to(REPOSITORY).as_posix()}" for path in (REPOSITORY / "presets").rglob("*.toml")
+    }
     information = {name for name in names if f"-{__version__}.dist-info/" in name}
     assert names - information == files | presets
     assert any(name.endswith("/LICENSE") for name in information)

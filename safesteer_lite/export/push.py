@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safesteer_lite.errors import ExportError, UsageError
+from safesteer_lite.sources.hub import SOCKS
 
 
 def check_push(name: str, public: bool = False) -> str:
@@ -116,6 +117,10 @@ def _hub_errors(name: str, again: str = "") -> Iterator[None]:
                 "Set HF_TOKEN to a token that may write there, or choose another name.",
             ) from error
         raise failed(f"The model hub refused {name} ({status or error}).", "Try again later.") from error
+    except ImportError as error:
+        raise failed(
+            f"Nothing was uploaded to {name}: a SOCKS proxy needs one more package.", f"Run: {SOCKS}."
+        ) from error
     except (OfflineModeIsEnabled, OSError, httpx.HTTPError) as error:
         raise failed(
             f"{name} could not be uploaded: the model hub cannot be reached.",

@@ -15,7 +15,9 @@ from safesteer_lite.sources.folder import UNWANTED, matches, missing_weights
 from safesteer_lite.sources.settings import check_settings
 from safesteer_lite.sources.transfer import CONNECT_SECONDS, Download, hub_store, offered_files
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+SOCKS = 'pip install "httpx[socks]"'
+"""What makes a SOCKS proxy usable; the package for it does not come with the hub's client."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
@@ -130,9 +132,7 @@ def ask_hub(name: str, revision: str | None) -> Any:
             info = HfApi().model_info(name, revision=revision, timeout=CONNECT_SECONDS, files_metadata=True)
     except ImportError as error:
         # Only a SOCKS proxy needs a package that is not there.
-        raise ConnectionError(
-            'a SOCKS proxy is set, which needs one more package: pip install "httpx[socks]"'
-        ) from error
+        raise ConnectionError(f"a SOCKS proxy is set, which needs one more package: {SOCKS}") from error
     except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(first_line(error).rstrip(".")) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
