@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError
-from safesteer_lite.hardware.backend import Decision
+from safesteer_lite.hardware.backend import Decision, Library
 from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
@@ -24,7 +25,7 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
 
     Args:
         base: the model.
-        decision: how it is loaded on this machine.
+        decision: how it is loaded on this machine, settled.
         config: all settings.
         day: what a chat template that asks the date is told.
         note: is told each choice with its reason, and what was checked.
@@ -36,9 +37,10 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
     check_values(base)
     check_template(base, day)
     note(decision.reason)
+    note(decision.library.reason)
     distill, layers = config.distill, base.shape.layers
     adapter = Adapter(distill.rank, distill.lora_alpha, min(layers - 1, round(distill.depth_start * layers)))
-    if _trusts_unsloth(base, decision, config, note):
+    if decision.library.name == "unsloth":
         model: PlainModel = unsloth.load(base, decision.precision, adapter, config.seed)
     else:
         network, tokenizer = plain.load(
@@ -76,22 +78,35 @@ def check_template(base: Base, day: date | None = None) -> ChatTemplate:
         return ChatTemplate(tokenizer, day)
 
 
-def _trusts_unsloth(base: Base, decision: Decision, config: RunConfig, note: Note) -> bool:
-    """Whether Unsloth is chosen and passes its checks; says why, or why not."""
+def settle(base: Base, decision: Decision, config: RunConfig) -> Decision:
+    """The decision with a library that can be trusted: Unsloth is tried out first, and imported if it passes.
+
+    To be called before anything imports transformers, which Unsloth has to come before.
+
+    Args:
+        base: the model.
+        decision: how it is loaded on this machine.
+        config: all settings.
+
+    Raises:
+        ModelError: the settings ask for Unsloth, and it cannot be used.
+    """
     if decision.library.name == "plain":
-        note(decision.library.reason)
-        return False
+        return decision
     if config.distill.reading == "discriminant" and config.model.backend == "auto":
-        note(
+        reason = (
             "Plain transformers and bitsandbytes: whether Unsloth's fused blocks show what their linear layers read, which "
             "distill.reading=discriminant needs, has not been tried."
         )
-        return False
+        return replace(decision, library=Library("plain", reason))
     problem = unsloth.problem_with(base.folder, decision.precision)
     if not problem:
-        note(f"{decision.library.reason.split(',')[0]}: it passes its checks on a small model of this kind.")
-        return True
+        unsloth.take_up()
+        name = decision.library.reason.split(",")[0]
+        return replace(
+            decision, library=Library("unsloth", f"{name}: it passes its checks on a small model of this kind.")
+        )
     if config.model.backend == "unsloth":
         raise ModelError(f"Unsloth cannot be used: {problem}.", "Set model.backend=plain.")
-    note(f"Plain transformers and bitsandbytes instead of Unsloth: {problem}.")
-    return False
+    reason = f"Plain transformers and bitsandbytes instead of Unsloth: {problem}."
+    return replace(decision, library=Library("plain", reason))

@@ -16,7 +16,7 @@ from safesteer_lite.errors import ModelError, SafeSteerError
 from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.method.memory import is_out_of_memory
 from safesteer_lite.sources.base import Base
-from safesteer_lite.sources.hub import first_line
+from safesteer_lite.sources.download import quiet_libraries
 
 ATTENTION = "sdpa"
 """torch's own attention, named wherever a model is made: a config.json may ask for one that is code from elsewhere."""
@@ -69,9 +69,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     """
     forbid_hub_kernels()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
     getLogger("bitsandbytes").setLevel("ERROR")
     tokenizer = load_tokenizer(base.folder, base.config)
@@ -142,7 +140,8 @@ def loading(folder: Path, what: str) -> Iterator[None]:
         ModelError: anything went wrong inside.
     """
     try:
-        yield
+        with quiet_libraries():
+            yield
     except (SafeSteerError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     # tokenizers and safetensors are written in Rust, whose panics are no Exception.
@@ -165,8 +164,9 @@ def _library(error: BaseException) -> str:
 
 
 def _said(error: BaseException) -> str:
-    line = first_line(error).rstrip(".")
-    # A library may quote a whole file.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Some put what it is about on a line of its own; and some quote a whole file.
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".") or "it does not say why"
     return f"{type(error).__name__}: {line}"[:300]
 
 

@@ -101,7 +101,7 @@ class _Original:
 _originals: list[_Original] = []
 
 
-def _import() -> Any:
+def take_up() -> Any:
     """Unsloth itself, without its banner, its usage statistics and its progress bars.
 
     Raises:
@@ -130,7 +130,7 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
         seed: of the adapter's A matrices.
         device: where to.
     """
-    unsloth = _import()
+    unsloth = take_up()
     _remember(base.config["model_type"])
     with redirect_stdout(io.StringIO()):
         network, _ = unsloth.FastLanguageModel.from_pretrained(
@@ -233,7 +233,7 @@ def try_out(folder: str, precision: str, device: str = "cuda") -> None:
     """
     getLogger("bitsandbytes").setLevel("ERROR")
     forbid_hub_kernels()
-    _import()
+    take_up()
     with tempfile.TemporaryDirectory() as scratch:
         small = open_base(small_copy(open_base(Path(folder)), Path(scratch)))
         adapter = Adapter(rank=4, alpha=8)

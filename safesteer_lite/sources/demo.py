@@ -20,6 +20,7 @@ from safesteer_lite.sources.download import (
     alone,
     cache_folder,
     progress_by_growth,
+    quiet_hub,
     quiet_libraries,
     readable_size,
     require_space,
@@ -124,7 +125,7 @@ def _fetch(source: DemoSource, home: Path, emit: Emit, stage: str) -> Path:
             return kept
         kept.unlink()
     try:
-        with quiet_libraries():
+        with quiet_hub():
             return _from_hub(source, emit, stage)
     except ModelError as error:
         hub = error.message

@@ -39,27 +39,40 @@ def readable_size(size: int) -> str:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep transformers and huggingface_hub from drawing bars and printing advice; errors still raise."""
-    from huggingface_hub import utils as hub
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+def quiet_hub() -> Iterator[None]:
+    """Keep huggingface_hub from drawing bars and printing advice; errors still raise.
 
-    transformers_bars, transformers_verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    hub_bars, hub_verbosity = not hub.are_progress_bars_disabled(), hub_logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers is not imported here: where Unsloth is used, it has to come first.
+    """
+    from huggingface_hub import utils as hub
+    from huggingface_hub.utils import logging
+
+    bars, verbosity = not hub.are_progress_bars_disabled(), logging.get_verbosity()
     hub.disable_progress_bars()
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(transformers_verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if transformers_bars:
-            logging.enable_progress_bar()
-        if hub_bars:
+        logging.set_verbosity(verbosity)
+        if bars:
             hub.enable_progress_bars()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers and huggingface_hub from drawing bars and printing advice; errors still raise."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with quiet_hub():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -236,12 +236,10 @@ def check_tensors(tensors: Tensors, shape: ModelShape, quantised: bool, findings
     both = sorted(expected.keys() & tensors.keys())
     differing = [name for name in both if not _fits(tensors[name], expected[name], name in packed)]
     if differing:
-        name = differing[0]
+        name, stored = differing[0], tensors[differing[0]]
+        has = f"holds {2 * stored.size} values in 4 bits" if name in packed else f"has the shape {_sizes(stored.shape)}"
         more = f", and so {len(differing) - 1} more" if len(differing) > 1 else ""
-        findings.add(
-            f"{name} has the shape {_sizes(tensors[name].shape)}, and config.json asks for {_sizes(expected[name])}{more}",
-            AGAIN,
-        )
+        findings.add(f"{name} {has}, and config.json asks for {_sizes(expected[name])}{more}", AGAIN)
     odd = sorted({tensors[name].dtype for name in both if name not in packed and tensors[name].dtype not in _FLOATS})
     if odd:
         findings.add(

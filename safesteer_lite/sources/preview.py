@@ -10,7 +10,7 @@ from safesteer_lite.events import discard
 from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.shape import ModelShape, parameters
 from safesteer_lite.sources.demo import DEMO
-from safesteer_lite.sources.download import cache_folder, quiet_libraries
+from safesteer_lite.sources.download import cache_folder, quiet_hub
 from safesteer_lite.sources.hub import ask_hub, cached_model, first_line, hub_refusals, is_hub_id, licence_of
 from safesteer_lite.sources.resolve import resolve_model
 from safesteer_lite.sources.settings import check_config
@@ -61,7 +61,7 @@ def look(name: str, revision: str | None = None) -> Look:
 def _is_here(name: str, revision: str | None) -> bool:
     if name == DEMO.name:
         return (cache_folder() / "demo" / name / "config.json").is_file()
-    with quiet_libraries():
+    with quiet_hub():
         return cached_model(name, revision) is not None
 
 
@@ -70,7 +70,7 @@ def _look_on_hub(name: str, revision: str | None) -> Look:
     from huggingface_hub import hf_hub_download
 
     try:
-        with quiet_libraries():
+        with quiet_hub():
             info = ask_hub(name, revision)
             with hub_refusals(name, revision):
                 folder = Path(hf_hub_download(name, "config.json", revision=info.sha)).parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit
 from safesteer_lite.sources.base import Base, open_base
-from safesteer_lite.sources.download import quiet_libraries
+from safesteer_lite.sources.download import quiet_hub
 from safesteer_lite.sources.hub import cached_model, fetch_model, is_hub_id
 from safesteer_lite.text import typed_path
 
@@ -41,7 +41,7 @@ def resolve_model(
             f"{name_or_path} is neither a folder nor the id of a model.",
             "Give a folder with config.json and *.safetensors, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
         )
-    with quiet_libraries():
+    with quiet_hub():
         folder = fetch_model(name_or_path, revision, emit, stage) if download else cached_model(name_or_path, revision)
     if folder is None:
         raise ModelError(f"{name_or_path} is not on this machine.", "Allow its download, or give a local folder.")

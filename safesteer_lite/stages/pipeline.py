@@ -211,7 +211,7 @@ def run(
         emit: sink for events; they are kept in the run folder too.
         stop_requested: asked after each optimizer step and each stage.
         last: the last stage to do.
-        decision: how the base is loaded; None to decide when it is needed.
+        decision: how the base is loaded, settled; None to decide when it is needed.
         working: `config` with other settings of memory, to work with; None to work with `config`.
 
     Returns:
@@ -228,6 +228,7 @@ def run(
         wanted = stage_fingerprints(config, base.fingerprint)
         _check_results(run_folder, wanted)
         if last == "export" and "export" not in run_folder.manifest.stages:
+            session.settle()
             export.rehearse_stage(config, base, run_folder.path, session.day)
         changed: set[str] = set()
         for number, stage in enumerate(STAGES[: STAGE_NAMES.index(last) + 1], 1):
@@ -296,6 +297,7 @@ def export_run(
         return {}
     keep_freed_memory()
     session = Session(config, run_folder, base, emit, stage="export")
+    session.settle()
     request = exporting.Request(kind, weights, strength, quants, prompts, original)
     record = exporting.export_files(session, adapter, out, request)
     try:

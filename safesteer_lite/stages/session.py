@@ -17,7 +17,7 @@ from safesteer_lite.events import Emit, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.assistant import Policy
-from safesteer_lite.models.loading import load_policy
+from safesteer_lite.models.loading import load_policy, settle
 from safesteer_lite.prompts.plan import PromptPlan
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import Base
@@ -39,7 +39,7 @@ class Session:
         emit: the sink for events.
         stage: the stage at work, which events are told to belong to.
         stop_requested: whether the user asked to stop; looked at after each optimizer step and each stage.
-        decision: how the base is loaded; None to decide when it is needed first.
+        decision: how the base is loaded, settled; None to decide when it is needed first.
         prompts: the prompts that the settings ask for.
     """
 
@@ -94,13 +94,18 @@ class Session:
             return date.today()
         return date.fromisoformat(self.run.manifest.run_date)
 
+    def settle(self) -> Decision:
+        """How the base is loaded. Decided once: a stage's numbers must not depend on how much memory was free just then."""
+        if self.decision is None:
+            found = decide(self.config.model, self.base.shape, self.run.path)
+            self.decision = settle(self.base, found, self.config)
+        return self.decision
+
     @property
     def policy(self) -> Policy:
         """The loaded model with a fresh adapter; loaded and checked at first use."""
         if self._policy is None:
-            # Decided once: the numbers of a stage must not depend on how much memory was free when it began.
-            self.decision = self.decision or decide(self.config.model, self.base.shape, self.run.path)
-            self._policy = load_policy(self.base, self.decision, self.config, self.day, self.note)
+            self._policy = load_policy(self.base, self.settle(), self.config, self.day, self.note)
         return self._policy
 
     def drop_policy(self) -> None:

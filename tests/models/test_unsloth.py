@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.errors import ModelError, SelfCheckError
+from safesteer_lite.hardware.backend import Decision, Library
 from safesteer_lite.method import policies
 from safesteer_lite.method.policies import Steering
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.adapter import Adapter
 from safesteer_lite.models.assistant import Policy, Reply
+from safesteer_lite.models.loading import settle
 from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.models.unsloth import PairCache
 from safesteer_lite.sources.base import open_base
-from tests import REPOSITORY, tiny
+from tests import REPOSITORY, planted, tiny
 from tests.models import pair_blocks
 from tests.models.pair_blocks import as_unsloth
 
@@ -126,6 +128,59 @@ def test_importing_the_whole_program_leaves_transformers_for_unsloth_to_change()
         "import sys, safesteer_lite.shell.cli, safesteer_lite.stages.pipeline; sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_finding_a_model_leaves_transformers_for_unsloth_to_change(tiny_folder: Callable[[str], Path]) -> None:
+    code = (
+        "import sys\n"
+        "from safesteer_lite.errors import ModelError\n"
+        "from safesteer_lite.events import discard\n"
+        "from safesteer_lite.sources.preview import look\n"
+        "from safesteer_lite.sources.resolve import resolve_model\n"
+        "look(sys.argv[1])\n"
+        "for download in (False, True):\n"
+        "    try:\n"
+        "        resolve_model('nobody/no-such-model', None, discard, download=download)\n"
+        "    except ModelError:\n"
+        "        continue\n"
+        "    sys.exit('it was found')\n"
+        "sys.exit('transformers' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_folder("llama"))]
+    assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0
+
+
+ASKED = Decision("cuda", "nf4", False, "bf16", "fits", "On the card.", Library("unsloth", "Unsloth 1.2, if it passes."))
+
+
+@pytest.mark.parametrize(
+    ("problem", "changes", "library", "told"),
+    [
+        ("", {}, "unsloth", "Unsloth 1.2: it passes its checks"),
+        ("it is broken", {}, "plain", "instead of Unsloth: it is broken."),
+        ("", {"distill.reading": "discriminant"}, "plain", "has not been tried"),
+        ("", {"distill.reading": "discriminant", "model.backend": "unsloth"}, "unsloth", "passes its checks"),
+    ],
+)
+def test_a_decision_for_unsloth_is_settled_by_its_trial(
+    problem: str,
+    changes: dict[str, str],
+    library: str,
+    told: str,
+    tiny_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(unsloth, "problem_with", lambda folder, precision: problem)
+    monkeypatch.setattr(unsloth, "take_up", lambda: imported.append("unsloth"))
+    base = open_base(tiny_folder("llama"))
+    settled = settle(base, ASKED, planted.settings(base.folder, changes))
+    assert settled.library.name == library and told in settled.library.reason
+    assert imported == (["unsloth"] if library == "unsloth" else [])
+    assert replace(settled, library=ASKED.library) == ASKED
+    if problem:
+        with pytest.raises(ModelError, match="cannot be used: it is broken"):
+            settle(base, ASKED, planted.settings(base.folder, {"model.backend": "unsloth"}))
 
 
 def test_unsloth_is_not_tried_after_transformers(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

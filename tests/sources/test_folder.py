@@ -22,6 +22,7 @@ from safesteer_lite.sources.base import check_values, open_base
 from safesteer_lite.sources.headers import expected_tensors
 from safesteer_lite.sources.settings import check_config, check_settings
 from tests import tiny
+from tests.export.weights.tiny_lora import load_4bit
 
 Spoil = Callable[[Path], Any]
 CODE = {"AutoModelForCausalLM": "modeling.Odd", "AutoConfig": "modeling.Odd", "AutoTokenizer": ["modeling.Odd", None]}
@@ -339,6 +340,28 @@ def test_a_usable_folder_is_taken(folder: Path, name: str) -> None:
     base = open_base(folder)
     assert base.shape.layers == tiny.LAYERS and not base.is_quantised
     assert base.tensors["model.norm.weight"].shape == (tiny.WIDTH,)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_weights_in_4_bits_are_taken_and_compared_too(
+    architecture: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder(architecture), tmp_path / "model")
+    load_4bit(folder).save_pretrained(folder)
+    base = open_base(folder)
+    check_values(base)
+    assert base.is_quantised and base.tensors[ORM].dtype == "U8"
+    said = {
+        "says that it has 3 layers, and its weights have 4": config(num_hidden_layers=3),
+        "down_proj.weight holds 8192 values in 4 bits, and config.json asks for 64 x 64": config(intermediate_size=64),
+        "stored in 16 bits, and they are stored in 4 bits": config(quantization_config=...),
+        f"lack {ORM}": tensors(lambda stored: stored.pop(ORM)),
+    }
+    for words, spoil in said.items():
+        spoiled = shutil.copytree(folder, tmp_path / f"spoiled-{len(words)}")
+        spoil(spoiled)
+        with pytest.raises(ModelError, match=f"(?s){words}"):
+            open_base(spoiled)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

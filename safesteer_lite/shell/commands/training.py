@@ -61,6 +61,7 @@ def demo_command(options: argparse.Namespace) -> int:
 def resume_command(options: argparse.Namespace) -> int:
     """`resume`: the named run, or the newest unfinished one."""
     from safesteer_lite.hardware.backend import decide
+    from safesteer_lite.models.loading import settle
     from safesteer_lite.runs import folder as run_folders
 
     if options.run:
@@ -79,7 +80,7 @@ def resume_command(options: argparse.Namespace) -> int:
         )
     emit = sink(options)
     base = base_of_run(folder, settings, options.base, emit)
-    decision = decide(settings.model, base.shape, folder.path)
+    decision = settle(base, decide(settings.model, base.shape, folder.path), settings)
     working = config.build([(str(folder.config_path), settings_of(folder)), ("flag", changes)])
     return _work(options, settings, folder, base, decision, emit, working)
 
@@ -88,7 +89,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
     from safesteer_lite.hardware.backend import decide
     from safesteer_lite.hardware.machine import package_versions
-    from safesteer_lite.models.loading import check_template
+    from safesteer_lite.models.loading import check_template, settle
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.sources.hub import commit_of
@@ -98,7 +99,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     PromptPlan(settings.prompts).check()
     emit = sink(options)
     base = resolve(settings, emit)
-    decision = decide(settings.model, base.shape, Path.cwd())
+    decision = settle(base, decide(settings.model, base.shape, Path.cwd()), settings)
     check_template(base)
     rehearse_stage(settings, base, options.runs, date.today())
     # Whatever the hub offers later, the run goes on with the commit that it began with.

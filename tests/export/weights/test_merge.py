@@ -14,7 +14,7 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import base as base_weights
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.base import Weights
-from safesteer_lite.export.weights.merge import COPIED, MergeResult, is_ours, merge_adapter
+from safesteer_lite.export.weights.merge import COPIED, MergeResult, check_adapter, is_ours, merge_adapter
 from tests.export.weights.tiny_lora import (
     CONFIGS,
     TARGETS,
@@ -51,6 +51,19 @@ def test_blocks_of_rows_make_no_difference(
     monkeypatch.setattr(base_weights, "_BLOCK_VALUES", 7 * 64)
     merge_adapter(base, adapter, tmp_path / "blocks", weights=weights)
     assert_equal(stored(tmp_path / "blocks"), stored(tmp_path / "whole"), tied=False)
+
+
+@pytest.mark.parametrize("entry", [None, {}])
+def test_an_entry_that_names_no_quantisation_quantises_nothing(
+    tmp_path: Path, base: Path, adapter: Path, entry: object
+) -> None:
+    merge_adapter(base, adapter, tmp_path / "plain")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
+    check_adapter(base, adapter)
+    merge_adapter(base, adapter, tmp_path / "out")
+    assert_equal(stored(tmp_path / "out"), stored(tmp_path / "plain"), tied=False)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
