@@ -13,6 +13,7 @@ from typing import Any
 from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.hardware.known import KNOWN, fit_table
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.picture import picture
 from tests import REPOSITORY as ROOT
 from tests.test_structure import FLOOR_OF
@@ -23,7 +24,6 @@ README, TRANSCRIPTS, SETTINGS = ROOT / "README.md", DOCS / "transcripts.md", DOC
 DEMO = DOCS / "research" / "demo.json"
 """The demo that the README shows: model, seed and scorecard of its report.json."""
 PICTURE = DOCS / "before-and-after.svg"
-KINDS = ("harmful", "borderline", "harmless")
 
 CITATION = r"docs/([\w/-]+\.md)(?:, ([\w' -]+))?"
 """A page of docs/ in the source of a default, and perhaps a heading there."""

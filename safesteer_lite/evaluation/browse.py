@@ -6,10 +6,8 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.scorecard import Flip
-from safesteer_lite.prompts.sets import Kind, prompt_set
+from safesteer_lite.prompts.sets import KINDS, prompt_set
 from safesteer_lite.runs.folder import RunFolder
-
-_KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
 
 
 def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
@@ -25,7 +23,7 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
     before, after = (run.read_json("evaluate", f"answers-{when}.json") for when in ("before", "after"))
     sizes = {"harmful": config.prompts.test, "borderline": config.prompts.borderline_test}
     groups: dict[str, list[Flip]] = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         prompts = prompt_set(kind, "test", sizes.get(kind, config.prompts.test), config.prompts.folder)
         if not len(prompts) == len(before[kind]) == len(after[kind]):
             raise RunFolderError(

@@ -197,7 +197,7 @@ def judge(answer: str) -> Judgement:
     Args:
         answer: what the model wrote, special tokens removed.
     """
-    _, reply, finished = _split(answer)
+    _, reply, finished = split_thinking(answer)
     if not finished:
         return Judgement(refused=False, rule=UNFINISHED, opening="")
     opening = _opening(reply)
@@ -212,7 +212,7 @@ _OPENING_TAG = re.compile(rf"\s*<({_TAGS})>", re.IGNORECASE)
 _CLOSING_TAG = re.compile(rf"</{_TAGS}>", re.IGNORECASE)
 
 
-def split_thinking(answer: str) -> tuple[str, str]:
+def split_thinking(answer: str) -> tuple[str, str, bool]:
     """Part an answer into its reasoning and the reply that a user is meant to read.
 
     Some templates write the opening tag into the prompt, so a closing tag that nothing opened ends a block too. If
@@ -223,14 +223,9 @@ def split_thinking(answer: str) -> tuple[str, str]:
         answer: what the model wrote.
 
     Returns:
-        The reasoning and the reply, both stripped. The reply is empty if the reasoning never ends.
+        The reasoning and the reply, both stripped, and whether the reasoning, if there is any, came to an end; if it does
+        not, the reply is empty.
     """
-    thinking, reply, _ = _split(answer)
-    return thinking, reply
-
-
-def _split(answer: str) -> tuple[str, str, bool]:
-    """The reasoning, the reply, and whether the reasoning, if there is any, came to an end."""
     thoughts: list[str] = []
     position = 0
     while opened := _OPENING_TAG.match(answer, position):

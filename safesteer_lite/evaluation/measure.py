@@ -10,9 +10,7 @@ from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.scorecard import Flip, Rate, Scorecard, flips, rate
 from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference
 from safesteer_lite.prompts.plan import PromptSets
-from safesteer_lite.prompts.sets import Prompt
-
-SETS = ("harmful", "borderline", "harmless")
+from safesteer_lite.prompts.sets import KINDS, Prompt
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def collect_answers(
     """
     found: dict[str, list[str]] = {}
     before = 0
-    for name in SETS:
+    for name in KINDS:
         texts = prompts.texts(name)
         found[name] = policy.answers(texts, tokens, size, counting_from(before, done))
         before += len(texts)
@@ -52,7 +50,7 @@ def counting_from(start: int, done: Callable[[int], None]) -> Callable[[int], No
 
 def scorecard(answers: Answers, kl: float | None, kl_n: int) -> Scorecard:
     """Judge the answers. `kl` is in nats a token and rests on `kl_n` answers."""
-    rates = {name: rate([judges.judge(answer) for answer in getattr(answers, name)]) for name in SETS}
+    rates = {name: rate([judges.judge(answer) for answer in getattr(answers, name)]) for name in KINDS}
     return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], kl, kl_n)
 
 
@@ -66,7 +64,7 @@ def require_answers(card: Scorecard, tokens: int) -> None:
     Raises:
         ModelError: more than half of the answers to one set were empty, or ended inside a thought.
     """
-    for name in SETS:
+    for name in KINDS:
         rate: Rate = getattr(card, name)
         if rate.empty > rate.n:
             raise ModelError(
@@ -94,7 +92,7 @@ def measure(
 def all_flips(prompts: PromptSets, before: Answers, after: Answers) -> list[Flip]:
     """Every prompt on which the two models differ in refusing."""
     found: list[Flip] = []
-    for name in SETS:
+    for name in KINDS:
         entries: Sequence[Prompt] = getattr(prompts, name)
         ids, texts = [prompt.id for prompt in entries], [prompt.text for prompt in entries]
         found += flips(name, ids, texts, getattr(before, name), getattr(after, name))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safesteer_lite.hardware.units import format_bytes
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.hub import is_hub_id
 
 _LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
@@ -96,7 +97,7 @@ def _front_matter(facts: Facts, gguf: bool) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| | size | harmful refused | borderline refused | harmless refused |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        rates = " | ".join(_rate(row[name]) for name in ("harmful", "borderline", "harmless"))
+        rates = " | ".join(_rate(row[name]) for name in KINDS)
         lines.append(f"| {row['artifact']} | {format_bytes(row['size']) if row['size'] else ''} | {rates} |")
     return "\n".join(lines)
 

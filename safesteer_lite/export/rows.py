@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, change
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.runs.folder import RunFolder
 
@@ -178,7 +179,7 @@ def kept_rows(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _way(record: Mapping[str, Any]) -> tuple[object, ...]:
-    counts = [record["artifacts"][0][name]["n"] for name in ("harmful", "borderline", "harmless")]
+    counts = [record["artifacts"][0][name]["n"] for name in KINDS]
     return (*(record[name] for name in _SAME), *counts)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from safesteer_lite.method.objective import divergence
 from safesteer_lite.method.policies import Batch, LanguageModel, Steering
 
 Vote = Literal["mass", "ratio"]
-VOTES: tuple[str, ...] = get_args(Vote)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ NEAR_DUPLICATE = 0.6
 """Jaccard similarity of content words from which two prompts count as the same request."""
 
 Kind = Literal["harmful", "harmless", "borderline"]
+KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
+"""In the order in which they are told."""
 
 # More of a value than any table has room for.
 _SHOWN_LENGTH = 1000
@@ -101,11 +103,6 @@ class Leak:
     prompt: Prompt
     held_out: Prompt
     similarity: float
-
-
-def bundled(kind: Kind, split: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts that ship with the package; see `prompt_set`."""
-    return prompt_set(kind, split, limit)
 
 
 def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "") -> list[Prompt]:
@@ -182,19 +179,6 @@ def preview(source: Path, rows: int = 3) -> Preview:
     return Preview(columns, shown, len(records), _find_column(columns, None))
 
 
-def near_duplicates(
-    first: list[Prompt], second: list[Prompt], threshold: float = NEAR_DUPLICATE
-) -> list[tuple[Prompt, Prompt]]:
-    """Every pair of one prompt of `first` and one of `second` whose content words are alike.
-
-    Args:
-        first: in any number; pairs come in this order.
-        second: likewise; may be `first` itself, and then each prompt is also paired with itself.
-        threshold: least Jaccard similarity, above 0 and at most 1.
-    """
-    return [(prompt, other) for prompt, other, _ in _similar_pairs(first, second, threshold)]
-
-
 def check_leaks(train: list[Prompt], held_out: list[Prompt], threshold: float = NEAR_DUPLICATE) -> list[Leak]:
     """The training prompts to drop because they equal, or nearly equal, a held-out one.
 
@@ -207,7 +191,7 @@ def check_leaks(train: list[Prompt], held_out: list[Prompt], threshold: float = 
         One entry for each training prompt to drop, in training order, with the held-out prompt most like it.
     """
     worst: dict[Prompt, Leak] = {}
-    for prompt, other, similarity in _similar_pairs(train, held_out, threshold):
+    for prompt, other, similarity in similar_pairs(train, held_out, threshold):
         if prompt not in worst or similarity > worst[prompt].similarity:
             worst[prompt] = Leak(prompt, other, similarity)
     return list(worst.values())
@@ -225,10 +209,17 @@ def _character_pairs(run: str) -> list[str]:
     return [run[start : start + 2] for start in range(len(run) - 1)]
 
 
-def _similar_pairs(
-    first: list[Prompt], second: list[Prompt], threshold: float
+def similar_pairs(
+    first: list[Prompt], second: list[Prompt], threshold: float = NEAR_DUPLICATE
 ) -> Iterator[tuple[Prompt, Prompt, float]]:
-    """Pairs at or above `threshold`, with their similarity; an inverted index of words finds them."""
+    """Every pair of one prompt of `first` and one of `second` whose content words are alike, with how alike they are.
+
+    Args:
+        first: in any number; pairs come in this order.
+        second: likewise; may be `first` itself, and then each prompt is also paired with itself.
+        threshold: least Jaccard similarity, above 0 and at most 1.
+    """
+    # An index from words to prompts finds them without comparing each with each.
     second_words = [content_words(prompt.text) for prompt in second]
     holders: defaultdict[str, list[int]] = defaultdict(list)
     for position, words in enumerate(second_words):

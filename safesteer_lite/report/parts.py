@@ -10,11 +10,11 @@ from typing import Any
 from safesteer_lite.config import SECTIONS, RunConfig
 from safesteer_lite.evaluation.scorecard import Rate, change
 from safesteer_lite.hardware.units import format_bytes, format_duration
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.charts import Comparison, Point, Series, bar, heat_map, interval_chart, line_chart
 from safesteer_lite.report.markup import Markup, element, figure, folded, join, paragraph, table
 from safesteer_lite.report.source import Source, json_lines, plain_json, separation_scores
 
-_SETS = ("harmful", "borderline", "harmless")
 _WANTED = {"harmful": "more is safer", "borderline": "less is better", "harmless": "less is better"}
 _TOKENS_SHOWN = 15
 
@@ -49,7 +49,7 @@ def scorecard(source: Source) -> Markup | None:
         return None
     rows: list[tuple[object, ...]] = []
     comparisons = []
-    for name in _SETS:
+    for name in KINDS:
         before, after = _rate(card["before"][name]), _rate(card["after"][name])
         rise = change(before, after)
         moved = _unbroken(f"{rise.points:+.0f} points") + " " + _unbroken(f"({rise.low:+.0f} to {rise.high:+.0f})")
@@ -86,7 +86,7 @@ def exports(source: Source) -> Markup | None:
             f"Adapter at strength {export['strength']:g}, merged into the {export['weights']} weights; answers of at most "
             f"{export['answer_tokens']} tokens."
         )
-        headings = ("artifact", *(f"{name} refused" for name in _SETS), "compared with the trained model")
+        headings = ("artifact", *(f"{name} refused" for name in KINDS), "compared with the trained model")
         parts += [paragraph(told), table(headings, [_artifact(row) for row in export["artifacts"]])]
         parts += [
             paragraph(f"{row['artifact']} lost safety: {row['safety_lost']}.", "lost")
@@ -102,7 +102,7 @@ def _artifact(row: Mapping[str, Any]) -> tuple[object, ...]:
         kl = "not finite" if agreement["first_kl"] is None else f"{agreement['first_kl']:.4f} nats"
         close = f"{agreement['same_answers']} of {agreement['prompts']} greedy answers the same, first token KL {kl}"
     name = _with_note(row["artifact"], format_bytes(row["size"])) if row["size"] else row["artifact"]
-    harmful, *others = (_rate_text(_rate(row[kind])) for kind in _SETS)
+    harmful, *others = (_rate_text(_rate(row[kind])) for kind in KINDS)
     marked = element("strong", harmful, class_="lost") if row["safety_lost"] else harmful
     return (name, marked, *others, close)
 
@@ -115,7 +115,7 @@ def strength(source: Source) -> Markup | None:
     rows = [(f"{point['strength']:g}", *_measured_cells(point)) for point in points]
     told = "The adapter scaled, without training again: 0 is the base, 1 the trained model. Measured on the selection split."
     charts = element("div", *_curves(points, "strength", (1.0, "trained")), class_="charts")
-    return join([paragraph(told), charts, table(("strength", *_SETS, "KL"), rows)])
+    return join([paragraph(told), charts, table(("strength", *KINDS, "KL"), rows)])
 
 
 def flips(source: Source) -> Markup | None:
@@ -172,7 +172,7 @@ def training(source: Source) -> Markup | None:
         [
             paragraph(told),
             element("div", loss_chart, *_curves(measured, "step", kept), class_="charts"),
-            folded("The figures", table(("step", *_SETS, "KL"), rows)),
+            folded("The figures", table(("step", *KINDS, "KL"), rows)),
         ]
     )
 
@@ -182,7 +182,7 @@ def _points(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Point]:
 
 
 def _measured_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*(_rate_text(_rate(entry[name])) for name in _SETS), _kl_text(entry["kl_to_base"]))
+    return (*(_rate_text(_rate(entry[name])) for name in KINDS), _kl_text(entry["kl_to_base"]))
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], x: str, mark: tuple[float, str]) -> Iterator[Markup]:
@@ -191,7 +191,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], x: str, mark: tuple[float, str]) 
         Series(
             name, name, [Point(float(row[x]), (rate := _rate(row[name])).share, rate.low, rate.high) for row in rows]
         )
-        for name in _SETS
+        for name in KINDS
     ]
     rates = line_chart(f"Refusal rates by {x}", lines, x, share=True, whole=x == "step", mark=mark)
     yield figure(rates, "Refused on the selection split, with 95\u00a0% Wilson intervals.")

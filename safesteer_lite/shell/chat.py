@@ -21,8 +21,6 @@ from safesteer_lite.shell.console import as_text
 from safesteer_lite.stages.strength import set_strength
 from safesteer_lite.text import is_unicode, typed_path, visible, visible_so_far
 
-VIEWS = ("compare", "hardened", "base")
-
 HELP = """/compare, /hardened, /base   who answers: both side by side, or one
 /system TEXT                 a system prompt; nothing takes it away; both start anew
 /strength X                  how strongly the adapter acts, 0 (the base) to 2
@@ -56,7 +54,7 @@ class Chat:
         adapter: the trained adapter's folder, from which other strengths are made.
         console: where to speak.
         read: gives the user's next line; EOFError ends the chat.
-        view: who answers, one of `VIEWS`.
+        view: who answers: `compare` (both), `hardened` or `base`.
         strength: factor on the adapter, 0 to 2.
         system: the system prompt; empty for the one that the chat template adds, if any.
         tokens: longest answer.

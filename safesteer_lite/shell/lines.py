@@ -24,6 +24,7 @@ from safesteer_lite.events import (
     write_json_line,
 )
 from safesteer_lite.hardware.units import format_bytes, format_duration
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.text import visible
 
@@ -109,7 +110,7 @@ def scorecard_table(before: dict[str, object], after: dict[str, object]) -> Tabl
     table = Table(title="Refusals on the test split (95 % Wilson intervals)", title_justify="left")
     for heading in ("prompts", "n", "before", "after"):
         table.add_column(heading, justify="left" if heading == "prompts" else "right")
-    for name in ("harmful", "borderline", "harmless"):
+    for name in KINDS:
         old, new = before[name], after[name]
         assert isinstance(old, dict) and isinstance(new, dict)
         table.add_row(name, str(new["n"]), rate_text(old), rate_text(new))
@@ -129,17 +130,17 @@ def dial_table(points: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     best = dial.best([dial.Point.from_record(point) for point in points]).strength
     for point in points:
-        rates = [_share_text(point[name]) for name in ("harmful", "borderline", "harmless")]
+        rates = [_share_text(point[name]) for name in KINDS]
         mark = "> " if point["strength"] == best else ""
         table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
-    sizes = ", ".join(str(points[0][name]["n"]) for name in ("harmful", "borderline", "harmless"))
+    sizes = ", ".join(str(points[0][name]["n"]) for name in KINDS)
     table.caption = f"n = {sizes}; > marks the best trade-off"
     return table
 
 
 def artifacts_table(record: dict[str, Any]) -> Table:
     """One row an artifact: its refusals, and how it agrees with the trained model; lost safety in red."""
-    rows, names = record["artifacts"], ("harmful", "borderline", "harmless")
+    rows, names = record["artifacts"], KINDS
     title = f"Refusals on {record['split']} prompts (95 % Wilson intervals), each artifact as it is run"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("")

@@ -28,6 +28,7 @@ from safesteer_lite.events import (
     Warned,
 )
 from safesteer_lite.hardware.units import format_bytes, format_duration, format_estimate
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.shell.lines import metric_text
 from safesteer_lite.text import visible
@@ -35,7 +36,6 @@ from safesteer_lite.text import visible
 SMALLEST = (80, 24)
 """Columns and rows that the layout needs; on less, plain lines are better."""
 
-_SETS = ("harmful", "borderline", "harmless")
 # How a metric's name goes on where the trained adapter was tried at another strength than it was trained at.
 _AT = " at strength "
 _KEPT_MESSAGES = 50
@@ -153,7 +153,7 @@ class RunView:
         elif event.name == "KL to base":
             self.kl.append(event.value)
         name, _, rest = event.name.partition(" refused")
-        if name in _SETS:
+        if name in KINDS:
             known = self.first if event.step is None and rest != ", after" else self.last
             known[name] = (event.value, event.n)
             self.last_of = f"x {rest.removeprefix(_AT)}" if rest.startswith(_AT) else "now"
@@ -310,7 +310,7 @@ def _figures(view: RunView, plain: bool) -> Group:
     for _ in ("base", "now"):
         rates.add_column(min_width=len("100 %"), justify="right")
     rates.add_row("refused", "base", view.last_of, "")
-    for name in _SETS:
+    for name in KINDS:
         before, now = view.first.get(name), view.last.get(name)
         n = (now or before or (0.0, None))[1]
         rates.add_row(name, _share(before), _share(now), f"n {n}" if n else "")

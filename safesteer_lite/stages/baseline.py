@@ -11,6 +11,7 @@ from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import Answers, measure, require_answers
 from safesteer_lite.events import Metric
 from safesteer_lite.prompts.plan import texts
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
@@ -73,7 +74,7 @@ def _tell_endless_answers(session: Session, answers: Answers) -> None:
 
 def tell_rates(session: Session, record: Mapping[str, Any]) -> None:
     """What the base refuses, from its scorecard as `publication.result` holds it."""
-    for name in ("harmful", "borderline", "harmless"):
+    for name in KINDS:
         rate = record[name]
         session.emit(Metric(session.stage, f"{name} refused", rate["refused"] / rate["n"], rate["n"]))
 

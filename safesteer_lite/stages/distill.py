@@ -27,7 +27,7 @@ from safesteer_lite.models.assistant import Reference, reference_answers
 from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.prompts.plan import PromptSets, texts
-from safesteer_lite.prompts.sets import Prompt
+from safesteer_lite.prompts.sets import KINDS, Prompt
 from safesteer_lite.runs.durable import read_json, write_json
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.runs.steps import Checkpoints
@@ -322,7 +322,7 @@ def _measure(session: Session, step: int, yardstick: _Yardstick, history: Histor
     record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}
     (history.measured if whole else history.scaled).append(record)
     suffix = "" if whole else f" at strength {strength:g}"
-    for name in ("harmful", "borderline", "harmless"):
+    for name in KINDS:
         rate: Rate = getattr(card, name)
         session.emit(Metric(session.stage, f"{name} refused{suffix}", rate.share, rate.n, step))
     if card.kl_to_base is not None:

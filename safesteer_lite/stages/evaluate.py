@@ -11,6 +11,7 @@ from safesteer_lite.events import Metric
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
 from safesteer_lite.prompts.plan import PromptSets, texts
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
@@ -54,7 +55,7 @@ def compare(
         policy, sets, config.answer_tokens, ANSWER_BATCH, reference, chunk, lambda count: done(sets.total + count)
     )
     for label, card in (("before", before), ("after", after)):
-        for name in ("harmful", "borderline", "harmless"):
+        for name in KINDS:
             rate = getattr(card, name)
             session.emit(Metric(session.stage, f"{name} refused, {label}", rate.share, rate.n))
     return before, after, (old, new)

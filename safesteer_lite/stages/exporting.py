@@ -12,7 +12,7 @@ import torch
 
 from safesteer_lite.config import to_toml
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.evaluation.measure import SETS, Answers, counting_from, measure, scorecard
+from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import card
 from safesteer_lite.export.folder import MERGED, WORK, exported, file_name
@@ -30,6 +30,7 @@ from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import PromptSets, texts
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import evaluate, export
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
@@ -123,7 +124,7 @@ def copy_adapter(adapter: Path, out: Path) -> None:
 def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
     """Base and trained policy on the test prompts, from the run where it has that, and what artifacts are compared with."""
     whole = session.prompts.split("test")
-    sets = whole if not request.prompts else PromptSets(*(getattr(whole, name)[: request.prompts] for name in SETS))
+    sets = whole if not request.prompts else PromptSets(*(getattr(whole, name)[: request.prompts] for name in KINDS))
     rows = _stored_rows(session, request) if request.strength == 1 else None
     policy = session.policy
     read_adapter(policy.model, adapter)
@@ -131,7 +132,9 @@ def _measure_trained(session: Session, adapter: Path, request: Request) -> Measu
     if rows is None:
         before, after, _ = evaluate.compare(session, policy, sets)
         rows = [Row("base", "", 0, before), Row("adapter", "", 0, after)]
-    ids = {name: [policy.encode(text).input_ids[0].tolist() for text in sets.texts(name)] for name in SETS}
+    ids: dict[str, list[list[int]]] = {
+        name: [policy.encode(text).input_ids[0].tolist() for text in sets.texts(name)] for name in KINDS
+    }
     return Measured(sets, ids, _witness(session, policy) if request.kind == "gguf" else None, rows)
 
 
@@ -145,7 +148,7 @@ def _stored_rows(session: Session, request: Request) -> list[Row] | None:
     rows = []
     for name, when in (("base", "before"), ("adapter", "after")):
         stored = known[when]
-        answers = Answers(**{part: stored[part][: request.prompts or None] for part in SETS})
+        answers = Answers(**{part: stored[part][: request.prompts or None] for part in KINDS})
         rows.append(Row(name, "", 0, scorecard(answers, cards[when]["kl_to_base"], len(stored["harmless"]))))
     return rows
 
@@ -231,7 +234,7 @@ def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limi
         agreement = compare(witness, [answer.tokens for answer in given], [answer.first for answer in given], limit)
         found, before = {}, 0
         done = session.progress(f"answers of {quant} in llama.cpp", measured.sets.total)
-        for name in SETS:
+        for name in KINDS:
             found[name] = llama.answers(measured.prompts[name], tokens, counting_from(before, done))
             before += len(found[name])
     size, seconds = file.stat().st_size, time.monotonic() - started
@@ -239,7 +242,7 @@ def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limi
 
 
 def _tell(session: Session, row: Row) -> None:
-    for name in SETS:
+    for name in KINDS:
         rate = getattr(row.card, name)
         session.emit(Metric(session.stage, f"{name} refused, {row.name}", rate.share, rate.n))
     if row.agreement:

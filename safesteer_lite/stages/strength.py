@@ -14,6 +14,7 @@ from safesteer_lite.events import Metric, Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, Reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets, texts
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -80,6 +81,6 @@ def _measure(session: Session, sets: PromptSets, reference: Reference, done: Any
 
 
 def _tell(session: Session, point: Point) -> None:
-    for name in ("harmful", "borderline", "harmless"):
+    for name in KINDS:
         rate = getattr(point.card, name)
         session.emit(Metric(session.stage, f"{name} refused at strength {point.strength:g}", rate.share, rate.n))

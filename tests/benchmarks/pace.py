@@ -23,7 +23,7 @@ from safesteer_lite.hardware.shape import ModelShape, parameters
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.prompts.sets import bundled
+from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.stages.direction import read
 from safesteer_lite.stages.distill import recipe
 from safesteer_lite.stages.session import Session
@@ -72,7 +72,7 @@ def main() -> None:
     policy = work.policy
     decision = decide(work.config.model, work.base.shape, work.run.path)
     flops = pace.probe(decision)
-    prompts = texts(bundled("harmful", "direction", _PROMPTS))
+    prompts = texts(prompt_set("harmful", "direction", _PROMPTS))
     encoded = [policy.encode(prompt) for prompt in prompts]
     prompt_tokens = sum(batch.input_ids.shape[1] - batch.prefix for batch in encoded)
     refusal = policy.token_ids(work.config.direction.refusal_openings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.prompts.sets import Kind, bundled
+from safesteer_lite.prompts.sets import Kind, prompt_set
 from safesteer_lite.stages.direction import read
 from tests.benchmarks.common import say, session
 
@@ -43,7 +43,7 @@ def main() -> None:
     refusal = policy.token_ids(work.config.direction.refusal_openings)
 
     def activations(kind: Kind, split: str) -> Tensor:
-        return read(policy, texts(bundled(kind, split)), refusal, lambda done: None).activations.values
+        return read(policy, texts(prompt_set(kind, split)), refusal, lambda done: None).activations.values
 
     harmful, harmless = activations("harmful", "direction"), activations("harmless", "direction")
     contrast = activations("borderline", "train")

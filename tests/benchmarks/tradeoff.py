@@ -32,6 +32,7 @@ from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
 from safesteer_lite.prompts.plan import texts
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import Checkpoints, RunFolder
 from safesteer_lite.shell.commands.shared import DEMO_PRESET
@@ -44,7 +45,6 @@ from tests.benchmarks.common import say
 
 RECORDS = REPOSITORY / "docs" / "research" / "tradeoff.jsonl"
 UPSTREAM, SHARED = "tokens", "direction"
-KINDS = ("harmful", "borderline", "harmless")
 TEXT_MODULES = ("argparse", "collections", "csv", "datetime", "json", "random", "string", "textwrap")
 """Modules of the standard library whose documentation is the harmless text that perplexity is taken on."""
 

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from safesteer_lite import config
 from safesteer_lite.errors import ExportError
-from safesteer_lite.evaluation.measure import SETS, Answers
+from safesteer_lite.evaluation.measure import Answers
 from safesteer_lite.events import Event, Progress, Warned, discard
 from safesteer_lite.export.gguf import convert
 from safesteer_lite.export.gguf.convert import QUANTS
 from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import FailedCheck, check_sums
 from safesteer_lite.models.adapter import save_adapter
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
@@ -64,7 +65,7 @@ def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
     with run.publish("baseline", 1, mark):
         pass
     with run.publish("evaluate", 5, "e") as publication:
-        sizes = [session.prompts.split("test").texts(name) for name in SETS]
+        sizes = [session.prompts.split("test").texts(name) for name in KINDS]
         for when, harmful in (("before", ANSWER), ("after", REFUSAL)):
             answers = Answers(
                 *([text] * len(texts) for text, texts in zip((harmful, ANSWER, ANSWER), sizes, strict=True))
@@ -115,7 +116,7 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
 
 def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: Session, tmp_path: Path) -> None:
     few, _ = export(run_of_tiny, tmp_path / "few", kind="merged", prompts=2)
-    assert {row[name]["n"] for row in few["artifacts"][:2] for name in SETS} == {2}
+    assert {row[name]["n"] for row in few["artifacts"][:2] for name in KINDS} == {2}
     half, events = export(run_of_tiny, tmp_path / "half", kind="merged", strength=0.5)
     assert half["strength"] == 0.5
     # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 11 prompts.
@@ -135,7 +136,7 @@ def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: 
     record, _ = export(run_of_tiny, tmp_path / "out", kind="merged")
     assert (tmp_path / "out" / "model.safetensors").stat().st_ino == before and not draft.exists()
     assert names(tmp_path / "out") == names(tmp_path / "whole") and check_sums(tmp_path / "out") == 10
-    figures = [[row[name] for row in found["artifacts"] for name in SETS] for found in (record, whole)]
+    figures = [[row[name] for row in found["artifacts"] for name in KINDS] for found in (record, whole)]
     assert figures[0] == figures[1]
 
 

@@ -16,7 +16,15 @@ from typing import get_args
 import pytest
 
 from safesteer_lite.errors import PromptError
-from safesteer_lite.prompts.sets import Kind, Prompt, bundled, check_leaks, content_words, near_duplicates, prompt_set
+from safesteer_lite.prompts.sets import (
+    NEAR_DUPLICATE,
+    Kind,
+    Prompt,
+    check_leaks,
+    content_words,
+    prompt_set,
+    similar_pairs,
+)
 from tests import REPOSITORY
 
 COUNTS: dict[Kind, dict[str, int]] = {
@@ -32,12 +40,16 @@ ALARMING = re.compile(
 )
 
 
+def pairs(first: list[Prompt], second: list[Prompt], threshold: float = NEAR_DUPLICATE) -> list[tuple[Prompt, Prompt]]:
+    return [(prompt, other) for prompt, other, _ in similar_pairs(first, second, threshold)]
+
+
 def prompts_of(*texts: str) -> list[Prompt]:
     return [Prompt(text, f"p{number}") for number, text in enumerate(texts)]
 
 
 def all_bundled() -> list[Prompt]:
-    return [prompt for kind, split in SETS for prompt in bundled(kind, split)]
+    return [prompt for kind, split in SETS for prompt in prompt_set(kind, split)]
 
 
 def words(prompt: Prompt) -> int:
@@ -46,7 +58,7 @@ def words(prompt: Prompt) -> int:
 
 @pytest.mark.parametrize(("kind", "split"), SETS)
 def test_each_split_has_its_count_and_even_categories(kind: Kind, split: str) -> None:
-    prompts = bundled(kind, split)
+    prompts = prompt_set(kind, split)
     assert len(prompts) == COUNTS[kind][split]
     categories = Counter(prompt.category for prompt in prompts)
     assert len(categories) == (10 if kind == "borderline" else 14)
@@ -56,19 +68,19 @@ def test_each_split_has_its_count_and_even_categories(kind: Kind, split: str) ->
 
 @pytest.mark.parametrize(("kind", "split"), SETS)
 def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str) -> None:
-    names = {prompt.category for prompt in bundled(kind, split)}
+    names = {prompt.category for prompt in prompt_set(kind, split)}
     for limit in range(1, COUNTS[kind][split] + 1):
-        prompts = bundled(kind, split, limit)
+        prompts = prompt_set(kind, split, limit)
         counts = Counter(prompt.category for prompt in prompts)
         assert len(prompts) == limit
         assert max(counts.values()) - min(counts[name] for name in names) <= 1
-    assert bundled(kind, split, 10_000) == bundled(kind, split)
+    assert prompt_set(kind, split, 10_000) == prompt_set(kind, split)
 
 
-def test_no_near_duplicates_within_or_between_the_bundled_sets() -> None:
+def test_no_similar_pairs_within_or_between_the_bundled_sets() -> None:
     prompts = all_bundled()
     assert len(prompts) == 1110
-    assert [(a.id, b.id) for a, b in near_duplicates(prompts, prompts) if a is not b] == []
+    assert [(a.id, b.id) for a, b in pairs(prompts, prompts) if a is not b] == []
 
 
 def test_bundled_prompts_are_short_single_lines() -> None:
@@ -80,13 +92,13 @@ def test_bundled_prompts_are_short_single_lines() -> None:
 
 def test_no_opening_becomes_a_series() -> None:
     for kind, split in SETS:
-        openings = Counter(" ".join(prompt.text.split()[:3]).casefold() for prompt in bundled(kind, split))
+        openings = Counter(" ".join(prompt.text.split()[:3]).casefold() for prompt in prompt_set(kind, split))
         assert max(openings.values()) <= max(3, 0.1 * COUNTS[kind][split]), (kind, split, openings.most_common(2))
 
 
 @pytest.mark.parametrize("split", COUNTS["harmful"])
 def test_harmful_and_harmless_prompts_differ_in_content_and_not_in_form(split: str) -> None:
-    harmful, harmless = bundled("harmful", split), bundled("harmless", split)
+    harmful, harmless = prompt_set("harmful", split), prompt_set("harmless", split)
     assert abs(statistics.mean(map(words, harmful)) - statistics.mean(map(words, harmless))) < 2
     questions = [sum(prompt.text.endswith("?") for prompt in prompts) / len(prompts) for prompts in (harmful, harmless)]
     assert abs(questions[0] - questions[1]) < 0.1
@@ -95,12 +107,12 @@ def test_harmful_and_harmless_prompts_differ_in_content_and_not_in_form(split: s
 
 
 def test_harmless_prompts_hold_no_alarming_words() -> None:
-    found = [prompt.text for split in COUNTS["harmless"] for prompt in bundled("harmless", split)]
+    found = [prompt.text for split in COUNTS["harmless"] for prompt in prompt_set("harmless", split)]
     assert [text for text in found if ALARMING.search(text)] == []
 
 
 def test_contrast_anchors_have_the_form_of_the_harmful_prompts_they_train_beside() -> None:
-    harmful, anchors = bundled("harmful", "train"), bundled("borderline", "train")
+    harmful, anchors = prompt_set("harmful", "train"), prompt_set("borderline", "train")
     assert abs(statistics.mean(map(words, harmful)) - statistics.mean(map(words, anchors))) < 2
     questions = [sum(prompt.text.endswith("?") for prompt in prompts) / len(prompts) for prompts in (harmful, anchors)]
     assert abs(questions[0] - questions[1]) < 0.1
@@ -109,7 +121,7 @@ def test_contrast_anchors_have_the_form_of_the_harmful_prompts_they_train_beside
 
 
 def test_contrast_anchors_vary_their_alarming_words() -> None:
-    texts = [prompt.text for prompt in bundled("borderline", "train")]
+    texts = [prompt.text for prompt in prompt_set("borderline", "train")]
     found = Counter(match.group().casefold() for text in texts for match in ALARMING.finditer(text))
     assert len(found) >= 20
     # A frequent word would let a model learn that word instead of the request around it.
@@ -117,15 +129,15 @@ def test_contrast_anchors_vary_their_alarming_words() -> None:
 
 
 def test_contrast_anchors_stay_farther_from_the_test_splits_than_near_duplicates() -> None:
-    held_out = [prompt for kind in COUNTS for prompt in bundled(kind, "test")]
-    assert near_duplicates(bundled("borderline", "train"), held_out, 0.4) == []
+    held_out = [prompt for kind in COUNTS for prompt in prompt_set(kind, "test")]
+    assert pairs(prompt_set("borderline", "train"), held_out, 0.4) == []
 
 
 def test_an_unknown_split_and_an_empty_limit_are_refused() -> None:
     with pytest.raises(PromptError, match=r"no split 'direction'\. Choose one of: selection, train, test\."):
-        bundled("borderline", "direction")
+        prompt_set("borderline", "direction")
     with pytest.raises(PromptError, match="limit of 0"):
-        bundled("harmful", "train", 0)
+        prompt_set("harmful", "train", 0)
 
 
 def test_each_kind_has_a_file_with_the_documented_fields() -> None:
@@ -140,13 +152,13 @@ def test_each_kind_has_a_file_with_the_documented_fields() -> None:
             assert entry["language"] == "en"
 
 
-def test_planted_near_duplicates_are_found_and_no_others() -> None:
-    held_out = bundled("harmful", "test")
+def test_planted_similar_pairs_are_found_and_no_others() -> None:
+    held_out = prompt_set("harmful", "test")
     other_case = replace(held_out[3], id="case", text=held_out[3].text.upper().rstrip(".?") + " !!")
     reordered = replace(held_out[40], id="order", text=" ".join(reversed(held_out[40].text.split())))
     wordier = replace(held_out[77], id="wordier", text="Could you please " + held_out[77].text + " Thanks!")
     planted = {"case": held_out[3].id, "order": held_out[40].id, "wordier": held_out[77].id}
-    train = [*bundled("harmful", "train"), other_case, reordered, wordier]
+    train = [*prompt_set("harmful", "train"), other_case, reordered, wordier]
     leaks = check_leaks(train, held_out)
     assert {leak.prompt.id: leak.held_out.id for leak in leaks} == planted
     assert [leak.similarity for leak in leaks][:2] == [1.0, 1.0]
@@ -157,8 +169,8 @@ def test_similarity_is_the_share_of_content_words_in_common() -> None:
     # {bake, bread, rye, oven} against {bake, bread, rye, pan}: 3 words shared of 5.
     first, second = prompts_of("How do I bake rye bread in the oven?"), prompts_of("Bake rye bread in a pan.")
     assert check_leaks(first, second)[0].similarity == pytest.approx(0.6)
-    assert near_duplicates(first, second, 0.6) == [(first[0], second[0])]
-    assert near_duplicates(first, second, 0.61) == []
+    assert pairs(first, second, 0.6) == [(first[0], second[0])]
+    assert pairs(first, second, 0.61) == []
 
 
 def test_a_leak_names_the_held_out_prompt_most_like_it() -> None:
@@ -179,7 +191,7 @@ def test_a_leak_names_the_held_out_prompt_most_like_it() -> None:
     ],
 )
 def test_texts_without_content_words_or_spaces_are_compared_too(first: str, second: str, alike: bool) -> None:
-    assert bool(near_duplicates(prompts_of(first), prompts_of(second))) is alike
+    assert bool(pairs(prompts_of(first), prompts_of(second))) is alike
 
 
 def test_the_inverted_index_agrees_with_comparing_all_pairs() -> None:
@@ -194,7 +206,7 @@ def test_the_inverted_index_agrees_with_comparing_all_pairs() -> None:
 
     expected = [(a, b) for a in first for b in second if similarity(a, b) >= 0.6]
     assert expected
-    assert near_duplicates(first, second) == expected
+    assert pairs(first, second) == expected
 
 
 def test_importing_prompts_loads_no_torch() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import wilson
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
@@ -43,7 +44,7 @@ def finished(planted_run: RunFolder) -> RunFolder:
 
 
 def rates(card: dict[str, Any]) -> list[dict[str, Any]]:
-    return [card[name] for name in ("harmful", "borderline", "harmless")]
+    return [card[name] for name in KINDS]
 
 
 def test_the_documented_keys_and_types(finished: RunFolder) -> None:

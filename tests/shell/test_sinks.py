@@ -24,6 +24,7 @@ from rich.text import Text
 from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.events import Event, JsonLines, Note, Progress, Sample, StageSkipped, StageStarted, Warned
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.console import SafeConsole
 from safesteer_lite.shell.lines import Json, Lines, artifacts_table
@@ -91,7 +92,7 @@ def program(console: SafeConsole) -> Program:
 
 def artifacts(text: str) -> Table:
     rate = {"refused": 1, "n": 4, "low": 0.05, "high": 0.7}
-    row = dict.fromkeys(("harmful", "borderline", "harmless"), rate)
+    row = dict.fromkeys(KINDS, rate)
     return artifacts_table(
         {"split": "test", "artifacts": [{**row, "artifact": text, "safety_lost": text, "agreement": None}]}
     )

@@ -25,7 +25,7 @@ from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.export.gguf import convert
 from safesteer_lite.hardware import known
 from safesteer_lite.hardware.machine import Gpu, Machine
-from safesteer_lite.prompts.sets import Prompt, prompt_set
+from safesteer_lite.prompts.sets import KINDS, Prompt, prompt_set
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands.shared import open_settings, run_settings
@@ -316,7 +316,7 @@ def test_the_picked_strength_goes_to_chat_and_export(
     monkeypatch.chdir(tmp_path)
     run = run_folders.open_run(shutil.copytree(walk.run, tmp_path / "runs" / walk.run.name))
     rate = {"refused": 1, "n": 4, "low": 0.05, "high": 0.7}
-    sets: dict[str, Any] = dict.fromkeys(("harmful", "borderline", "harmless"), rate)
+    sets: dict[str, Any] = dict.fromkeys(KINDS, rate)
     points: list[dict[str, Any]] = [
         {"strength": value, "score": 1.0, "kl_to_base": 0.1, **sets} for value in (0.0, 0.5, 1.0)
     ]

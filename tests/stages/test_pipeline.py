@@ -28,7 +28,7 @@ from safesteer_lite.method.distill import prompts_at
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import Adapter, read_adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
-from safesteer_lite.prompts.sets import bundled, data_files
+from safesteer_lite.prompts.sets import data_files, prompt_set
 from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
@@ -147,7 +147,7 @@ def test_events_tell_each_stage_once_and_in_order(done: RunFolder) -> None:
 
 def test_each_step_shows_the_base_beside_the_student(done: RunFolder) -> None:
     shown = [event for event in planted.events_of(done.path) if event["event"] == "Sample"]
-    category = {prompt.text: prompt.category for prompt in bundled("harmful", "train")}
+    category = {prompt.text: prompt.category for prompt in prompt_set("harmful", "train")}
     assert len(shown) == 8, "one a step"
     for event in shown:
         refused = category[str(event["prompt"])] in planted.REFUSED_CATEGORIES
@@ -311,7 +311,7 @@ def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter
     folder = done.stage_folder("export") / "merged"
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     written = AutoTokenizer.from_pretrained(folder)
-    texts = [prompt.text for prompt in bundled("harmful", "test", 8) + bundled("harmless", "test", 4)]
+    texts = [prompt.text for prompt in prompt_set("harmful", "test", 8) + prompt_set("harmless", "test", 4)]
     expected = student.answers(texts, 12, 16)
     assert REFUSED & set(expected), "the student refuses something, or the comparison says little"
     answers = []
@@ -385,7 +385,7 @@ def test_who_looks_for_the_wrong_openings_is_told_the_right_ones(run: RunFolder,
 
 
 def own_file(folder: Path, leaked: int, fresh: int) -> Path:
-    rows = [prompt.text for prompt in bundled("harmful", "test")[:leaked] + bundled("harmful", "train")[:fresh]]
+    rows = [prompt.text for prompt in prompt_set("harmful", "test")[:leaked] + prompt_set("harmful", "train")[:fresh]]
     path = folder / "own.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows), encoding="utf-8")
     return path
@@ -446,7 +446,7 @@ def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp
     folder.mkdir()
     for path in data_files():
         shutil.copy(path, folder)
-    leaked = json.dumps({"split": "train", "prompt": bundled("harmful", "test")[0].text.upper()})
+    leaked = json.dumps({"split": "train", "prompt": prompt_set("harmful", "test")[0].text.upper()})
     lines = (folder / "harmful.jsonl").read_text(encoding="utf-8")
     (folder / "harmful.jsonl").write_text(f"{leaked}\n{lines}", encoding="utf-8")
     settings = planted.settings(model, {"prompts.folder": str(folder), "distill.steps": 1})

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from safesteer_lite import config
 from safesteer_lite.events import discard
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
@@ -47,9 +48,6 @@ def test_the_default_recipe_makes_the_model_refuse_more(planted_model: Path, tmp
     assert after["harmful"] >= before["harmful"] + 4
     assert after["borderline"] <= 1 and after["harmless"] == 0
     assert 0 < card["after"]["kl_to_base"] < 0.05
-
-
-KINDS = ("harmful", "borderline", "harmless")
 
 
 def test_each_strength_is_measured_on_the_last_adapter(

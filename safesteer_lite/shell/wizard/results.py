@@ -15,6 +15,7 @@ from safesteer_lite.evaluation.dial import saved_points, to_records
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.export.gguf.convert import check_extra
 from safesteer_lite.hardware.units import format_estimate
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.console import as_text
@@ -236,10 +237,7 @@ def show_answers(console: Console, entry: Flip, title: str, whole: bool) -> bool
 
 def _in_words(point: dict[str, Any]) -> str:
     """One strength's refusals as percentages."""
-    shares = [
-        f"{name} {100 * point[name]['refused'] / max(point[name]['n'], 1):.0f} %"
-        for name in ("harmful", "borderline", "harmless")
-    ]
+    shares = [f"{name} {100 * point[name]['refused'] / max(point[name]['n'], 1):.0f} %" for name in KINDS]
     return f"refuses {', '.join(shares)}"
 
 
