@@ -111,7 +111,7 @@ def _explained(roles: str) -> Iterator[None]:
     except jinja2.TemplateError as error:
         raise ModelError(
             f"The chat template refuses a conversation of {roles} ({_said_by(error)}).",
-            "Leave the system prompt out, or use another model.",
+            "Leave the system prompt out." if "system" in roles else TAKE_ANOTHER,
         ) from error
     except Exception as error:
         raise ModelError(f"The chat template fails ({_said_by(error)}).", TAKE_ANOTHER) from error
