@@ -44,36 +44,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except (MemoryError, OSError) as error:
-        return _complain(*_of_the_system(error), 1)
+        return _complain(*_of_the_system(error, options.command), 1)
     except RuntimeError as error:
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             raise
-        return _complain(*_OUT_OF_MEMORY, 1)
+        return _complain(*_of_the_system(error, options.command), 1)
 
 
-# Batches have been made smaller by themselves before anybody reads this.
-_OUT_OF_MEMORY = (
-    "Out of memory: not even one prompt at a time fits.",
-    "Close other programs, then `safesteer-lite resume`; or start anew with a smaller distill.chunk or a smaller model.",
-)
-_RESUME = "what was saved stays, and `safesteer-lite resume` goes on with it"
-
-
-def _of_the_system(error: MemoryError | OSError) -> tuple[str, str]:
+def _of_the_system(error: Exception, command: str) -> tuple[str, str]:
     """What happened, and what to do about it, by what the system says."""
-    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-        return _OUT_OF_MEMORY
-    place = error.filename or "something that is needed"
-    match error.errno:
+    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
+    place = getattr(error, "filename", None) or "something that is needed"
+    match number:
+        case errno.ENOMEM:
+            # Batches have been made smaller by themselves before anybody reads this.
+            message, hint = "Out of memory: not even one prompt at a time fits.", "Close other programs."
         case errno.ENOENT:
-            return f"There is no {place}.", f"Check the path; {_RESUME}."
+            message, hint = f"There is no {place}.", "Check the path."
         case errno.EACCES | errno.EPERM:
-            return f"There is no permission for {place}.", f"Change its rights, or choose another place; {_RESUME}."
+            message, hint = f"There is no permission for {place}.", "Change its rights, or choose another place."
         case errno.EROFS:
-            return f"{place} is on a disk that cannot be written to.", f"Choose another place; {_RESUME}."
+            message, hint = f"{place} is on a disk that cannot be written to.", "Choose another place."
         case errno.ENOSPC | errno.EDQUOT:
-            return f"The disk is full: no room for {place}.", f"Free some space; {_RESUME}."
-    return f"The system said: {str(error) or type(error).__name__}.", f"Mend that; {_RESUME}."
+            message, hint = f"The disk is full: no room for {place}.", "Free some space."
+        case _:
+            return f"The system said: {str(error) or type(error).__name__}.", _RESUME if command in _TRAINING else ""
+    if command in _TRAINING:
+        hint = f"{hint} {_RESUME}"
+        if number == errno.ENOMEM:
+            hint += " With --set distill.chunk=16 it takes less memory."
+    return message, hint
+
+
+_TRAINING = ("run", "demo", "resume")
+_RESUME = "What was saved stays: `safesteer-lite resume` goes on with it."
 
 
 def _complain(message: str, hint: str, code: int) -> int:

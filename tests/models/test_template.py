@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import safesteer_lite
 from safesteer_lite.errors import ModelError
 from safesteer_lite.models.plain import load_tokenizer
 from safesteer_lite.models.template import ChatTemplate, stop_ids
@@ -69,6 +70,13 @@ def test_a_marker_that_somebody_spells_out_stays_text(family: Family) -> None:
         ids = template.encode(turns)
         assert [index for index in ids if index in markers] == expected, role
         assert f"say {spelled} twice" in tokenizer.decode(ids), role
+
+
+def test_nothing_else_renders_prompts() -> None:
+    """Chat, training, judging and exports all ask `ChatTemplate`, or a marker, a date or a thought would slip through."""
+    package = Path(safesteer_lite.__file__).parent
+    files = [path for path in package.rglob("*.py") if "apply_chat_template" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in files] == ["rendering.py"]
 
 
 def test_a_template_that_asks_the_date_gets_that_of_the_run() -> None:

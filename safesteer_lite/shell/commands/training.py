@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safesteer_lite import config
-from safesteer_lite.errors import SafeSteerError, UsageError
+from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
 from safesteer_lite.shell.commands.shared import (
     DEMO_PRESET,
     base_of_run,
@@ -138,7 +138,11 @@ def _work(
             report = pipeline.run(settings, folder, base, paint, stop_requested, decision=decision, working=working)
     except SafeSteerError as error:
         if not error.hint:
-            error.hint = f"Go on with `safesteer-lite resume {folder.path}`."
+            # Only what was interrupted goes on; what failed without advice would fail again.
+            kept = f"What was done is kept in {folder.path}."
+            error.hint = (
+                f"Go on with `safesteer-lite resume {folder.path}`." if isinstance(error, Interrupted) else kept
+            )
         raise
     if options.json:
         tell_json({"event": "Report", **report})
