@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from safesteer_lite import config
+from safesteer_lite import __version__, config
 from safesteer_lite.events import Metric, Sample, StageStarted
 from safesteer_lite.report.picture import picture
 from safesteer_lite.shell.arguments import build_parser
@@ -163,6 +163,11 @@ def test_the_picture_and_the_words_beneath_it_are_the_demos() -> None:
         before, after = (record["scorecard"][side][kind] for side in ("before", "after"))
         assert f"{before['refused']} of {before['n']}" in shown and f"{after['refused']} of {after['n']}" in shown
         assert f"{kind} {before['refused']} to {after['refused']} of {after['n']}" in text
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in text and re.search(r"^date-released: \d{4}-\d\d-\d\d$", text, re.MULTILINE)
 
 
 def test_sources_of_settings_can_be_looked_up() -> None:
