@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Sequence
 
-# HTML has no place for control characters, and UTF-8 none for half a surrogate pair.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+from safesteer_lite.text import visible
 
 
 class Markup(str):
@@ -17,10 +15,14 @@ class Markup(str):
 
 
 def escape(text: object) -> Markup:
-    """Any text as markup that shows it, whatever it holds."""
+    """Any text as markup that shows it, whatever it holds.
+
+    HTML has no place for control characters, UTF-8 none for half a surrogate pair, and a page none for text that turns
+    itself around: they are written out.
+    """
     if isinstance(text, Markup):
         return text
-    return Markup(html.escape(_UNPRINTABLE.sub("\ufffd", str(text))))
+    return Markup(html.escape(visible(str(text).replace("\r\n", "\n"), lines=True)))
 
 
 def join(parts: Sequence[object]) -> Markup:

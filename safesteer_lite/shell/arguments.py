@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from safesteer_lite import __version__
 from safesteer_lite.config import RECIPES
 from safesteer_lite.shell.completion import SHELLS
-from safesteer_lite.text import visible
+from safesteer_lite.text import is_unicode, visible
 
 EPILOG = """on a terminal, `safesteer-lite` alone asks a few questions and does the rest
 
@@ -173,6 +173,8 @@ def _filled(text: str) -> str:
         raise argparse.ArgumentTypeError("must not be empty")
     if "\0" in text:
         raise argparse.ArgumentTypeError("must not hold the character NUL")
+    if not is_unicode(text):
+        raise argparse.ArgumentTypeError(f"{text} is not text in UTF-8, which some of the libraries need")
     return text
 
 

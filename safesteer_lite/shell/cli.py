@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -81,7 +82,9 @@ _RESUME = "What was saved stays: `safesteer-lite resume` goes on with it."
 
 
 def _complain(message: str, hint: str, code: int) -> int:
-    complain(f"safesteer-lite: {message}" + (f"\n  {hint}" if hint else ""))
+    # Our own further lines are indented; a new line in the name of a file shall not look like a message of its own.
+    told = re.sub(r"\n(?!  )", r"\\n", message + (f"\n  {hint}" if hint else ""))
+    complain(f"safesteer-lite: {told}")
     return code
 
 

@@ -22,6 +22,7 @@ from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
+from safesteer_lite.text import visible
 from tests.report.html_tree import Node, parsed, rows
 
 STAGES = ("baseline", "direction", "tokens", "distill", "evaluate", "export")
@@ -260,10 +261,12 @@ def test_hostile_texts_change_no_element(tmp_path: Path, tree: Node) -> None:
     hostile = parsed(rendered(planted_run(tmp_path, HOSTILE), HOSTILE))
     assert structure(hostile) == structure(tree)
     said = [node.text for node in hostile.all("blockquote")]
-    assert f"harmful before 1 {HOSTILE}" in said and f"harmless after 4 {HOSTILE}" in said
-    assert f"harmful after 1 {HOSTILE}\ufffd\ufffd\ufffd[31m" in said
-    assert f"Safer. {HOSTILE}" in [node.text for node in hostile.all("p")]
-    assert json.dumps(HOSTILE, ensure_ascii=False) in [line[1] for line in rows(part(hostile, "settings"))]
+    shown = visible(HOSTILE.replace("\r\n", "\n"), lines=True)
+    assert "\\u202e \\u2028 \n\t http" in shown
+    assert f"harmful before 1 {shown}" in said and f"harmless after 4 {shown}" in said
+    assert f"harmful after 1 {shown}\\ud800\\x00\\x1b[31m" in said
+    assert f"Safer. {shown}" in [node.text for node in hostile.all("p")]
+    assert visible(json.dumps(HOSTILE, ensure_ascii=False)) in [line[1] for line in rows(part(hostile, "settings"))]
 
 
 def test_the_page_asks_for_nothing(tree: Node) -> None:

@@ -334,6 +334,18 @@ def test_an_empty_name_means_nothing_else(arguments: list[str], capsys: pytest.C
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("option", ["--runs", "--config", "--prompts"])
+def test_a_name_that_is_no_text_is_refused_before_the_libraries_fail_on_it(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert rf"{option}: caf\udce9 is not text in UTF-8" in usage(capsys, "run", "qwen3-4b", option, name)
+
+
+def test_a_new_line_in_a_name_begins_no_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert r"a\nsafesteer-lite: all is well" in complaint(capsys, 1, "resume", "a\nsafesteer-lite: all is well")
+
+
 @pytest.mark.parametrize("name", ["run", "demo", "resume", "eval", "verify"])
 def test_a_name_with_the_character_nul(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Only a program can pass one; no file has such a name."""
