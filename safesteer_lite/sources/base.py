@@ -63,6 +63,11 @@ class Base:
         """Whether its weights are stored in fewer than 16 bits."""
         return is_quantised(self.config)
 
+    @property
+    def size(self) -> int:
+        """Bytes of its weights as they are stored."""
+        return sum(stored.size for stored in self.tensors.values())
+
 
 def open_base(folder: Path) -> Base:
     """Look through a model's folder: its settings, its tokenizer and the headers of its weights.
@@ -132,7 +137,7 @@ def _weight_digest(path: Path) -> str:
     with path.open("rb") as stream:
         # A safetensors file opens with the length of its header, 8 bytes little-endian, then the header as JSON.
         header = int.from_bytes(stream.read(8), "little")
-        if not 2 <= header <= size - 8:
+        if not 2 <= header <= min(size - 8, headers.LARGEST_HEADER):
             raise ModelError(f"{path} is damaged: it has no safetensors header.", "Copy or download the model again.")
         digest = hashlib.sha256(stream.read(header))
         digest.update(stream.read(_MIB))

@@ -19,7 +19,7 @@ _BYTES = {
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
-_LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 100_000_000
 _CHUNK = 1 << 25
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
@@ -134,7 +134,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
         stream.seek(0)
         # The file opens with the length of its header, 8 bytes little-endian; the header is JSON.
         length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
             raise ValueError("it has no safetensors header")
         header = durable.parse_json(stream.read(length))
     header.pop("__metadata__", None)

@@ -85,13 +85,19 @@ def resume_command(options: argparse.Namespace) -> int:
     return _work(options, settings, folder, base, decision, emit, working)
 
 
+# So much is read in a few seconds from any disk.
+_LARGE_BYTES = 4_000_000_000
+
+
 def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
+    from safesteer_lite.events import Note
     from safesteer_lite.hardware.backend import decide
     from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.models.loading import check_template, settle
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.sources.base import check_values
     from safesteer_lite.sources.hub import commit_of
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
@@ -101,6 +107,9 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     base = resolve(settings, emit)
     decision = settle(base, decide(settings.model, base.shape, Path.cwd()), settings)
     check_template(base)
+    if base.size > _LARGE_BYTES:
+        emit(Note("model", "Reading all weights once, to see that every value is a number."))
+    check_values(base)
     rehearse_stage(settings, base, options.runs, date.today())
     # Whatever the hub offers later, the run goes on with the commit that it began with.
     settings = replace(
