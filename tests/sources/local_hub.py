@@ -43,6 +43,7 @@ class LocalHub(BaseHTTPRequestHandler):
         sent: for a file, what is sent in place of its content.
         ranges: whether a part of a file may be asked for.
         hashes: whether the list of files states their hashes.
+        elsewhere: whether files lie under another address, to which the hub sends whoever asks.
         page: what a web page answers: nothing, `files`, or `all`.
     """
 
@@ -55,6 +56,7 @@ class LocalHub(BaseHTTPRequestHandler):
     sent: ClassVar[dict[str, bytes]]
     ranges: ClassVar[bool]
     hashes: ClassVar[bool]
+    elsewhere: ClassVar[bool]
     page: ClassVar[str]
 
     def log_message(self, format: str, *args: object) -> None:
@@ -68,6 +70,10 @@ class LocalHub(BaseHTTPRequestHandler):
         self.asked.append(path.rsplit("/", 1)[-1])
         headers = {"X-Repo-Commit": COMMIT}
         file = path.partition(f"/resolve/{COMMIT}/")[2] or path.partition("/resolve/main/")[2]
+        if self.elsewhere and file and self.command == "GET":
+            self.answer(302, b"", {"Location": f"/stored/{file}?signature=1"})
+            return
+        file = file or path.partition("/stored/")[2]
         if self.page == "all" or (file and self.page == "files"):
             self.answer(200, PAGE, {"Content-Type": "text/html; charset=utf-8"})
         elif self.refusal and (file or self.refusal == "RepoNotFound"):
@@ -133,6 +139,7 @@ def serving(home: Path) -> Iterator[tuple[type[LocalHub], dict[str, str]]]:
         sent: ClassVar[dict[str, bytes]] = {}
         ranges: ClassVar[bool] = True
         hashes: ClassVar[bool] = True
+        elsewhere: ClassVar[bool] = False
         page: ClassVar[str] = ""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)

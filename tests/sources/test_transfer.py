@@ -124,6 +124,15 @@ def test_a_hub_that_sends_whole_files_only_is_taken_as_it_is(weights: type[Local
     assert weights.starts[WEIGHTS] == [0, 2_000_000]
 
 
+def test_a_hub_that_keeps_its_files_elsewhere_is_followed_there_each_time(weights: type[LocalHub]) -> None:
+    weights.elsewhere = True
+    weights.breaks[WEIGHTS] = [2_000_000]
+    arriving = download()
+    arriving.fetch()
+    assert (arriving.folder / WEIGHTS).read_bytes() == CONTENT
+    assert weights.starts[WEIGHTS] == [0, 2_000_000]
+
+
 def test_a_hub_without_hashes_is_left_to_its_own_client(weights: type[LocalHub]) -> None:
     weights.hashes = False
     events: list[Event] = []
