@@ -171,11 +171,42 @@ def kept_rows(run: RunFolder) -> list[dict[str, Any]]:
     record = read_json(path, "the figures of this run's exports", hint=hint)
     try:
         exports: list[dict[str, Any]] = record["exports"] if record["distill"] == trained.fingerprint else []
-        if not all(row["artifact"] for export in exports for row in export["artifacts"]):
-            raise ValueError("a row has no name")
-    except (ValueError, KeyError, TypeError) as error:
+        for export in exports:
+            _check(export, _EXPORT)
+            for row in export["artifacts"]:
+                _check(row, _ROW)
+                Scorecard.from_record(row)
+                if row["agreement"] is not None:
+                    _check(row["agreement"], _AGREEMENT)
+                    if row["agreement"]["first_kl"] is not None:
+                        _check(row["agreement"], {"first_kl": float})
+    except KeyError as error:
+        raise RunFolderError(f"{path} is damaged: it lacks {error}.", hint) from error
+    except (ValueError, TypeError) as error:
         raise RunFolderError(f"{path} is damaged: {error}.", hint) from error
     return exports
+
+
+# What readers of kept rows rely on; rates are checked where they are read.
+_EXPORT = {"weights": str, "strength": float, "split": str, "answer_tokens": int, "artifacts": list}
+_ROW = {"artifact": str, "size": int, "safety_lost": str, "agreement": object}
+_AGREEMENT = {"prompts": int, "same_answers": int, "first_kl": object}
+
+
+def _check(record: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    """See that a record has these values, of these types; a whole number is a number too.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has not.
+    """
+    for name, kind in kinds.items():
+        value = record[name]
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            isinstance(value, bool) and kind is not object
+        ):
+            raise ValueError(f"{name} is {value!r}")
+        if value in ("", []) and name in ("artifact", "artifacts"):
+            raise ValueError(f"{name} is empty")
 
 
 def _way(record: Mapping[str, Any]) -> tuple[object, ...]:

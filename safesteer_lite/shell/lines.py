@@ -157,7 +157,8 @@ def artifacts_table(record: dict[str, Any]) -> Table:
         cells[0].stylize("bold red" if lost else "")
         close = ("", "")
         if agreement:
-            close = (f"{agreement['same_answers']} of {agreement['prompts']}", f"{agreement['first_kl']:.4f}")
+            kl = "not finite" if agreement["first_kl"] is None else f"{agreement['first_kl']:.4f}"
+            close = (f"{agreement['same_answers']} of {agreement['prompts']}", kl)
         table.add_row(as_text(row["artifact"], "red" if lost else ""), *cells, *close)
     told = [f"{row['artifact']} lost safety: {row['safety_lost']}." for row in rows if row["safety_lost"]]
     table.caption = as_text("\n".join(told), "red") if told else None

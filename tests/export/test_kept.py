@@ -53,7 +53,42 @@ def test_exports_of_an_earlier_training_are_not_shown(run: RunFolder) -> None:
     assert kept_rows(run) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"distill": "mark of distill", "exports": [{}]}', "\\"])
+def edited(part: str, **changes: Any) -> str:
+    """The kept rows of one export, with the first row, its export, or the last row's agreement changed."""
+    record: dict[str, Any] = json.loads(json.dumps(rows_record(rows(58), ABOUT)))
+    row, last = record["artifacts"][0], record["artifacts"][-1]
+    {"export": record, "row": row, "agreement": last["agreement"] or last}[part].update(changes)
+    return json.dumps({"distill": "mark of distill", "exports": [record]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"distill": "mark of distill", "exports": [{}]}',
+        '{"distill": "mark of distill", "exports": 7}',
+        '{"distill": "mark of distill", "exports": {"a": 1}}',
+        "\\",
+        "[" * 100_000,
+        edited("export", artifacts=[]),
+        edited("export", artifacts={"a": 1}),
+        edited("export", artifacts=[7]),
+        edited("export", strength="much"),
+        edited("export", answer_tokens=None),
+        edited("row", artifact=""),
+        edited("row", artifact=7),
+        edited("row", size="large"),
+        edited("row", size=True),
+        edited("row", safety_lost=None),
+        edited("row", harmful=None),
+        edited("row", harmful={"refused": 5, "n": 3}),
+        edited("row", kl_to_base="x"),
+        edited("row", agreement=[]),
+        edited("row", agreement={"prompts": 3}),
+        edited("row", size=0).replace('"size": 0', '"size": NaN', 1),
+    ],
+)
 def test_a_damaged_file_is_named_and_the_next_export_writes_it_anew(run: RunFolder, text: str) -> None:
     (run.path / "artifacts.json").write_text(text)
     with pytest.raises(RunFolderError, match=r"artifacts\.json.*is damaged.*delete it"):
