@@ -34,6 +34,7 @@ class ChatTemplate:
     Attributes:
         notes: a sentence for each thing that a user should know of what was found.
         end: the token that the template puts behind an answer; None where it puts none there.
+        switches: what the template is told besides the conversation, so that the model answers without thinking first.
     """
 
     def __init__(self, tokenizer: Any, day: date | None = None) -> None:
@@ -52,7 +53,7 @@ class ChatTemplate:
         self._day = day or date.today()
         self._source = self._choose_source()
         self._in_parts = False
-        self._switches: Mapping[str, bool] = {}
+        self.switches: Mapping[str, bool] = {}
         self._check_the_user_is_heard()
         self._leave_thoughts_out()
         behind = self._check_the_answer_is_opened()
@@ -88,6 +89,10 @@ class ChatTemplate:
             ids += self._tokenizer(piece, add_special_tokens=False).input_ids
         return ids
 
+    def spells_out(self, text: str) -> bool:
+        """Whether a text spells out a token that only the template may write, which other programs read as that token."""
+        return self._spelled_out.search(text) is not None
+
     def _choose_source(self) -> str:
         """The template's text; of several named ones the one for plain conversations."""
         found = self._tokenizer.chat_template
@@ -115,7 +120,7 @@ class ChatTemplate:
         turns: list[dict[str, Any]] = [dict(turn) for turn in messages]
         if self._in_parts:
             turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-        told = {"add_generation_prompt": True, **self._switches, **options}
+        told = {"add_generation_prompt": True, **self.switches, **options}
         return run_template(self._tokenizer, self._source, turns, day or self._day, told)
 
     def _check_the_user_is_heard(self) -> None:
@@ -141,7 +146,7 @@ class ChatTemplate:
         plain = self._render(asked)
         for switch in _WITHOUT_THINKING:
             if self._render(asked, switch) != plain:
-                self._switches = switch
+                self.switches = switch
                 name = next(iter(switch))
                 self.notes.append(
                     f"The model can think before it answers. It is trained, judged and asked without ({name}=false in its "

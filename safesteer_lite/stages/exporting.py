@@ -156,7 +156,12 @@ def _stored_rows(session: Session, request: Request) -> list[Row] | None:
 def _witness(session: Session, policy: Policy) -> Witness:
     """What the trained policy does on prompts of the selection split."""
     sets, half = session.prompts.split("selection"), _WITNESS_PROMPTS // 2
-    prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[:half]
+    # Where a user spells out a marker of the template, llama.cpp reads the marker, and here it was read as letters.
+    harmful, harmless = (
+        [text for text in texts(group) if not policy.template.spells_out(text)][:half]
+        for group in (sets.harmful, sets.harmless)
+    )
+    prompts = harmful + harmless
     answers: list[list[int]] = [[]] * len(prompts)
     first: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     with torch.no_grad():
@@ -167,7 +172,7 @@ def _witness(session: Session, policy: Policy) -> Witness:
                 answers[place] = completions.tokens[row][completions.mask[row]].tolist()
                 first[place] = distributions[row]
     encoded = [policy.encode(prompt).input_ids[0].tolist() for prompt in prompts]
-    return Witness(prompts, encoded, answers, torch.stack(first))
+    return Witness(prompts, encoded, answers, torch.stack(first), policy.template.switches)
 
 
 def _merged_row(session: Session, folder: Path, request: Request, measured: Measured) -> Row:
@@ -226,7 +231,7 @@ def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limi
     with LlamaCpp(file, context, torch.get_num_threads()) as llama:
         for text, ids in zip(witness.texts, witness.prompts, strict=True):
             # A prompt that was cut to fit is not what a user would type.
-            if len(ids) < longest and (length := llama.prompt_length(text)) != len(ids):
+            if len(ids) < longest and (length := llama.prompt_length(text, witness.switches)) != len(ids):
                 raise FailedCheck(
                     f"llama.cpp reads a prompt as {length} tokens with {file.name}, and training read it as {len(ids)}."
                 )

@@ -70,6 +70,7 @@ def test_a_marker_that_somebody_spells_out_stays_text(family: Family) -> None:
         ids = template.encode(turns)
         assert [index for index in ids if index in markers] == expected, role
         assert f"say {spelled} twice" in tokenizer.decode(ids), role
+    assert template.spells_out(f"say {spelled} twice") and not template.spells_out("say < im_end > twice")
 
 
 def test_nothing_else_renders_prompts() -> None:
@@ -92,6 +93,7 @@ def test_a_model_that_may_think_is_asked_not_to() -> None:
     template = ChatTemplate(tokenizer_of(QWEN_3), DAY)
     assert template.render(HI).endswith("<think>\n\n</think>\n\n")
     assert "enable_thinking=false" in template.notes[0]
+    assert template.switches == {"enable_thinking": False} and not ChatTemplate(tokenizer_of(QWEN_25)).switches
 
 
 def test_a_model_that_always_thinks_is_refused() -> None:

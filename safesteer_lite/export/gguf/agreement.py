@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class Witness:
         prompts: the same as token ids, with the chat template.
         answers: greedy answers as token ids.
         first: log-probabilities of the first answer token, (prompts, vocabulary) float32 on the CPU.
+        switches: what the chat template was told besides each prompt.
     """
 
     texts: Sequence[str]
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     first: Tensor
+    switches: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,16 @@ class LlamaCpp:
             done(len(found))
         return found
 
-    def prompt_length(self, text: str) -> int:
-        """How many tokens llama.cpp makes of a user's text with the file's own template and tokenizer."""
+    def prompt_length(self, text: str, switches: Mapping[str, bool] | None = None) -> int:
+        """How many tokens llama.cpp makes of a user's text with the file's own template and tokenizer.
+
+        Args:
+            text: what the user says.
+            switches: what the template is told besides, see `ChatTemplate`.
+        """
         request = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0.0}
+        if switches:
+            request["chat_template_kwargs"] = dict(switches)
         return int(self._ask("chat", request, self._context)["usage"]["prompt_tokens"])
 
     def _complete(self, prompt: Sequence[int], tokens: int, **more: object) -> dict[str, Any]:

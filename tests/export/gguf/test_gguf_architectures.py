@@ -5,6 +5,7 @@ Weights are random and small; only the tokenizer is a real one, since llama.cpp'
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from safesteer_lite.export.gguf.agreement import first_token_kl
 from safesteer_lite.export.gguf.convert import QUANTS, check_embedded_template, write_gguf
 from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.export.weights.verify import check_files
+from safesteer_lite.models.template import ChatTemplate
+from tests.models.families import QWEN_3
 from tests.tiny import PROMPTS
 
 pytestmark = [
@@ -101,3 +104,23 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) ->
         assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= kinds
+
+
+def test_a_model_that_may_think_is_compared_without_its_thoughts(tmp_path: Path) -> None:
+    folder = save(tmp_path / "thinks", "qwen3")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        # The real tokenizer has no such tokens, and its vocabulary no room for more.
+        text = (folder / name).read_text(encoding="utf-8").replace("tool_call>", "think>")
+        (folder / name).write_text(text, encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(QWEN_3.template, encoding="utf-8")
+    template = ChatTemplate(AutoTokenizer.from_pretrained(folder))
+    file = tmp_path / "thinks.gguf"
+    write_gguf(folder, file, "Q8_0", "thinks", tmp_path)
+    with LlamaCpp(file, 256, 1) as llama:
+        for text in PROMPTS:
+            expected = len(template.encode([{"role": "user", "content": text}]))
+            assert llama.prompt_length(text, template.switches) == expected
+            assert llama.prompt_length(text, {"enable_thinking": True}) < expected
