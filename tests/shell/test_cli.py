@@ -91,6 +91,10 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         (["export", "nothing", "--strength", "3"], 2, "--strength 3 is outside 0 to 2"),
         (["export", "nothing", "--strength", "nan"], 2, "--strength nan is outside 0 to 2"),
         (["eval", "no-such-folder"], 1, "neither a folder nor the id"),
+        (["chat", "nothing", "--temperature", "nan"], 2, "--temperature 0 or from 0.01 to 100"),
+        (["chat", "nothing", "--temperature", "1e-300"], 2, "--temperature 0 or from 0.01 to 100"),
+        (["chat", "nothing", "--tokens", "0"], 2, "--tokens must be at least 1"),
+        (["chat", "nothing", "--system", "caf\udce9"], 2, "--system is not text"),
     ],
 )
 def test_wrong_input_has_one_clear_message(

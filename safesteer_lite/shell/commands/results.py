@@ -139,8 +139,12 @@ def chat_command(options: argparse.Namespace) -> int:
     from safesteer_lite.stages.strength import check_strength
 
     check_strength(options.strength)
-    if options.tokens < 1 or not options.temperature >= 0:
-        raise UsageError("--tokens must be at least 1, --temperature at least 0.", "Leave them out for the defaults.")
+    lowest, highest = config.LOWEST_TEMPERATURE, config.known_settings()["distill.temperature"].metadata["bounds"].high
+    if options.tokens < 1 or not (options.temperature == 0 or lowest <= options.temperature <= highest):
+        raise UsageError(
+            f"--tokens must be at least 1, --temperature 0 or from {lowest} to {highest}.",
+            "Leave them out for the defaults.",
+        )
     if not is_unicode(options.system):
         raise UsageError("--system is not text in this terminal's encoding.", "Write it in UTF-8.")
     folder, console = run_folders.open_run(options.run, options.runs), SafeConsole()
