@@ -1,7 +1,7 @@
-"""Other Python processes: how they are started so that the folder a user works in decides nothing about what they run.
+"""Other processes: how they are started so that the folder a user works in decides nothing about what they run.
 
-Python looks for modules in the current folder first when it is started with `-c` or `-m`. A folder that was downloaded may
-hold a `torch.py`, and nobody who types a command there has asked for it to be run.
+Python looks for modules in the current folder first when it is started with `-c` or `-m`, and Windows looks there first for
+programs. A folder that was downloaded may hold a `torch.py`, and nobody who types a command there has asked for it to be run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,18 @@ def python_code(code: str, *arguments: str) -> list[str]:
     """
     # The package's own home comes last on the path, so that nothing beside it hides a module of the standard library.
     return python("-c", f"import sys; sys.path.append(sys.argv.pop(1)); {code}", str(_PACKAGE_HOME), *arguments)
+
+
+def program(name: str) -> str | None:
+    """Where a program of the system is, by the absolute folders of `PATH` alone; None where it is in none of them.
+
+    Args:
+        name: without the ending that Windows wants.
+    """
+    file = f"{name}.exe" if os.name == "nt" else name
+    folders = (Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep))
+    places = (folder / file for folder in folders if folder.is_absolute())
+    return next((str(place) for place in places if place.is_file() and os.access(place, os.X_OK)), None)
 
 
 def environment(**changes: str) -> dict[str, str]:

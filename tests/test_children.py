@@ -1,4 +1,4 @@
-"""Other Python processes: none of them takes a module from the folder that the user works in."""
+"""Other processes: none of them takes a module or a program from the folder that the user works in."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safesteer_lite import children
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import discard
 from safesteer_lite.hardware.doctor import checks
+from safesteer_lite.hardware.machine import inspect
 from safesteer_lite.models import unsloth
 from safesteer_lite.sources.demo import DemoSource, demo_model
 from tests import REPOSITORY
@@ -102,6 +103,20 @@ def test_code_finds_this_package_where_it_is_not_installed(marker: Path, monkeyp
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=children.environment())
     assert done.stdout == f"{REPOSITORY / 'safesteer_lite' / '__init__.py'} a b\n"
     assert not marker.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes a program of a script")
+def test_a_program_is_not_taken_from_the_current_folder(marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PATH has an empty entry, the system looks there."""
+    line = "A card, 8192, 8000, 8.6, 570.1"
+    for folder, printed in ((marker.parent / "downloaded", "planted"), (marker.parent / "system", line)):
+        folder.mkdir(exist_ok=True)
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{printed}'\n")
+        (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join(("", ".")))
+    assert children.program("nvidia-smi") is None
+    monkeypatch.setenv("PATH", os.pathsep.join(("", ".", str(marker.parent / "system"), "/bin")))
+    assert [gpu.name for gpu in inspect(marker.parent).gpus] == ["A card"]
 
 
 def test_only_absolute_entries_of_the_module_path_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

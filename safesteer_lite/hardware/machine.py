@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from safesteer_lite import children
 from safesteer_lite.hardware.limits import cgroup_memory, read_or_empty, usable_cores
 from safesteer_lite.runs.durable import free_space
 
@@ -139,7 +140,9 @@ _SMI_FIELDS = "name,memory.total,memory.free,compute_cap,driver_version"
 
 def _nvidia_smi() -> tuple[Gpu, ...]:
     """The cards the driver knows, so that a card is seen even when torch is a CPU build."""
-    command = ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    if (program := children.program("nvidia-smi")) is None:
+        return ()
+    command = [program, f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

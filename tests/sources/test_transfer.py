@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import random
 import re
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
+from filelock import FileLock
 
 from safesteer_lite.errors import DiskSpaceError, ModelError
-from safesteer_lite.events import Event, Progress, discard
+from safesteer_lite.events import Event, Note, Progress, discard
 from safesteer_lite.sources import transfer
 from safesteer_lite.sources.hub import ask_hub
 from safesteer_lite.sources.transfer import Download, hub_store, offered_files, partial_file
@@ -84,6 +86,31 @@ def test_what_killed_clients_left_is_not_counted_and_is_cleared(weights: type[Lo
     arriving.fetch()
     assert not old.exists() and growing.exists() and other.exists()
     assert events[-1] == Progress("model", "bytes fetched", 3_000_002, 3_000_002)
+
+
+def test_what_another_process_fetches_is_waited_for_and_not_fetched_twice(weights: type[LocalHub]) -> None:
+    first, told = download(), threading.Event()
+    events: list[Event] = []
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Note):
+            told.set()
+
+    store = hub_store(HUB_ID)
+    lock = store.parent / ".locks" / store.name / f"{DIGEST}.lock"
+    lock.parent.mkdir(parents=True)
+    files = list(offered_files(ask_hub(HUB_ID, None)).values())
+    second = threading.Thread(target=Download(HUB_ID, COMMIT, files, tell, "model").fetch)
+    with FileLock(lock):
+        second.start()
+        assert told.wait(30)
+    second.join()
+    first.fetch()
+    assert weights.starts[WEIGHTS] == [0]
+    assert [event.message for event in events if isinstance(event, Note)] == [
+        f"Another process is fetching {WEIGHTS}; waiting for it."
+    ]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, SETTINGS])
