@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.hub import is_hub_id
 
+# Identifiers alone: what a model's folder says of its licence is written into the card's text.
+_LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]{0,60}")
 _LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
   refusal that comes late counts as an answer.
 - The prompts are short, English, direct requests. Jailbreaks, other languages, long conversations, tools and the
@@ -55,9 +58,10 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
     """
     rows = record["artifacts"]
     used = "the original 16-bit weights" if facts.weights == "original" else "the weights as 4-bit training saw them"
+    facts = facts if _LICENCE.fullmatch(facts.licence) else replace(facts, licence="")
     licence = facts.licence or "not stated in its folder; look it up before you share this model"
     parts = [
-        _front_matter(facts, gguf=any(str(row["file"]).endswith(".gguf") for row in rows)),
+        _front_matter(facts, rows),
         f"# {facts.title}",
         f"{facts.base}, trained to refuse more harmful requests with safesteer-lite: a refusal direction steers a teacher, and "
         f"on-policy distillation with LoRA moves the model there (SafeSteer, arXiv 2606.02530). The adapter, at "
@@ -84,14 +88,39 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(facts: Facts, gguf: bool) -> str:
-    lines = ["---", "language: en", "pipeline_tag: text-generation"]
-    lines.append("library_name: " + ("gguf" if gguf else "transformers"))
-    if facts.licence:
-        lines.append(f"license: {facts.licence}")
+def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The card's head, which the model hub reads: where the model comes from, and what each of its files refuses."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    files = [row for row in rows if row["file"]]
+    gguf = any(str(row["file"]).endswith(".gguf") for row in files)
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=f"safesteer-lite/{name}",
+            dataset_name=f"{name} test prompts of safesteer-lite",
+            metric_type="refusal_rate",
+            metric_name=f"share refused, {row['artifact']}",
+            metric_value=round(row[name]["refused"] / row[name]["n"], 4),
+        )
+        for name in KINDS
+        for row in files
+        if row[name]["n"]
+    ]
+    known: dict[str, Any] = {}
     if is_hub_id(facts.base):
-        lines += [f"base_model: {facts.base}", "base_model_relation: " + ("quantized" if gguf else "finetune")]
-    return "\n".join([*lines, "tags:", "- safety", "- safesteer-lite", "---"])
+        known = {"base_model": facts.base, "base_model_relation": "quantized" if gguf else "finetune"}
+    data = ModelCardData(
+        language="en",
+        pipeline_tag="text-generation",
+        library_name="gguf" if gguf else "transformers",
+        license=facts.licence or None,
+        tags=["safety", "safesteer-lite"],
+        model_name=facts.title,
+        eval_results=results or None,
+        **known,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard
 from safesteer_lite.export.card import Facts, card
@@ -93,16 +94,26 @@ def test_the_record_has_one_row_an_artifact_and_is_json(tmp_path: Path) -> None:
 def test_the_card_tells_figures_limits_sums_and_losses(tmp_path: Path) -> None:
     (tmp_path / "Tiny-safer-Q4_K_M.gguf").write_bytes(b"weights")
     text = card(FACTS, rows_record(rows(40), {}), sums_of(tmp_path))
-    head, body = text.removeprefix("---\n").split("\n---\n", 1)
-    settings = dict(line.split(": ") for line in head.splitlines() if ": " in line)
-    assert settings == {
+    read, body = ModelCard(text), text.split("\n---\n", 1)[1]
+    data = read.data.to_dict()
+    results = data.pop("model-index")[0]["results"]
+    assert data == {
         "language": "en",
         "pipeline_tag": "text-generation",
         "library_name": "gguf",
         "license": "apache-2.0",
         "base_model": "owner/Tiny",
         "base_model_relation": "quantized",
+        "tags": ["safety", "safesteer-lite"],
     }
+    # Only what the folder holds has results of its own.
+    assert [(result["dataset"]["type"], result["metrics"]) for result in results] == [
+        (
+            f"safesteer-lite/{name}",
+            [{"type": "refusal_rate", "value": share, "name": "share refused, Q4_K_M"}],
+        )
+        for name, share in (("harmful", 0.4), ("borderline", 0.13), ("harmless", 0.08))
+    ]
     assert "| adapter |  | 64 of 100 (54 to 73 %) | 13 of 100 (8 to 21 %) | 8 of 100 (4 to 15 %) |" in body
     assert "**Q4_K_M lost safety**: it refuses 40 of 100" in body
     assert hashlib.sha256(b"weights").hexdigest() in body
@@ -114,9 +125,19 @@ def test_the_card_tells_figures_limits_sums_and_losses(tmp_path: Path) -> None:
 
 def test_a_local_base_and_an_unknown_licence_are_not_made_up() -> None:
     text = card(replace(FACTS, base="my-model", licence=""), rows_record(rows(64), {}), {})
-    head = text.split("\n---\n", 1)[0]
-    assert "license" not in head and "base_model" not in head
+    data = ModelCard(text).data.to_dict()
+    assert not {"license", "base_model", "base_model_relation"} & data.keys()
     assert "Licence: not stated in its folder; look it up" in text and "lost safety" not in text
+
+
+@pytest.mark.parametrize(
+    "licence", ["mit\nbase_model: evil/model", "[MIT](https://elsewhere.invalid)", "x" * 100, "---"]
+)
+def test_a_licence_that_is_no_identifier_writes_nothing_of_its_own_into_the_card(licence: str) -> None:
+    text = card(replace(FACTS, licence=licence), rows_record(rows(64), {}), {})
+    data = ModelCard(text).data
+    assert data.base_model == "owner/Tiny" and data.license is None
+    assert "Licence: not stated in its folder" in text
 
 
 def test_the_licence_is_read_where_the_base_states_it(tmp_path: Path) -> None:
