@@ -150,6 +150,7 @@ class Chat:
         generation: the model's generation_config.json; sampling parameters are taken over where it states some.
         context: the longest context that the model was made for, in tokens.
         day: the date that the model's own template was told; None where it writes none.
+        head: what begins the text and has to be in the Modelfile, since llama.cpp does not add it; empty if it does.
     """
 
     form: ChatFormat
@@ -157,6 +158,7 @@ class Chat:
     generation: Mapping[str, Any]
     context: int
     day: date | None = None
+    head: str = ""
 
     def modelfile(self, file: str) -> str:
         """The Modelfile's text.
@@ -172,7 +174,7 @@ class Chat:
                 f"# The model's own template writes the date; this one says the day of the training, {self.day}.",
                 "",
             ]
-        lines += [f'TEMPLATE """{self.form.template}"""', ""]
+        lines += [f'TEMPLATE """{self.head}{self.form.template}"""', ""]
         if self.form.system:
             lines += [f'SYSTEM """{self.form.system}"""', ""]
         lines += [f'PARAMETER stop "{stop}"' for stop in self.stops]
@@ -209,7 +211,10 @@ def read_chat(model_folder: Path, day: date) -> Chat | None:
     # Ollama's quoted words have no escapes, so a stop with a quote or a line break in it cannot be said.
     stops = [str(stop) for stop in tokenizer.convert_ids_to_tokens(sorted(ends)) if not {'"', "\n"} & set(stop or '"')]
     longest = config.get("max_position_embeddings")
-    return Chat(form, stops, generation, longest if isinstance(longest, int) else CONTEXT, day if dated else None)
+    context = longest if isinstance(longest, int) else CONTEXT
+    # llama.cpp adds what the tokenizer adds by itself, and some tokenizers leave that to the template.
+    added = tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+    return Chat(form, stops, generation, context, day if dated else None, "" if added else form.family.begin)
 
 
 def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str], day: date) -> list[str]:
@@ -317,7 +322,7 @@ def _can_be_written(form: ChatFormat) -> bool:
     """Whether a Modelfile can hold the format: its quotes have no escapes, and Go would run what stands in braces."""
     family = form.family
     system = family.system or ("", "")
-    marks = (*family.user, *family.answer, *system, family.opening, form.preamble, form.between)
+    marks = (family.begin, *family.user, *family.answer, *system, family.opening, form.preamble, form.between)
     return not any(stop in text for text in (*marks, form.system) for stop in ('"""', "\0")) and not any(
         "{{" in mark or "}}" in mark for mark in marks
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from safesteer_lite.export.gguf.modelfile import Chat, ChatFormat, Render, chat_format, read_chat, write_modelfiles
 from tests import tiny
@@ -224,8 +226,28 @@ def test_a_supported_model_whose_template_refuses_system_prompts_has_a_modelfile
     assert write_modelfiles(tmp_path, model, ["m.gguf"], DAY) == ["Modelfile"]
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
     assert "# The model's own template knows no system prompt: it is put before the first question.\n" in text
+    # This tokenizer leaves the token that begins a text to the template.
+    begins = 'TEMPLATE """' + tiny.END_OF_TEXT
+    assert begins + '{{ $system := .System }}{{ range .Messages }}{{ if eq .Role "user" }}[INST] ' in text
     assert "[INST] {{ if $system }}{{ $system }}\n\n" in text
     assert "SYSTEM" not in text
+
+
+def test_what_the_tokenizer_puts_first_by_itself_is_not_in_the_modelfile(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(MISTRAL_3)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": tiny.END_OF_TEXT}))
+    core = Tokenizer.from_file(str(model / "tokenizer.json"))
+    core.post_processor = TemplateProcessing(
+        single=f"{tiny.END_OF_TEXT} $A", special_tokens=[(tiny.END_OF_TEXT, core.token_to_id(tiny.END_OF_TEXT))]
+    )
+    core.save(str(model / "tokenizer.json"))
+    chat = read_chat(model, DAY)
+    assert chat is not None and chat.form.family.begin == tiny.END_OF_TEXT and chat.head == ""
+    assert 'TEMPLATE """{{ range $place, $turn := .Messages }}' in chat.modelfile(".")
 
 
 def test_a_template_that_writes_the_date_says_the_day_of_the_training(
