@@ -70,7 +70,8 @@ class PlainModel:
         self._layers: list[nn.Module] = list(self.decoder.layers)
         self._first_adapter_layer = first_adapter_layer if first_adapter_layer is not None else len(self._layers)
         self._end_of_turn = end_of_turn_ids(causal, tokenizer)
-        self._special = frozenset(int(index) for index in tokenizer.all_special_ids) | frozenset(
+        # A special token that the vocabulary does not have has no id.
+        self._special = frozenset(int(index) for index in tokenizer.all_special_ids if index is not None) | frozenset(
             int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special
         )
 

@@ -230,6 +230,9 @@ def _check_numbers(config: Mapping[str, Any], findings: Findings) -> None:
     wrong = [
         key for key in ("rms_norm_eps", "rope_theta") if config.get(key) is not None and not _is_positive(config[key])
     ]
+    rotary = config.get("rope_parameters")
+    if isinstance(rotary, dict) and "rope_theta" in rotary and not _is_positive(rotary["rope_theta"]):
+        findings.add(f"config.json says rope_theta = {brief(rotary['rope_theta'])}, which cannot be", AGAIN)
     positions = config.get("max_position_embeddings")
     if positions is not None and not (_is_positive(positions) and isinstance(positions, int)):
         wrong.append("max_position_embeddings")

@@ -131,7 +131,8 @@ def test_a_model_without_padding_and_end_in_its_tokenizer_still_answers(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
-    edit("tokenizer_config.json", eos_token=None, pad_token=None)(folder)
+    # Special tokens that the vocabulary does not have, too.
+    edit("tokenizer_config.json", eos_token=None, pad_token=None, extra_special_tokens=[""])(folder)
     for name in ("config.json", "generation_config.json"):
         edit(name, pad_token_id=None)(folder)
     policy = tiny.load_policy(folder, "fp32")

@@ -166,6 +166,10 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "an odd head": (config(head_dim=15), "even number"),
     "no epsilon": (config(rms_norm_eps="tiny"), "rms_norm_eps = tiny, which cannot be"),
     "epsilon below 0": (config(rms_norm_eps=-1.0), "rms_norm_eps"),
+    "a base of positions in words": (
+        config(rope_parameters={"rope_theta": "far"}),
+        "rope_theta = far, which cannot be",
+    ),
     "positions of another kind": (config(max_position_embeddings=[256]), "max_position_embeddings"),
     "tied a text": (config(tie_word_embeddings="no"), "tie_word_embeddings = no"),
     # Against the weights.
