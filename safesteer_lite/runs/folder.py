@@ -419,9 +419,12 @@ class RunFolder:
         )
 
     def _refuse_links(self) -> None:
-        """See that nothing that a run writes to leads out of its folder."""
+        """See that what a run writes to are files of its own, and do not lead out of its folder."""
         for path in self.path.iterdir():
             written = path.name in _WRITTEN or _OWN_FOLDER.fullmatch(path.name.removesuffix(".tmp"))
+            if path.name in _WRITTEN and not path.is_symlink() and not path.is_file():
+                # A pipe would be waited for without end.
+                raise RunFolderError(f"{path} is no file, and a run writes to it.", "Move it out of the run's folder.")
             if path.is_symlink() and written and not STAGE_FOLDER.fullmatch(path.name):
                 raise RunFolderError(
                     f"{path} is a link, and a run writes inside its own folder only.",
@@ -452,5 +455,5 @@ def _summarise(path: Path) -> RunSummary:
 def _process_named_in(owner: Path) -> str:
     """The holder of a lock in words; it may not have written its id yet."""
     with suppress(OSError, ValueError):
-        return f"process {int(owner.read_text(encoding='ascii'))}"
+        return f"process {int(read_bytes(owner, 100))}"
     return "another process"

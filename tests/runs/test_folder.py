@@ -205,6 +205,11 @@ def test_a_run_writes_inside_its_own_folder_only(run: RunFolder, tmp_path: Path)
         with pytest.raises(RunFolderError, match=f"{name} is a link"), run.lock():
             pass
         path.unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(run.events_path)
+        with pytest.raises(RunFolderError, match=r"events\.jsonl is no file"), run.lock():
+            pass
+        run.events_path.unlink() if run.events_path.is_fifo() else run.events_path.rmdir()
     # Whoever moved a stage's folder to another disk reads it through the link.
     (run.path / "01-baseline").rename(tmp_path / "moved")
     (run.path / "01-baseline").symlink_to(tmp_path / "moved")
