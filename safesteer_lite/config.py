@@ -81,7 +81,7 @@ class DirectionConfig:
     )
     depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717", bounds=_SHARE)
     kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717", bounds=Bounds(0, 1_000, above=True))
-    strengths: tuple[float, ...] = setting(
+    steering_strengths: tuple[float, ...] = setting(
         (1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
         "multiples of r",
         "docs/method.md: 1 can be too weak",
@@ -274,6 +274,9 @@ _GONE = {
     "distill.first_layer": "became distill.depth_start, a share of the depth: divide by the model's number of blocks"
 }
 
+_RENAMED = {"direction.strengths": "direction.steering_strengths"}
+"""Older names, which run folders and people's own files still have."""
+
 Values = dict[str, Any]
 """Settings by dotted name, such as `distill.steps`."""
 
@@ -314,7 +317,7 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
     merged: dict[str, tuple[str, Any]] = {}
     for origin, values in layers:
         for name, value in values.items():
-            merged[name] = (origin, value)
+            merged[_RENAMED.get(name, name)] = (origin, value)
     known = known_settings()
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     alone: dict[str, Any] = {}
@@ -356,8 +359,8 @@ def _cross_checks(config: RunConfig) -> list[str]:
     problems = []
     if 0 < config.distill.temperature < LOWEST_TEMPERATURE:
         problems.append(f"distill.temperature is 0, the likeliest token, or at least {LOWEST_TEMPERATURE}.")
-    if list(config.direction.strengths) != sorted(config.direction.strengths):
-        problems.append("direction.strengths must rise: the smallest sufficient one is taken.")
+    if list(config.direction.steering_strengths) != sorted(config.direction.steering_strengths):
+        problems.append("direction.steering_strengths must rise: the smallest sufficient one is taken.")
     if 1 in config.distill.adapter_strengths:
         problems.append("distill.adapter_strengths: 1, the adapter as trained, is there anyway.")
     if config.evaluate.stop_on_tax and not config.evaluate.every:

@@ -68,7 +68,7 @@ SETTINGS: config.Values = {
     "direction.shortlist": 8,
     "direction.depth_limit": 1.0,
     "direction.kl_limit": 0.5,
-    "direction.strengths": [1.0, 1.5, 2.0],
+    "direction.steering_strengths": [1.0, 1.5, 2.0],
     "direction.teacher_refusals": 0.95,
     "direction.teacher_tokens": 12,
     "direction.minimum_prompts": 8,

@@ -47,7 +47,7 @@ def test_a_setting_that_was_renamed_says_what_it_became() -> None:
 
 def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
     problems = problems_of(
-        ("a.toml", {"distill.step": 3, "model.precision": "int8", "direction.strengths": [2.0, 1.0]}),
+        ("a.toml", {"distill.step": 3, "model.precision": "int8", "direction.steering_strengths": [2.0, 1.0]}),
         ("flag", {"distill.rank": "many", "tokens.horizon": "1"}),
     )
     assert problems == [
@@ -55,7 +55,7 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         "a.toml: model.precision: expected one of nf4, bf16, fp32, got 'int8'.",
         "flag: distill.rank: expected a whole number, got 'many'.",
         "flag: tokens.horizon: must be from 2 to 512, got '1'.",
-        "direction.strengths must rise: the smallest sufficient one is taken.",
+        "direction.steering_strengths must rise: the smallest sufficient one is taken.",
     ]
 
 
@@ -68,7 +68,7 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         ("distill.learning_rate", 1, 1.0),
         ("evaluate.stop_on_tax", "yes", True),
         ("evaluate.stop_on_tax", False, False),
-        ("direction.strengths", "1, 2,3.5", (1.0, 2.0, 3.5)),
+        ("direction.steering_strengths", "1, 2,3.5", (1.0, 2.0, 3.5)),
         ("direction.refusal_openings", ["I", "Sorry"], ("I", "Sorry")),
         ("distill.adapter_strengths", [], ()),
         ("distill.adapter_strengths", "", ()),
@@ -98,12 +98,12 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("evaluate.stop_on_tax", "maybe", "expected true or false"),
         ("evaluate.stop_on_tax", True, "needs evaluate.every"),
         ("evaluate.every", -1, "must be from 0 to 10,000"),
-        ("direction.strengths", [], "must not be empty"),
-        ("direction.strengths", "1,x", "expected a number, got 'x'"),
-        ("direction.strengths", "-1,2", "must be above 0"),
-        ("direction.strengths", "nan,2", "finite"),
-        ("direction.strengths", "1,inf", "finite"),
-        ("direction.strengths", 3, "expected a list"),
+        ("direction.steering_strengths", [], "must not be empty"),
+        ("direction.steering_strengths", "1,x", "expected a number, got 'x'"),
+        ("direction.steering_strengths", "-1,2", "must be above 0"),
+        ("direction.steering_strengths", "nan,2", "finite"),
+        ("direction.steering_strengths", "1,inf", "finite"),
+        ("direction.steering_strengths", 3, "expected a list"),
         ("direction.refusal_openings", "", "empty"),
         ("model.name", 3, "expected text"),
         ("direction.depth_limit", 1.5, "at most 1"),
@@ -117,7 +117,7 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("distill.learning_rate", 3, "above 0 and at most 1"),
         ("distill.temperature", 1e-300, "the likeliest token, or at least 0.01"),
         ("distill.steps", 10**9, "must be from 1 to 10,000"),
-        ("direction.strengths", list(range(1, 40)), "must have from 1 to 20 entries, got 39"),
+        ("direction.steering_strengths", list(range(1, 40)), "must have from 1 to 20 entries, got 39"),
         ("direction.refusal_openings", [1], "expected text, got 1"),
         ("model.name", "a\0b", "text without NUL"),
         ("model.name", "caf\udce9", "in UTF-8"),
@@ -197,6 +197,11 @@ def test_every_preset_builds() -> None:
         assert config.build([("again", tomllib_values(config.to_toml(built)))]) == built
     quick = config.build([("demo", {**config.preset_values(names[0]), **config.QUICK})])
     assert quick.distill.steps == config.QUICK["distill.steps"]
+
+
+def test_an_older_name_means_the_newer_one() -> None:
+    found = config.build([("an old run", {"direction.strengths": [1.0, 2.0]})])
+    assert found.direction.steering_strengths == (1.0, 2.0)
 
 
 def test_the_default_recipe_is_what_the_defaults_are() -> None:

@@ -65,11 +65,13 @@ class Publication:
 
     Args:
         path: the folder to write in.
+        steps: the stage's checkpoints, from which a killed one goes on.
         result: JSON values for the manifest.
         seconds: how long the stage took; left at None, it is the time that the block took.
     """
 
     path: Path
+    steps: Checkpoints
     result: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
 
@@ -363,7 +365,7 @@ class RunFolder:
         final = self.path / stage_folder_name(stage, number)
         started = time.monotonic()
         with draft_of(final, f"the result of the {stage} stage") as draft:
-            publication = Publication(draft)
+            publication = Publication(draft, self.checkpoint(stage, number, fingerprint))
             yield publication
             if publication.seconds is None:
                 publication.seconds = round(time.monotonic() - started, 3)

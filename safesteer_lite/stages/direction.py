@@ -226,8 +226,8 @@ def _score(
     # A direction whose ablation changes harmless answers too much is out, so its induce score need not be measured.
     gentle = [entry for entry in ablated if entry.kl is not None and entry.kl < config.kl_limit]
     rest = [entry for entry in ablated if entry not in gentle]
-    judged, coefficient = method.judge_candidates(ablated, config.kl_limit), config.strengths[0]
-    for coefficient in config.strengths if gentle else ():
+    judged, coefficient = method.judge_candidates(ablated, config.kl_limit), config.steering_strengths[0]
+    for coefficient in config.steering_strengths if gentle else ():
         count = session.progress("prompts steered", len(gentle) * len(harmless))
         induced = method.induce_scores(policy.model, coefficient * vectors, gentle, good, refusal, count)
         judged = method.judge_candidates([*induced, *rest], config.kl_limit)
@@ -243,7 +243,7 @@ def search_strength(
 ) -> tuple[float, list[Trial]]:
     """The smallest strength at which the teacher refuses nearly all held-out harmful prompts in fluent text."""
     config, policy, trials = session.config.direction, session.policy, []
-    steps = [value for value in config.strengths if value >= smallest]
+    steps = [value for value in config.steering_strengths if value >= smallest]
     done = session.progress("teacher answers", len(steps) * len(harmful))
     for index, strength in enumerate(steps):
         with teacher(policy.model, Steering(layer, strength * vector)):
@@ -261,7 +261,7 @@ def search_strength(
         raise DirectionError(
             f"No steering strength makes a usable teacher: the best, {best.strength:g}, refuses {best.refused} of {best.n} "
             f"held-out harmful prompts, and {best.broken} of its answers repeat themselves.",
-            "Try other strengths (direction.strengths) or a larger shortlist (direction.shortlist=0).",
+            "Try other steering strengths (direction.steering_strengths) or a larger shortlist (direction.shortlist=0).",
         )
     session.warn(
         f"The best teacher refuses {best.refused} of {best.n} held-out harmful prompts, fewer than the "

@@ -76,9 +76,9 @@ def recipe(session: Session) -> Recipe:
     return Recipe(**{name: getattr(config, name) for name in names}, seed=session.config.seed)
 
 
-def run(session: Session, publication: Publication, checkpoints: Checkpoints) -> None:
+def run(session: Session, publication: Publication) -> None:
     """Train, resume where a killed run stopped, publish the best step's adapter."""
-    training, history, best = train(session, checkpoints)
+    training, history, best = train(session, replace(publication.steps, warn=session.warn))
     load_adapter(session.policy.model, best)
     save_adapter(session.policy.model, publication.path / "adapter")
     write_json(publication.path / "history.json", asdict(history))

@@ -30,7 +30,6 @@ from safesteer_lite.report import record as report
 from safesteer_lite.runs.durable import LARGEST_JSON, read_bytes
 from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
-from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.sources.base import Base
 from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, tokens
 from safesteer_lite.stages.session import Session
@@ -43,14 +42,14 @@ class Stage:
     Attributes:
         name: also the folder's name.
         title: what the user reads.
-        work: writes the stage's files; distillation gets its checkpoints too.
+        work: writes the stage's files.
         settings: names of the settings that the result depends on, sections or single ones.
         after: the stages whose results it uses.
     """
 
     name: str
     title: str
-    work: Callable[..., None]
+    work: Callable[[Session, Publication], None]
     settings: tuple[str, ...]
     after: tuple[str, ...]
 
@@ -342,14 +341,6 @@ def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
     return_freed_memory()
     started = time.monotonic()
     with session.run.publish(stage.name, number, mark) as publication:
-        _work(session, stage, number, mark, publication)
+        stage.work(session, publication)
         publication.result["peak_memory_bytes"] = report.peak_memory()
     session.emit(StageDone(stage.name, round(time.monotonic() - started, 1)))
-
-
-def _work(session: Session, stage: Stage, number: int, mark: str, publication: Publication) -> None:
-    if stage.name == "distill":
-        checkpoints: Checkpoints = session.run.checkpoint(stage.name, number, mark, session.warn)
-        stage.work(session, publication, checkpoints)
-    else:
-        stage.work(session, publication)

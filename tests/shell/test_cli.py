@@ -80,7 +80,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         (["run", "qwen3-4b", "--set", "distill.step=3"], 2, "no setting 'distill.step'; near it: distill.steps"),
         (["run", "qwen3-4b", "--set", "distill.steps=many"], 2, "distill.steps: expected a whole number, got 'many'"),
         (["run", "qwen3-4b", "--set", "distill.steps"], 2, "expected name=value"),
-        (["run", "qwen3-4b", "--set", "direction.strengths=-1,2"], 2, "strengths: must be above 0"),
+        (["run", "qwen3-4b", "--set", "direction.steering_strengths=-1,2"], 2, "steering_strengths: must be above 0"),
         (["run", "qwen3-4b", "--set", "model.precision=int8"], 2, "expected one of nf4, bf16, fp32"),
         (["run", "--config", "gone.toml"], 2, "There is no file gone.toml"),
         (["presets", "show", "qwen9"], 2, "There is no preset 'qwen9'"),

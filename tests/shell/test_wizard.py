@@ -271,10 +271,12 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
 
 def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "my own.txt"
-    answers = Answers(str(model), None, str(own), "", "thorough", {"distill.rank": "4", "direction.strengths": "1,2"})
+    answers = Answers(
+        str(model), None, str(own), "", "thorough", {"distill.rank": "4", "direction.steering_strengths": "1,2"}
+    )
     found = run_settings(build_parser().parse_args(answers.arguments(tmp_path / "kept")))
     assert (found.model.name, found.prompts.training) == (str(model), str(own))
-    assert (found.distill.rank, found.direction.strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
+    assert (found.distill.rank, found.direction.steering_strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
     assert Answers("qwen3-4b").arguments(Path("runs")) == ["run", "qwen3-4b"]
 
 

@@ -365,7 +365,7 @@ def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_show
     rewind(run.path, pipeline.STAGE_NAMES[1:])
     with pytest.raises(DirectionError, match="No refusal direction met all criteria") as caught:
         pipeline.run(planted.settings(model, {"direction.kl_limit": 1e-9}), run, open_base(model), discard)
-    alone = planted.settings(model, {"direction.kl_limit": 1e-9, "direction.strengths": [1.0]})
+    alone = planted.settings(model, {"direction.kl_limit": 1e-9, "direction.steering_strengths": [1.0]})
     with pytest.raises(DirectionError) as single:
         pipeline.run(alone, run, open_base(model), discard)
     assert caught.value.message == single.value.message

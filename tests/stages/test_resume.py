@@ -196,6 +196,7 @@ ASKED = "Stopping after this step; Ctrl-C again stops now. It can be resumed.\n"
 DEAF = """
 import hashlib
 from safesteer_lite.shell.commands import training
+training._PATIENCE_SECONDS = 1.0
 with training._stop_on_interrupt(lambda message: print(message, flush=True)) as stop_requested:
     print("begun", flush=True)
     {work}
