@@ -265,3 +265,18 @@ def test_training_stops_where_its_numbers_are_no_longer_finite(stopped: RunFolde
     with pytest.raises(TrainingError, match=r"Step [12] has the loss .* the training has diverged") as caught:
         pipeline.run(settings, run, open_base(model), discard, last="distill")
     assert "distill.learning_rate" in caught.value.hint
+
+
+def test_a_kill_behind_the_last_stage_costs_the_report_alone_and_resume_writes_it(
+    planted_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(shutil.copytree(planted_run.path, tmp_path / "runs" / planted_run.path.name))
+    for name in ("report.html", "report.json"):
+        (run.path / name).unlink()
+    with planted.one_thread():
+        assert main(["resume", "--runs", str(tmp_path / "runs"), "--json"]) == 0
+    assert (run.path / "report.html").is_file() and (run.path / "report.json").is_file()
+    assert run.manifest == planted_run.manifest
+    capsys.readouterr()
+    assert main(["resume", "--runs", str(tmp_path / "runs")]) == 2
+    assert "There is no unfinished run" in capsys.readouterr().err

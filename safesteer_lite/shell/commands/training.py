@@ -67,7 +67,9 @@ def resume_command(options: argparse.Namespace) -> int:
     if options.run:
         folder = run_folders.open_run(options.run, options.runs)
     else:
-        unfinished = [entry for entry in run_folders.list_runs(options.runs) if not entry.finished and not entry.damage]
+        runs = [entry for entry in run_folders.list_runs(options.runs) if not entry.damage]
+        # A kill behind the last stage leaves a run that lacks its report alone.
+        unfinished = [entry for entry in runs if not (entry.finished and (entry.path / "report.html").is_file())]
         if not unfinished:
             raise UsageError(f"There is no unfinished run in {options.runs}.", "Name one, or start one with `run`.")
         folder = run_folders.open_run(max(unfinished, key=lambda entry: entry.created).path)
