@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from safesteer_lite import config
-from safesteer_lite.config import DistillConfig, ModelConfig, PromptsConfig, RunConfig
+from safesteer_lite.config import Bounds, DistillConfig, ModelConfig, PromptsConfig, RunConfig
 from safesteer_lite.errors import ConfigError
 from safesteer_lite.method.distill import generator_at, prompts_at
-from safesteer_lite.setting import Bounds
 
 
 def problems_of(*layers: tuple[str, config.Values]) -> list[str]:

@@ -15,7 +15,7 @@ PACKAGE = Path(safesteer_lite.__file__).parent
 
 # A module may import its own floor and those below it.
 FLOORS = (
-    ("children", "errors", "events", "foreign", "text", "setting", "config", "runs"),
+    ("children", "errors", "events", "foreign", "text", "config", "runs"),
     ("prompts", "hardware"),
     ("method",),
     ("sources",),
