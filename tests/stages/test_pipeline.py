@@ -32,9 +32,10 @@ from safesteer_lite.prompts.sets import data_files, prompt_set
 from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
-from safesteer_lite.stages import distill, pipeline
-from safesteer_lite.stages.distill import ShownAnswers, recipe
+from safesteer_lite.stages import distill, pipeline, reading
+from safesteer_lite.stages.distill import recipe
 from safesteer_lite.stages.session import Session
+from safesteer_lite.stages.shown import ShownAnswers
 from tests import planted
 from tests.runs.run_files import rewind
 
@@ -273,8 +274,8 @@ def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
     def note(policy: Policy, harmful: list[str], *others: Any) -> None:
         read.extend(harmful)
 
-    monkeypatch.setattr(distill, "read_discriminants", note)
-    distill.prepare_adapter(session, None)
+    monkeypatch.setattr(reading, "read_discriminants", note)
+    reading.prepare_adapter(session, None)
     prompts = [*session.prompts.training(), *session.prompts.direction()[0]]
     answered = [prompt.text for prompt in prompts if prompt.category not in planted.REFUSED_CATEGORIES]
     assert 0 < len(answered) < len(prompts)

@@ -1,0 +1,78 @@
+"""What happened in a training so far: kept with every saved step, and published with the adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.method.distill import Distillation
+from safesteer_lite.runs.durable import read_json, write_json
+
+
+@dataclass
+class History:
+    """What happened so far; saved with every step.
+
+    Attributes:
+        steps: one record an optimizer step.
+        measured: one record a measurement on the selection split.
+        scaled: one record for each strength of the last step's adapter.
+        best_step: the measured step with the best trade-off; 0 is the base itself.
+        best_strength: the factor on its adapter.
+        best_score: its score, points.
+        over_budget: measurements in a row beyond the tax budget.
+        micro_batch: rollouts a forward that fitted in memory; 0 is "as configured".
+        sampled_at_once: prompts sampled at a time that fitted in memory; 0 is "all of a step".
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    scaled: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    best_strength: float = 1.0
+    best_score: float = -math.inf
+    over_budget: int = 0
+    micro_batch: int = 0
+    sampled_at_once: int = 0
+
+
+def save_step(folder: Path, training: Distillation, history: History, best: dict[str, Tensor]) -> None:
+    """Write a step's files in an empty folder: the optimizer's state, the best step's weights, and the history."""
+    save_file(training.optimizer.state(), folder / "optimizer.safetensors")
+    save_file(best, folder / "best.safetensors")
+    # JSON has no infinity, and before the first measurement the best score is minus that.
+    record = asdict(history)
+    record["best_score"] = history.best_score if math.isfinite(history.best_score) else None
+    write_json(folder / "history.json", {"done": training.done, **record})
+
+
+def restore_step(folder: Path, training: Distillation) -> tuple[History, dict[str, Tensor]]:
+    """Take a training up where `save_step` left it.
+
+    Returns:
+        What happened until then, and the best step's weights.
+
+    Raises:
+        RunFolderError: the saved step is damaged.
+    """
+    hint = f"Delete {folder.parent} and resume: training then begins anew."
+    record = read_json(folder / "history.json", "what happened until a saved step", hint=hint)
+    try:
+        training.done = int(record.pop("done"))
+        if record["best_score"] is None:
+            record["best_score"] = -math.inf
+        history = History(**record)
+        training.optimizer.load(load_file(folder / "optimizer.safetensors"))
+        best = load_file(folder / "best.safetensors")
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunFolderError(f"The saved step in {folder} is damaged: {error}.", hint) from error
+    training.micro_batch = min(history.micro_batch or training.micro_batch, training.micro_batch)
+    training.sampled_at_once = history.sampled_at_once or training.sampled_at_once
+    return history, best

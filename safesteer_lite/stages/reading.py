@@ -1,0 +1,49 @@
+"""What the adapter reads before the first step: directions that set harmful prompts apart, or those of the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from safesteer_lite.evaluation.judges import judge
+from safesteer_lite.models.adapter import freeze_reading, load_adapter
+from safesteer_lite.models.reading import read_discriminants
+from safesteer_lite.prompts.plan import texts
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
+
+
+def prepare_adapter(session: Session, saved: Path | None) -> None:
+    """Before the first step, what the settings say the adapter reads; in a resumed run, what it read then."""
+    settings, policy = session.config.distill, session.policy
+    if settings.reading != "discriminant":
+        return
+    if saved:
+        load_adapter(policy.model, load_file(saved / "best.safetensors"))
+        freeze_reading(policy.model)
+        return
+    blocks = len(policy.model.layers) - policy.model.first_adapter_layer
+    harmful = texts(session.prompts.training()) + texts(session.prompts.direction()[0])
+    if settings.reading_prompts == "answered":
+        harmful = _answered(session, harmful)
+    harmless = texts(session.prompts.anchors())
+    done = session.progress("reading directions of blocks", blocks)
+    read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
+    session.note(
+        f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "
+        "set, what it writes is trained."
+    )
+
+
+def _answered(session: Session, harmful: list[str]) -> list[str]:
+    """The harmful prompts that the base answers, which are what training has to change; all, where those are too few."""
+    policy = session.policy
+    done = session.progress("harmful prompts answered", len(harmful))
+    with policy.model.adapters_off():
+        answers = policy.answers(harmful, session.config.evaluate.selection_tokens, ANSWER_BATCH, done)
+    answered = [text for text, answer in zip(harmful, answers, strict=True) if not judge(answer).refused]
+    if len(answered) < session.config.direction.minimum_prompts:
+        session.note(f"The base answers only {len(answered)} of {len(harmful)} harmful prompts: all of them are read.")
+        return harmful
+    session.note(f"The base answers {len(answered)} of {len(harmful)} harmful prompts: these are read.")
+    return answered

@@ -1,0 +1,67 @@
+"""What the student is measured by while it is trained: the selection split, and what the base makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from safesteer_lite.evaluation.measure import measure
+from safesteer_lite.evaluation.scorecard import Rate, Scorecard, takes_over, trade_off
+from safesteer_lite.events import Metric
+from safesteer_lite.models.assistant import reference_answers
+from safesteer_lite.prompts.plan import texts
+from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.stages.history import History
+from safesteer_lite.stages.session import ANSWER_BATCH, Session
+
+
+class Yardstick:
+    """The selection split, the base's answers to its harmless prompts, and the base's scorecard on all of it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._sets = session.prompts.split("selection")
+        with session.policy.model.adapters_off():
+            self._reference = reference_answers(
+                session.policy, texts(self._sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH
+            )
+        base = Scorecard.from_record(session.result("baseline")["scorecard"])
+        self._start = replace(base, kl_to_base=0.0)
+
+    def measure(self, step: int, history: History, strength: float = 1.0) -> bool:
+        """Measure the student as it is now, and enter it in the history.
+
+        Args:
+            step: the optimizer step that its adapter is of.
+            history: what was measured before.
+            strength: the factor that its adapter was scaled by.
+
+        Returns:
+            Whether it has the best trade-off so far.
+        """
+        session, settings, start = self._session, self._session.config.evaluate, self._start
+        done, chunk = session.progress("answers", self._sets.total), session.config.distill.chunk
+        card, _ = measure(
+            session.policy, self._sets, settings.selection_tokens, ANSWER_BATCH, self._reference, chunk, done
+        )
+        score = trade_off(start, card, settings.tax_budget)
+        whole = strength == 1
+        record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}
+        (history.measured if whole else history.scaled).append(record)
+        self._tell(card, step, strength)
+        if whole:
+            tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
+            history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
+        # `adapter_strengths` says which strength comes last.
+        if takes_over(score, history.best_score):
+            history.best_step, history.best_strength, history.best_score = step, strength, score
+            return True
+        return False
+
+    def _tell(self, card: Scorecard, step: int, strength: float) -> None:
+        session, suffix = self._session, "" if strength == 1 else f" at strength {strength:g}"
+        for name in KINDS:
+            rate: Rate = getattr(card, name)
+            session.emit(Metric(session.stage, f"{name} refused{suffix}", rate.share, rate.n, step))
+        if card.kl_to_base is not None:
+            positions = self._reference.positions
+            session.emit(Metric(session.stage, f"KL to base{suffix}", card.kl_to_base, positions, step))
