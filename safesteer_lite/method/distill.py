@@ -167,21 +167,21 @@ class Distillation:
         recipe, at, began = self.recipe, self.done, time.monotonic()
         chosen = prompts_at(at, recipe.prompts, len(self.harmful), recipe.seed)
         prompts = pad_left([self.harmful[index] for index in chosen])
-        rollouts = self._sample(prompts, recipe.rollouts, stream=0)
+        rollouts = self.sample(prompts, recipe.rollouts, stream=0)
         tokens = int(rollouts.mask.sum())
         anchors = anchor_rollouts = None
         if recipe.anchors:
             places = prompts_at(at, recipe.anchors, len(self.harmless), recipe.seed + 1)
             anchors = pad_left([self.harmless[index] for index in places])
-            anchor_rollouts = self._sample(anchors, 1, stream=1)
+            anchor_rollouts = self.sample(anchors, 1, stream=1)
             tokens += int(anchor_rollouts.mask.sum())
         sampled = time.monotonic()
         # The key-value cache is gone; its room must not stay cut to its shape while the blocks are trained.
         release()
         self.optimizer.zero()
-        loss, anchor_loss = self._backward(prompts.repeat(recipe.rollouts), rollouts, steered=True), float("nan")
+        loss, anchor_loss = self.backward(prompts.repeat(recipe.rollouts), rollouts, steered=True), float("nan")
         if anchors is not None and anchor_rollouts is not None:
-            anchor_loss = self._backward(anchors, anchor_rollouts, steered=False)
+            anchor_loss = self.backward(anchors, anchor_rollouts, steered=False)
         rate = learning_rate_at(at, recipe)
         norm = self.optimizer.step(rate, recipe.gradient_clip)
         self.optimizer.zero()
@@ -204,7 +204,7 @@ class Distillation:
             training_seconds=trained - sampled,
         )
 
-    def _sample(self, prompts: Batch, repeats: int, stream: int) -> Completions:
+    def sample(self, prompts: Batch, repeats: int, stream: int) -> Completions:
         """Rollouts of all prompts, at once or, where memory is short, part by part."""
         recipe = self.recipe
 
@@ -222,7 +222,7 @@ class Distillation:
             rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
         return rollouts
 
-    def _backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
+    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
         """Accumulate gradients over micro-batches; returns the divergence, unweighted.
 
         Where memory runs out, the same rollouts are taken up again with fewer at a time: a micro-batch leaves all of its

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -55,6 +55,7 @@ class PlainModel:
     Attributes:
         checkpointing: whether adapted blocks keep only their input for backward and are run again there: the same
             numbers with far less memory, for one more forward.
+        layers: the decoder blocks, lowest first.
     """
 
     checkpointing = False
@@ -67,18 +68,13 @@ class PlainModel:
         causal: Any = untyped.get_base_model() if self._adapted else untyped
         self.causal = causal
         self.decoder: Any = causal.model
-        self._layers: list[nn.Module] = list(self.decoder.layers)
-        self._first_adapter_layer = first_adapter_layer if first_adapter_layer is not None else len(self._layers)
+        self.layers: list[nn.Module] = list(self.decoder.layers)
+        self._first_adapter_layer = first_adapter_layer if first_adapter_layer is not None else len(self.layers)
         self._end_of_turn = end_of_turn_ids(causal, tokenizer)
         # A special token that the vocabulary does not have has no id.
         self._special = frozenset(int(index) for index in tokenizer.all_special_ids if index is not None) | frozenset(
             int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        """The decoder blocks, lowest first."""
-        return self._layers
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +105,7 @@ class PlainModel:
 
     def adapted_modules(self, layer: int) -> list[nn.Module]:
         """The linear layers of one block that have an adapter."""
-        return [module for module in self._layers[layer].modules() if hasattr(module, "lora_A")]
+        return [module for module in self.layers[layer].modules() if hasattr(module, "lora_A")]
 
     def start(self, batch: Batch) -> Residual:
         """The token embeddings at block 0, with the arguments that every block receives.
@@ -134,7 +130,7 @@ class PlainModel:
             seen.append(Residual(args[0], 0, arguments))
             raise _Reached
 
-        handle = self._layers[0].register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
+        handle = self.layers[0].register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
         try:
             self.decoder(
                 input_ids=batch.input_ids,
@@ -161,7 +157,7 @@ class PlainModel:
 
     def _block(self, residual: Residual) -> Residual:
         """Run one block, over the shared prefix first where there is one."""
-        block, prefix = self._layers[residual.layer], residual.prefix
+        block, prefix = self.layers[residual.layer], residual.prefix
         extra: dict[str, Any] = {}
         if prefix:
             kept = _KeepPrefix()
@@ -177,13 +173,13 @@ class PlainModel:
 
         nothing = torch.zeros(1, 1, tokens, 1, device=self.device)
         cache = DynamicCache()
-        for layer in range(len(self._layers)):
+        for layer in range(len(self.layers)):
             cache.update(nothing, nothing, layer)
         return cache
 
     def final(self, residual: Residual) -> Tensor:
         """Run all remaining blocks and the final norm: (batch, length, width)."""
-        hidden: Tensor = self.decoder.norm(self.advance(residual, len(self._layers)).hidden)
+        hidden: Tensor = self.decoder.norm(self.advance(residual, len(self.layers)).hidden)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

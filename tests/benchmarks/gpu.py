@@ -234,11 +234,11 @@ def step(
         None,
         optimizing_on(model.device),
     )
-    rollouts = stages.measure("sampling", lambda: loop._sample(whole, sizes.rollouts, stream=0))
+    rollouts = stages.measure("sampling", lambda: loop.sample(whole, sizes.rollouts, stream=0))
     repeated, count = whole.repeat(sizes.rollouts), int(rollouts.mask.sum())
 
     def train() -> float:
-        loss = loop._backward(repeated, rollouts, steered=True)
+        loss = loop.backward(repeated, rollouts, steered=True)
         loop.optimizer.step(1e-4, 1.0)
         return loss
 

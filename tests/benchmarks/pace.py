@@ -49,9 +49,9 @@ class TimedDistillation(Distillation):
         super().__init__(*arguments, **named)
         self.spent: list[float] = []
 
-    def _backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
+    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
         began = time.perf_counter()
-        loss = super()._backward(prompts, rollouts, steered=steered)
+        loss = super().backward(prompts, rollouts, steered=steered)
         self.spent.append(time.perf_counter() - began)
         return loss
 

@@ -287,7 +287,7 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter))
     loop.optimizer = type(loop.optimizer)(loop.optimizer.parameters)
     chosen = pad_left(prompts[: loop.recipe.prompts])
-    rollouts = loop._sample(chosen, loop.recipe.rollouts, stream=0)
+    rollouts = loop.sample(chosen, loop.recipe.rollouts, stream=0)
     repeated = chosen.repeat(loop.recipe.rollouts)
     adapter = {
         name: value.detach().clone() for name, value in policy.model.network.named_parameters() if value.requires_grad
@@ -297,7 +297,7 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
     gradients: dict[str, Tensor] = {}
 
     def train() -> dict[str, Any]:
-        loss = loop._backward(repeated, rollouts, steered=True)
+        loss = loop.backward(repeated, rollouts, steered=True)
         for name, value in policy.model.network.named_parameters():
             if value.grad is not None:
                 gradients[name] = value.grad

@@ -113,7 +113,7 @@ def test_only_the_adapter_is_trained(tiny_policy: tiny.Loader) -> None:
 def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy("qwen2", filled=True)
     loop = training(policy, ANCHORED)
-    model, found = policy.model, loop._sample(pad_left([loop.harmful[0]]), 3, stream=0)
+    model, found = policy.model, loop.sample(pad_left([loop.harmful[0]]), 3, stream=0)
     rows = []
     with torch.no_grad():
         for tokens, mask in zip(found.tokens, found.mask, strict=True):
@@ -123,7 +123,7 @@ def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tin
             with policies.teacher(model, loop.steer):
                 log_q = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
             rows.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    loss = loop._backward(loop.harmful[0].repeat(3), found, steered=True)
+    loss = loop.backward(loop.harmful[0].repeat(3), found, steered=True)
     assert loss == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
 
 
@@ -222,9 +222,9 @@ def test_masters_keep_what_bf16_would_round_away() -> None:
 
 def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int = 0) -> tuple[float, list[Tensor]]:
     """Loss and adapter gradients of one set of rollouts."""
-    found = loop._sample(prompts, 4, stream=seed)
+    found = loop.sample(prompts, 4, stream=seed)
     loop.optimizer.zero()
-    loss = loop._backward(prompts.repeat(4), found, steered=True)
+    loss = loop.backward(prompts.repeat(4), found, steered=True)
     grads = [parameter.grad for parameter in model.parameters_to_train()]
     assert all(grad is not None for grad in grads)
     return loss, [grad.clone() for grad in grads if grad is not None]
@@ -281,7 +281,7 @@ def test_anchors_also_pay_for_a_rise_of_the_refusal_score(tiny_policy: tiny.Load
     loop = training(policy, replace(ANCHORED, score_weight=2.0, anchor_weight=0.0))
     loop.refusal_tokens = tokens
     anchors = pad_left(list(loop.harmless))
-    found = loop._sample(anchors, 1, stream=1)
+    found = loop.sample(anchors, 1, stream=1)
     weights = policy.model.parameters_to_train()
     student = refusal_score(policies.last_logits(policy.model, anchors), tokens)
     with torch.no_grad(), policies.base(policy.model):
@@ -291,10 +291,13 @@ def test_anchors_also_pay_for_a_rise_of_the_refusal_score(tiny_policy: tiny.Load
     assert bool((student < base).any()), "a fall must be among them, to see that it costs nothing"
     expected = torch.autograd.grad(2.0 * rise, weights, allow_unused=True)
     loop.micro_batch = 2
-    loop._backward(anchors, found, steered=False)
+    loop.backward(anchors, found, steered=False)
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
-    assert loop._losses(pad_left(list(loop.harmful[:3])), found.rows(0, 3), 3, steered=True)[1] == 0.0
+    harmful = pad_left(list(loop.harmful[:3]))
+    unscored = training(policy, replace(ANCHORED, micro_batch=2))
+    scored, plain = (gradients(policy.model, each, harmful) for each in (loop, unscored))
+    assert scored[0] == plain[0] and equal(scored[1], plain[1])
 
 
 def test_averaged_weights_are_the_running_mean_of_the_steps(tiny_policy: tiny.Loader) -> None:
@@ -382,12 +385,12 @@ def test_rollouts_of_like_length_share_a_micro_batch(tiny_policy: tiny.Loader) -
     policy.model._end_of_turn = frozenset(range(0, 320, 9))
     loop = training(policy, replace(RECIPE, micro_batch=2))
     prompts = replace(tiny.prompt_batch(policy), prefix=0)
-    found = loop._sample(prompts, 2, stream=0)
+    found = loop.sample(prompts, 2, stream=0)
     lengths: list[int] = []
     handle = policy.model.layers[-1].register_forward_pre_hook(
         lambda _, arguments: lengths.append(arguments[0].shape[1]) if torch.is_grad_enabled() else None
     )
-    loop._backward(prompts.repeat(2), found, steered=True)
+    loop.backward(prompts.repeat(2), found, steered=True)
     handle.remove()
     whole = prompts.repeat(2).attention_mask.sum(-1) + found.mask.sum(-1)
     assert len(lengths) == 5 and len(set(lengths)) > 1

@@ -120,7 +120,7 @@ def test_blocks_that_the_decoder_does_not_call_are_refused(tiny_policy: tiny.Loa
     stale = copy.copy(policy.model.layers[2])
     stale._forward_pre_hooks = copy.copy(stale._forward_pre_hooks)
     stale._forward_pre_hooks_with_kwargs = copy.copy(stale._forward_pre_hooks_with_kwargs)
-    policy.model._layers[2] = stale
+    policy.model.layers[2] = stale
     with pytest.raises(SelfCheckError, match="fired 0 times"):
         self_check(policy)
 

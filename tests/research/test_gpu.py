@@ -40,8 +40,8 @@ def test_the_naive_objective_is_the_chunked_one(tiny_policy: tiny.Loader) -> Non
         policy = tiny_policy("qwen2", filled=True)
         loop = kind(policy.model, Steering(2, tiny.vector(1.0)), SAFETY_TOKENS, [], [], RECIPE)
         prompts = tiny.prompt_batch(policy, 2)
-        rollouts = loop._sample(prompts, 3, stream=0)
-        loss = loop._backward(prompts.repeat(3), rollouts, steered=True)
+        rollouts = loop.sample(prompts, 3, stream=0)
+        loss = loop.backward(prompts.repeat(3), rollouts, steered=True)
         grads = [value.grad.flatten() for value in policy.model.parameters_to_train() if value.grad is not None]
         found.append((loss, torch.cat(grads)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)

@@ -96,9 +96,9 @@ def test_loss_and_gradients_are_the_same(tiny_policy: tiny.Loader) -> None:
     recipe = replace(RECIPE, objective="paper", micro_batch=3)
     loop = Distillation(policy.model, STEER, SAFETY_TOKENS, [], [], recipe)
     prompts = tiny.prompt_batch(policy)
-    rollouts = loop._sample(prompts, 2, stream=0)
+    rollouts = loop.sample(prompts, 2, stream=0)
     repeated = prompts.repeat(2)
-    loss = loop._backward(repeated, rollouts, steered=True)
+    loss = loop.backward(repeated, rollouts, steered=True)
     known = authors.backward(
         other.model.network,
         whole_model(base),

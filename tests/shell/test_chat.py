@@ -192,7 +192,7 @@ def test_nothing_that_is_said_steers_the_terminal(
     """An answer, a system prompt and the name of a file may hold anything; an emoji of three characters stays one."""
     monkeypatch.chdir(tmp_path)
     hostile, emoji = "x\x1b]52;c;aGk=\x07 [/red] \u202ey", "👩\u200d💻"
-    monkeypatch.setattr(Reply, "text", property(lambda reply: (hostile + emoji)[: 6 * len(reply._written)]))
+    monkeypatch.setattr(policy.tokenizer, "decode", lambda ids, **options: (hostile + emoji)[: 6 * len(ids)])
     lines = [
         f"/system {hostile}",
         asked_and_answered(),

@@ -8,10 +8,8 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,23 +155,27 @@ def test_each_step_shows_the_base_beside_the_student(done: RunFolder) -> None:
     assert any("I'm" in str(event["after"]) and event["before"] == planted.COMPLIANCE for event in shown[4:])
 
 
-def test_the_base_is_asked_each_shown_prompt_once(model: Path, done: RunFolder) -> None:
+def test_the_base_is_asked_each_shown_prompt_once(
+    model: Path, done: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = planted.settings(model, {"distill.steps": 100})
     session = Session(settings, done, open_base(model), discard)
     asked: list[str] = []
 
-    def answers(prompts: list[str], tokens: int, size: int) -> list[str]:
-        asked.extend(prompts)
-        return [f"base: {prompt}" for prompt in prompts]
+    answers = session.policy.answers
 
-    known: Any = SimpleNamespace(model=SimpleNamespace(adapters_off=nullcontext), answers=answers)
-    session._policy = known
+    def watched(prompts: Sequence[str], tokens: int, size: int) -> list[str]:
+        asked.extend(prompts)
+        return answers(prompts, tokens, size)
+
+    monkeypatch.setattr(session.policy, "answers", watched)
     plan = recipe(session)
     shown = ShownAnswers(session, plan)
     prompts = session.prompts.training()
     for step in range(100):
         first = prompts_at(step, plan.prompts, len(prompts), plan.seed)[0]
-        assert shown.of_step(step) == f"base: {prompts[first].text}"
+        refused = prompts[first].category in planted.REFUSED_CATEGORIES
+        assert shown.of_step(step) == (planted.REFUSAL if refused else planted.COMPLIANCE)
     assert len(asked) == len(set(asked)) <= len(prompts)
 
 

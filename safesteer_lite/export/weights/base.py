@@ -16,7 +16,9 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights.shards import DTYPE_NAMES, Checkpoint, StoredTensor, few
 
 Weights = Literal["original", "dequantised"]
-_BLOCK_VALUES = 1 << 22
+BLOCK_VALUES = 1 << 22
+"""Values of a matrix that are read at a time."""
+
 _STATISTIC = re.compile(
     r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
 )
@@ -46,7 +48,7 @@ class Source:
         16-bit weights are read from the disk as they are asked for. 4-bit ones share statistics over the whole matrix,
         which is therefore held while its blocks are handed out.
         """
-        rows = max(_BLOCK_VALUES // max(math.prod(self.shape[1:]), 1), 1)
+        rows = max(BLOCK_VALUES // max(math.prod(self.shape[1:]), 1), 1)
         if len(self.shape) < 2 or self.shape[0] <= rows:
             yield 0, self._whole()
             return

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import socket
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safesteer_lite import config
 from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
@@ -28,6 +23,7 @@ from safesteer_lite.shell.commands.shared import (
     settings_of,
     sink,
 )
+from safesteer_lite.shell.interrupts import stop_on_interrupt
 from safesteer_lite.shell.streams import complain, tell_json
 
 if TYPE_CHECKING:
@@ -145,7 +141,7 @@ def _work(
 
     try:
         painter = _painter(options, settings, folder, base.shape, decision, emit)
-        with painter as (paint, say), _stop_on_interrupt(say) as stop_requested:
+        with painter as (paint, say), stop_on_interrupt(say) as stop_requested:
             report = pipeline.run(settings, folder, base, paint, stop_requested, decision=decision, working=working)
     except SafeSteerError as error:
         if not error.hint:
@@ -197,74 +193,3 @@ def _painter(
     stages = [(stage.name, stage.title) for stage in pipeline.STAGES]
     with Screen(console, folder.path.name, stages, seconds) as screen:
         yield screen, screen.say
-
-
-@contextmanager
-def _stop_on_interrupt(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C asks the run to stop after the step, and the second stops it at once.
-
-    So does the signal by which a scheduler, or a system that shuts down, asks a program to end (SIGTERM). Closing the
-    terminal asks it to stop too; from then on nobody reads what it says.
-    """
-    asked: list[bool] = []
-
-    def interrupted(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        say("Stopping after this step; Ctrl-C again stops now. It can be resumed.")
-
-    def hung_up(number: int, frame: object) -> None:
-        asked.append(True)
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nowhere, stream)
-
-    handlers: dict[int, Any] = {signal.SIGINT: interrupted, signal.SIGTERM: interrupted}
-    if hasattr(signal, "SIGHUP"):  # Windows has none: it ends the program with its window.
-        handlers[signal.SIGHUP] = hung_up
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        with _second_interrupt_ends():
-            yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# For Python to hear of the second Ctrl-C by itself, and to end with its own message.
-_PATIENCE_SECONDS = 5.0
-
-
-@contextmanager
-def _second_interrupt_ends() -> Iterator[None]:
-    """Inside, a second Ctrl-C ends the program even while torch computes.
-
-    Python hears of a signal only between two of its own instructions, and a call into torch is one of them however long it
-    takes. What is saved is whole at any moment, so the program may end wherever it stands.
-    """
-    over, (ear, mouth) = threading.Event(), socket.socketpair()
-
-    def listen() -> None:
-        heard = 0
-        while number := ear.recv(1):
-            heard += number[0] in (signal.SIGINT, signal.SIGTERM)
-            if heard == 2 and not over.wait(_PATIENCE_SECONDS):
-                if sys.stdout.isatty():
-                    # Out of the live screen, with a cursor.
-                    os.write(1, b"\x1b[?1049l\x1b[?25h")
-                os.write(2, b"Stopped. Go on with `safesteer-lite resume`.\n")
-                os._exit(130)
-
-    mouth.setblocking(False)
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        over.set()
-        mouth.close()
-        listener.join()
-        ear.close()

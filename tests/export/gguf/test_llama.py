@@ -64,8 +64,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "library"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "json.py").write_text("raise SystemExit('taken from the current folder')")
-    monkeypatch.setattr(llama, "_PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr(llama, "_SLOWEST_TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(llama, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(llama, "SLOWEST_TOKEN_SECONDS", 0.0)
     return tmp_path
 
 

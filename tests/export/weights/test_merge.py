@@ -48,7 +48,7 @@ def test_blocks_of_rows_make_no_difference(
 ) -> None:
     merge_adapter(base, adapter, tmp_path / "whole", weights=weights)
     # 7 rows of 64 at a time: no matrix has a multiple of that.
-    monkeypatch.setattr(base_weights, "_BLOCK_VALUES", 7 * 64)
+    monkeypatch.setattr(base_weights, "BLOCK_VALUES", 7 * 64)
     merge_adapter(base, adapter, tmp_path / "blocks", weights=weights)
     assert_equal(stored(tmp_path / "blocks"), stored(tmp_path / "whole"), tied=False)
 
