@@ -7,6 +7,8 @@ are not on harmful prompts, can be computed beforehand in closed form; training 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def ridge_discriminants(harmless: Tensor, contrasts: Tensor, ridge: float) -> Te
         (rows, width) float32.
     """
     tokens, width = harmless.shape
-    ridge = ridge * float(harmless.pow(2).sum()) / tokens / width
+    ridge = ridge * float(torch.linalg.vector_norm(harmless)) ** 2 / tokens / width
     if width <= tokens:
         moment = harmless.T @ harmless / tokens
         moment.diagonal().add_(ridge)
@@ -38,22 +40,48 @@ def ridge_discriminants(harmless: Tensor, contrasts: Tensor, ridge: float) -> Te
     return (contrasts - torch.linalg.solve(gram, harmless @ contrasts.T).T @ harmless) / ridge
 
 
-def reading_directions(harmful: Tensor, harmless: Tensor, harmless_tokens: Tensor, ridge: float) -> Tensor:
+class RunningMean:
+    """The mean of activations that come batch by batch, so that only their sum is kept, in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count: Tensor | float = 0.0
+
+    def add(self, activations: Tensor) -> None:
+        """Take in a batch, (prompts, positions, width) on any device, nan where there is no token."""
+        self._sum = activations.float().nansum(0).double().cpu() + self._sum
+        self._count = (~activations[..., :1].isnan()).sum(0).cpu() + self._count
+
+    @property
+    def value(self) -> Tensor:
+        """(positions, width) float64 on the CPU; nan at positions that no prompt had."""
+        return torch.as_tensor(self._sum / self._count)
+
+
+def reading_directions(
+    harmful: Sequence[Tensor], harmless_mean: Tensor, harmless_tokens: Tensor, ridge: float
+) -> Tensor:
     """One reading direction for each position of a prompt's end.
 
     Args:
-        harmful: (prompts, positions, width) activations at the last positions of harmful prompts, nan where there is no
-            token.
-        harmless: the same of harmless prompts.
-        harmless_tokens: (tokens, width) activations at any position of harmless text.
+        harmful: batches of (prompts, positions, width) activations at the last positions of harmful prompts, nan where
+            there is no token; any dtype, on any device. One batch at a time is taken to where `harmless_tokens` are.
+        harmless_mean: (positions, width) float64 on the CPU, the mean of the same of harmless prompts.
+        harmless_tokens: (tokens, width) float32 activations at any position of harmless text, where the work is done.
         ridge: see `ridge_discriminants`.
 
     Returns:
         (positions, width) float32, so long that on harmful prompts, at its own position, each answers with the root mean
         square of the activations themselves; zero rows for positions that no prompt has.
     """
-    contrasts = (harmful.nanmean(0) - harmless.nanmean(0)).nan_to_num()
+    device, mean = harmless_tokens.device, RunningMean()
+    for activations in harmful:
+        mean.add(activations)
+    contrasts = (mean.value - harmless_mean).nan_to_num().float().to(device)
     directions = ridge_discriminants(harmless_tokens, contrasts, ridge)
-    answers = (harmful * directions).sum(-1).pow(2).nanmean(0).sqrt()
-    usual = harmless_tokens.pow(2).mean().sqrt()
-    return directions * (usual / answers.nan_to_num().clamp_min(1e-12)).unsqueeze(-1)
+    squares = RunningMean()
+    for activations in harmful:
+        answers = torch.einsum("npw,pw->np", activations.to(device).float(), directions)
+        squares.add(answers.pow(2).unsqueeze(-1))
+    usual = torch.linalg.vector_norm(harmless_tokens) / harmless_tokens.numel() ** 0.5
+    return directions * (usual / squares.value.sqrt().nan_to_num().clamp_min(1e-12).to(directions))

@@ -121,6 +121,21 @@ class Residual:
         prefix = self.prefix.shifted(vector) if self.prefix else None
         return replace(self, hidden=self.hidden + vector.to(self.hidden), prefix=prefix)
 
+    def to(self, device: torch.device) -> Residual:
+        """The same on another device; where it lies there already, nothing is copied."""
+        prefix = self.prefix.to(device) if self.prefix else None
+        arguments = {name: _moved(value, device) for name, value in self.arguments.items()}
+        return Residual(self.hidden.to(device), self.layer, arguments, prefix)
+
+
+def _moved(value: object, device: torch.device) -> object:
+    """An argument of a block with all of its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(part, device) for part in value)
+    return value
+
 
 class LanguageModel(Protocol):
     """A decoder-only language model with LoRA adapters that can be switched off."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.method.discriminant import reading_directions
+from safesteer_lite.method.discriminant import RunningMean, reading_directions
+from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import Batch, Completions, Residual, base
 from safesteer_lite.models.adapter import freeze_reading
 from safesteer_lite.models.assistant import Done, Policy, ignore
@@ -20,8 +21,10 @@ from safesteer_lite.models.loaded import PlainModel
 # many dimensions. The rows in docs/research/log.md used this many; no other number was tried.
 _TOKENS = 3000
 
-Modules = tuple[Any, ...]
+Modules = tuple[nn.Module, ...]
 """Linear layers that read the same input."""
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -29,7 +32,7 @@ class _Text:
     """One batch of prompts with the first words of the base's answers, on its way up through the blocks.
 
     Attributes:
-        residual: where it stands.
+        residual: where it stands, on the CPU while other batches are at work.
         mask: (batch, length) bool, the tokens that a batch has of its own.
         sampled: (batch, length) bool, those of them that the second moment is taken of.
     """
@@ -39,6 +42,22 @@ class _Text:
     sampled: Tensor
 
 
+@dataclass
+class _Read:
+    """What linear layers with the same input have read in one block.
+
+    Attributes:
+        harmful: (prompts, positions, width) at the last positions of harmful prompts, a batch each, in the compute dtype
+            on the CPU.
+        harmless: the mean of the same over harmless prompts.
+        tokens: (tokens, width) at sampled positions of harmless text, a batch each, in the compute dtype on the CPU.
+    """
+
+    harmful: list[Tensor] = field(default_factory=list)
+    harmless: RunningMean = field(default_factory=RunningMean)
+    tokens: list[Tensor] = field(default_factory=list)
+
+
 @torch.no_grad()
 def read_discriminants(
     policy: Policy, harmful: Sequence[str], harmless: Sequence[str], ridge: float, size: int, done: Done = ignore
@@ -46,71 +65,77 @@ def read_discriminants(
     """Set every A matrix of the adapter to reading directions and freeze it, so that only B is trained.
 
     The rank is shared out over positions: the template's tokens behind the user's text, the last first, then as many first
-    tokens of the base's greedy answer as are left.
+    tokens of the base's greedy answer as are left. On the device lie one batch of prompts in one block, and the activations
+    that one linear layer's directions are computed from; everything else waits in the machine's memory.
 
     Args:
         policy: with a fresh adapter (B = 0).
         harmful: prompts to be refused.
         harmless: prompts to be answered as before.
         ridge: see `method.discriminant.ridge_discriminants`.
-        size: prompts a forward.
+        size: prompts a forward, or fewer where memory is short.
         done: called with the number of blocks that are ready.
 
     Raises:
         ModelError: a backend's blocks do not call their linear layers, so that nothing can be read from them.
     """
     model = policy.model
-    rank = model.rank
-    words = max(0, rank - policy.template_positions)
-    with base(model):
-        generator = torch.Generator().manual_seed(0)
-        bad = _texts(policy, harmful, words, size)
-        good = _texts(policy, harmless, words, size)
-        share = _TOKENS / max(1, sum(int(text.mask.sum()) for text in good))
-        for text in good:
-            chosen = torch.rand(text.mask.shape, generator=generator) < share
-            text.sampled = text.mask & chosen.to(text.mask.device)
+
+    def read(size: int) -> None:
+        bad = _texts(policy, harmful, size)
+        good = _texts(policy, harmless, size)
+        _sample(good)
         for layer in range(model.first_adapter_layer, len(model.layers)):
             _read_block(model, layer, bad, good, ridge)
             done(layer + 1 - model.first_adapter_layer)
+
+    with base(model):
+        fitting(size, read)
     freeze_reading(model)
+
+
+def _sample(good: list[_Text]) -> None:
+    """Choose the tokens of harmless text that the second moment is taken of: about `_TOKENS`, or all."""
+    generator = torch.Generator().manual_seed(0)
+    share = _TOKENS / max(1, sum(int(text.mask.sum()) for text in good))
+    for text in good:
+        text.sampled = text.mask & (torch.rand(text.mask.shape, generator=generator) < share)
 
 
 def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Text], ridge: float) -> None:
     """Run all texts through one block and set the A matrices of its linear layers."""
-    bad_ends: dict[Modules, list[Tensor]] = {}
-    good_ends: dict[Modules, list[Tensor]] = {}
-    tokens: dict[Modules, list[Tensor]] = {}
+    read: defaultdict[Modules, _Read] = defaultdict(_Read)
     for text in bad:
         for modules, inputs in _run_block(model, text, layer):
-            bad_ends.setdefault(modules, []).append(_ends(inputs, text.mask, model.rank))
+            read[modules].harmful.append(_ends(inputs, text.mask, model.rank).cpu())
     for text in good:
         for modules, inputs in _run_block(model, text, layer):
-            good_ends.setdefault(modules, []).append(_ends(inputs, text.mask, model.rank))
-            tokens.setdefault(modules, []).append(inputs[text.sampled].float())
-    missed = set(model.adapted_modules(layer)) - {module for modules in bad_ends for module in modules}
+            read[modules].harmless.add(_ends(inputs, text.mask, model.rank))
+            read[modules].tokens.append(inputs[text.sampled.to(inputs.device)].cpu())
+    missed = set(model.adapted_modules(layer)) - {module for modules in read for module in modules}
     if missed:
         # Fused blocks may take a layer's weights without calling it; its A would stay random, and be frozen.
         raise ModelError(
             f"{len(missed)} linear layers of block {layer} do not show what they read.",
             "Set model.backend=plain, or distill.reading=random.",
         )
-    for modules, ends in bad_ends.items():
-        directions = reading_directions(
-            torch.cat(ends), torch.cat(good_ends[modules]), torch.cat(tokens[modules]), ridge
-        )
+    while read:
+        modules, found = read.popitem()
+        tokens = torch.cat(found.tokens).to(model.device).float()
+        directions = reading_directions(found.harmful, found.harmless.value, tokens, ridge)
         for module in modules:
-            module.lora_A["default"].weight.copy_(directions)
+            module.get_parameter("lora_A.default.weight").copy_(directions)
 
 
-def _texts(policy: Policy, prompts: Sequence[str], words: int, size: int) -> list[_Text]:
-    """The prompts with the first `words` tokens of the base's answers, at the first adapted block."""
+def _texts(policy: Policy, prompts: Sequence[str], size: int) -> list[_Text]:
+    """The prompts with the first words of the base's answers, at the first adapted block."""
     model, texts = policy.model, []
+    words = max(0, model.rank - policy.template_positions)
     for _, batch in policy.batches(prompts, size):
         whole = _widened(model.generate(batch, words, 0.0, None, 1), words).after(batch) if words else batch
         residual = model.advance(model.start(whole), model.first_adapter_layer)
-        mask = _own(whole, residual)
-        texts.append(_Text(residual, mask, mask))
+        mask = _own(whole, residual).cpu()
+        texts.append(_Text(residual.to(_CPU), mask, mask))
     return texts
 
 
@@ -128,7 +153,7 @@ def _own(batch: Batch, residual: Residual) -> Tensor:
 
 def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[Modules, Tensor]]:
     """Run one block; its adapted linear layers, those with the same input together, each with that input."""
-    seen: list[tuple[list[Any], Tensor]] = []
+    seen: list[tuple[list[nn.Module], Tensor]] = []
 
     def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0]
@@ -142,7 +167,7 @@ def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[Modules
 
     hooks = [module.register_forward_pre_hook(note) for module in model.adapted_modules(layer)]
     try:
-        text.residual = model.advance(text.residual, layer + 1)
+        text.residual = model.advance(text.residual.to(model.device), layer + 1).to(_CPU)
     finally:
         for hook in hooks:
             hook.remove()
@@ -150,6 +175,6 @@ def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[Modules
 
 
 def _ends(inputs: Tensor, mask: Tensor, positions: int) -> Tensor:
-    """The last `positions` activations of each row, (batch, positions, width) float32, nan where there is no token."""
-    ends = inputs[:, -positions:].float()
-    return ends.masked_fill(~mask[:, -positions:].unsqueeze(-1), float("nan"))
+    """The last `positions` activations of each row, (batch, positions, width), nan where there is no token."""
+    missing = ~mask[:, -positions:].unsqueeze(-1)
+    return inputs[:, -positions:].masked_fill(missing.to(inputs.device), float("nan"))

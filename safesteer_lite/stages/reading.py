@@ -12,6 +12,9 @@ from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
+# Prompts of a kind that are read, at most: each takes memory, and the bundled sets have fewer.
+_READ = 512
+
 
 def prepare_adapter(session: Session, saved: Path | None) -> None:
     """Before the first step, what the settings say the adapter reads; in a resumed run, what it read then."""
@@ -23,16 +26,24 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
         freeze_reading(policy.model)
         return
     blocks = len(policy.model.layers) - policy.model.first_adapter_layer
-    harmful = texts(session.prompts.training()) + texts(session.prompts.direction()[0])
+    harmful = _read_of(session, "harmful", texts(session.prompts.training()) + texts(session.prompts.direction()[0]))
     if settings.reading_prompts == "answered":
         harmful = _answered(session, harmful)
-    harmless = texts(session.prompts.anchors())
+    harmless = _read_of(session, "harmless", texts(session.prompts.anchors()))
     done = session.progress("reading directions of blocks", blocks)
     read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
     session.note(
         f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "
         "set, what it writes is trained."
     )
+
+
+def _read_of(session: Session, kind: str, prompts: list[str]) -> list[str]:
+    """The prompts that reading directions are taken from: all, or evenly spread ones of a large file of the user's own."""
+    if len(prompts) <= _READ:
+        return prompts
+    session.note(f"Reading directions are taken from {_READ} of {len(prompts)} {kind} prompts, evenly spread.")
+    return [prompts[place * len(prompts) // _READ] for place in range(_READ)]
 
 
 def _answered(session: Session, harmful: list[str]) -> list[str]:

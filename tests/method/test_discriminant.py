@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safesteer_lite.method.discriminant import reading_directions, ridge_discriminants
+from safesteer_lite.method.discriminant import RunningMean, reading_directions, ridge_discriminants
 
 
 @pytest.mark.parametrize("tokens", [7, 40])
@@ -32,7 +32,7 @@ def planted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_directions_read_what_harmless_text_does_not_vary_in() -> None:
     harmful, harmless, tokens = planted()
-    directions = reading_directions(harmful, harmless, tokens, 0.001)
+    directions = reading_directions([harmful], mean_of(harmless), tokens, 0.001)
     mean_difference = harmful.mean((0, 1)) - harmless.mean((0, 1))
     assert int(mean_difference.abs().argmax()) == 0
     for position, direction in enumerate(directions):
@@ -44,9 +44,37 @@ def test_directions_read_what_harmless_text_does_not_vary_in() -> None:
 
 def test_positions_without_a_token_do_not_count() -> None:
     harmful, harmless, tokens = planted()
-    expected = reading_directions(harmful[:30], harmless, tokens, 0.1)
+    expected = reading_directions([harmful[:30]], mean_of(harmless), tokens, 0.1)
     harmful[30:, 0] = float("nan")
-    found = reading_directions(harmful, harmless, tokens, 0.1)
+    found = reading_directions([harmful], mean_of(harmless), tokens, 0.1)
     torch.testing.assert_close(found[0], expected[0])
     harmful[:, 1] = float("nan")
-    assert reading_directions(harmful, harmless, tokens, 0.1)[1].tolist() == [0.0] * 10
+    assert reading_directions([harmful], mean_of(harmless), tokens, 0.1)[1].tolist() == [0.0] * 10
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.bfloat16, 300)])
+def test_batch_by_batch_they_are_those_of_all_activations_at_once_in_float64(dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    harmful, harmless = torch.randn(2, 90, 3, width, generator=generator).to(dtype)
+    tokens = torch.randn(200, width, generator=generator).to(dtype)
+    harmful[:20, 0] = harmless[50:, 2] = float("nan")
+    harmful += 0.3
+    found = reading_directions(list(harmful.split(32)), mean_of(harmless), tokens.float(), 0.1)
+    torch.testing.assert_close(found.double(), in_float64(harmful, harmless, tokens), rtol=1e-4, atol=1e-4)
+
+
+def mean_of(activations: torch.Tensor) -> torch.Tensor:
+    mean = RunningMean()
+    for batch in activations.split(7):
+        mean.add(batch)
+    return mean.value
+
+
+def in_float64(harmful: torch.Tensor, harmless: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The formula of docs/method.md, from everything at once."""
+    harmful, harmless, tokens = harmful.double(), harmless.double(), tokens.double()
+    moment = tokens.T @ tokens / len(tokens)
+    moment += 0.1 * moment.trace() / len(moment) * torch.eye(len(moment), dtype=torch.float64)
+    directions = torch.linalg.solve(moment, (harmful.nanmean(0) - harmless.nanmean(0)).T).T
+    answers = (harmful * directions).sum(-1).pow(2).nanmean(0).sqrt()
+    return directions * (tokens.pow(2).mean().sqrt() / answers).unsqueeze(-1)

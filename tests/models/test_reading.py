@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.method.discriminant import reading_directions
+from safesteer_lite.method.discriminant import RunningMean, reading_directions
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.reading import read_discriminants
 from tests import tiny
@@ -50,9 +50,11 @@ def test_the_adapter_reads_what_a_plain_forward_shows(
         bad = [plain_activations(policy, prompt, words, modules[name]) for prompt in HARMFUL]
         good = [plain_activations(policy, prompt, words, modules[name]) for prompt in HARMLESS]
         prefix = policy.encode(HARMLESS[0]).prefix
+        harmless = RunningMean()
+        harmless.add(torch.stack([each[-rank:] for each in good]))
         expected[name] = reading_directions(
-            torch.stack([each[-rank:] for each in bad]),
-            torch.stack([each[-rank:] for each in good]),
+            [torch.stack([each[-rank:] for each in bad])],
+            harmless.value,
             torch.cat([each[prefix:] for each in good]),
             0.5,
         )
@@ -88,3 +90,32 @@ def test_a_backend_that_hides_what_a_layer_reads_is_refused(
     monkeypatch.setattr(mlp, "forward", lambda hidden: hidden)
     with pytest.raises(ModelError, match="3 linear layers of block 3 do not show what they read"):
         read_discriminants(policy, HARMFUL, HARMLESS, 0.1, 8)
+
+
+def test_where_memory_runs_out_fewer_prompts_are_read_at_a_time_to_the_same_directions(
+    tiny_policy: tiny.Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reading_weights(tiny_policy(first_layer=2), 4)
+    policy = tiny_policy(first_layer=2)
+    block: nn.Module = policy.model.layers[3]
+    forward, rows = block.forward, []
+
+    def short_of_memory(hidden: Tensor, **arguments: object) -> Tensor:
+        rows.append(len(hidden))
+        if len(hidden) > 1:
+            raise torch.OutOfMemoryError("simulated, for want of a card")
+        result: Tensor = forward(hidden, **arguments)
+        return result
+
+    monkeypatch.setattr(block, "forward", short_of_memory)
+    for name, weight in reading_weights(policy, 4).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+    assert {2, 1} <= set(rows)
+
+
+def reading_weights(policy: Policy, size: int) -> dict[str, Tensor]:
+    """What the adapter reads, after it was told."""
+    read_discriminants(policy, HARMFUL, HARMLESS, 0.5, size)
+    return {
+        name: weight.detach().clone() for name, weight in policy.model.network.named_parameters() if "lora_A" in name
+    }
