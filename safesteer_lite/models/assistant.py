@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -16,6 +16,7 @@ from safesteer_lite.method.policies import Batch, Completions, completion_hidden
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import draw
 from safesteer_lite.models.template import ChatTemplate, Message, ids_of
+from safesteer_lite.prompts.contexts import Conversation
 
 Done = Callable[[int], None]
 
@@ -56,30 +57,43 @@ class Policy:
             f"The model's settings do not say that {token} ends an answer, but its chat template does: answers end there.",
         ]
 
-    def encode(self, prompt: str) -> Batch:
-        """The chat-templated prompt as a batch of one, without padding; no system prompt unless the template adds one."""
-        ids = self._template_ids(prompt)
+    def encode(self, asked: str | Conversation) -> Batch:
+        """What is asked, chat-templated, as a batch of one without padding.
+
+        Args:
+            asked: a prompt, which gets no system prompt unless the template adds one, or a conversation. Of what is
+                longer than `prompt_tokens`, the user's last turn loses its middle.
+
+        Raises:
+            ModelError: the template has no place for a system prompt that is given, or too little room is left.
+        """
+        conversation = Conversation(asked) if isinstance(asked, str) else asked
+        if conversation.system and not self.template.knows_system:
+            raise ModelError("The model's chat template has no place for a system prompt.", "Leave it out.")
+        ids = self._template_ids(conversation)
         if len(ids) > self.prompt_tokens:
-            text = self.tokenizer(prompt, add_special_tokens=False).input_ids
+            text = self.tokenizer(conversation.prompt, add_special_tokens=False).input_ids
             room = self.prompt_tokens - (len(ids) - len(text))
             if room < 1:
+                around = "alone takes" if isinstance(asked, str) else "and what is said before the prompt take"
                 raise ModelError(
-                    f"The chat template alone takes {len(ids) - len(text)} tokens, the limit is {self.prompt_tokens}.",
+                    f"The chat template {around} {len(ids) - len(text)} tokens, the limit is {self.prompt_tokens}.",
                     "Raise prompts.prompt_tokens.",
                 )
-            ids = self._template_ids(self.tokenizer.decode(text[: room // 2] + text[len(text) - (room - room // 2) :]))
+            cut = self.tokenizer.decode(text[: room // 2] + text[len(text) - (room - room // 2) :])
+            ids = self._template_ids(replace(conversation, prompt=cut))
         tensor = torch.tensor([ids], dtype=torch.long, device=self.model.device)
         prefix = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
         return Batch(tensor, torch.ones_like(tensor), prefix)
 
     def too_long(self, prompts: Sequence[str]) -> int:
         """How many prompts have more than `prompt_tokens` tokens with their template, so that `encode` cuts them."""
-        room = self.prompt_tokens - len(self._template_ids("x"))
+        room = self.prompt_tokens - len(self._template_ids(Conversation("x")))
         # No tokenizer makes more tokens of a text than it has bytes, which spares most texts being tokenized.
         doubtful = [prompt for prompt in prompts if len(prompt.encode()) > room]
-        return sum(len(self._template_ids(prompt)) > self.prompt_tokens for prompt in doubtful)
+        return sum(len(self._template_ids(Conversation(prompt))) > self.prompt_tokens for prompt in doubtful)
 
-    def batches(self, prompts: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
+    def batches(self, prompts: Sequence[str | Conversation], size: int) -> Iterator[tuple[list[int], Batch]]:
         """Left-padded batches of similar length, each with the places of its prompts in `prompts`."""
         encoded = [self.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda place: (encoded[place].input_ids.shape[1], place))
@@ -87,9 +101,9 @@ class Policy:
             places = order[start : start + size]
             yield places, pad_left([encoded[place] for place in places])
 
-    def answers(self, prompts: Sequence[str], tokens: int, size: int, done: Done = ignore) -> list[str]:
+    def answers(self, prompts: Sequence[str | Conversation], tokens: int, size: int, done: Done = ignore) -> list[str]:
         """Greedy answers of at most `tokens` tokens, in the order of `prompts`; `size` prompts at a time, or fewer
-        where memory is short."""
+        where memory is short. Of an answer that had begun, what follows its beginning."""
 
         def answer(size: int) -> list[str]:
             found = [""] * len(prompts)
@@ -117,13 +131,15 @@ class Policy:
         ids = {self.tokenizer(text, add_special_tokens=False).input_ids[0] for text in openings}
         return torch.tensor(sorted(ids), dtype=torch.long, device=self.model.device)
 
-    def _template_ids(self, prompt: str) -> list[int]:
-        return self.template.encode([{"role": "user", "content": prompt}])
+    def _template_ids(self, asked: Conversation) -> list[int]:
+        return self.template.encode(asked.messages, asked.beginning)
 
     def _template_around(self) -> tuple[list[int], int]:
         """What the template puts around the user's text, read off two different prompts: the tokens that every prompt
         begins with (system prompt, opening of the user's turn), and how many tokens it ends in."""
-        first, second = self._template_ids("Tell me about rivers"), self._template_ids("What is in 7x9 = ?!")
+        first, second = (
+            self._template_ids(Conversation(text)) for text in ("Tell me about rivers", "What is in 7x9 = ?!")
+        )
         ending = _common(first[::-1], second[::-1])
         if ending == 0:
             raise ModelError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from safesteer_lite.errors import ModelError
@@ -25,6 +26,7 @@ _OPEN_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)", re.DOTALL
 
 # Words that no template has of its own, so that what it does with them can be seen.
 _ASKED, _ALSO_ASKED, _ANSWERED = "Zebras wander quietly.", "Is 7 < 9 & 'x' a \"NAME\"?", "Herons answer slowly."
+_TOLD = "Otters listen first."
 _ANOTHER_DAY = date(1999, 11, 30)
 
 
@@ -73,21 +75,35 @@ class ChatTemplate:
         """
         return self._render(messages, day=day)
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, messages: Sequence[Mapping[str, str]], beginning: str = "") -> list[int]:
         """The token ids of `render`, in which the tokens that mark turns come from the template alone.
 
         Where a message spells one of them out, that is read as the letters it is made of.
 
+        Args:
+            messages: `role` and `content` of each turn.
+            beginning: the first words of the answer, as tokens of their own, like those that the model writes itself.
+
         Raises:
             ModelError: as `render`.
         """
-        mark = _unused_character([self._source, *(turn["content"] for turn in messages)])
+        mark = _unused_character([self._source, beginning, *(turn["content"] for turn in messages)])
         # Cut behind its first letter, a spelled-out token is two ordinary texts.
         cut = [{**turn, "content": self._spelled_out.sub(rf"\g<0>{mark}", turn["content"])} for turn in messages]
+        begun = self._spelled_out.sub(rf"\g<0>{mark}", beginning)
         ids: list[int] = []
-        for piece in self.render(cut).split(mark):
+        for piece in [*self.render(cut).split(mark), *(begun.split(mark) if begun else ())]:
             ids += self._tokenizer(piece, add_special_tokens=False).input_ids
         return ids
+
+    @cached_property
+    def knows_system(self) -> bool:
+        """Whether the template has a place for a system prompt; some refuse one, others lose it without a word."""
+        try:
+            text = self._render([_turn("system", _TOLD), _turn("user", _ASKED)])
+        except ModelError:
+            return False
+        return _TOLD in text and _ASKED in text
 
     def spells_out(self, text: str) -> bool:
         """Whether a text spells out a token that only the template may write, which other programs read as that token."""

@@ -28,7 +28,7 @@ COLUMNS = ("instruction", "prompt", "text")
 NEAR_DUPLICATE = 0.6
 """Jaccard similarity of content words from which two prompts count as the same request."""
 
-Kind = Literal["harmful", "harmless", "borderline"]
+Kind = Literal["harmful", "harmless", "borderline", "critical"]
 KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
 """In the order in which they are told."""
 
@@ -109,11 +109,14 @@ def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "
     """One split of one kind of prompts.
 
     Args:
-        kind: `harmful`, `harmless` or `borderline` (harmless requests in alarming words).
-        split: `direction`, `selection`, `train` or `test`; borderline has no `direction`.
+        kind: `harmful`, `harmless`, `borderline` (harmless requests in alarming words) or `critical` (requests for help
+            in danger, where a refusal does harm).
+        split: `direction`, `selection`, `train` or `test`; borderline has no `direction`, critical only
+            `selection` and `test`.
         limit: at most so many prompts, spread evenly over the categories; None for the whole split.
         folder: where `harmful.jsonl`, `harmless.jsonl` and `borderline.jsonl` lie, each line with `prompt` and `split`
-            and perhaps `id`, `category` and `language`; empty for the ones that ship with the package.
+            and perhaps `id`, `category` and `language`; empty for the ones that ship with the package. Where it has no
+            `critical.jsonl`, the bundled one is taken.
 
     Raises:
         PromptError: there is no such split, the limit is below 1, or a file of `folder` is missing or malformed.
@@ -132,8 +135,11 @@ def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "
 
 def data_files(folder: str = "") -> list[Path]:
     """The prompt files of a folder, or the bundled ones, in a fixed order."""
-    place = Path(folder) if folder else Path(str(files("safesteer_lite") / "data"))
-    return [place / f"{kind}.jsonl" for kind in sorted(get_args(Kind))]
+    bundled = Path(str(files("safesteer_lite") / "data"))
+    place = Path(folder) if folder else bundled
+    own = [place / f"{kind}.jsonl" for kind in sorted(get_args(Kind))]
+    # Help in danger is measured even where somebody who brings prompts of another kind did not think of it.
+    return [bundled / path.name if path.stem == "critical" and not path.exists() else path for path in own]
 
 
 def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:

@@ -11,9 +11,11 @@ import torch
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method import policies
+from safesteer_lite.method.policies import Batch
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, save_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.sources.base import open_base
 from tests import tiny
 
@@ -60,6 +62,52 @@ def test_a_long_prompt_loses_its_middle_and_keeps_the_template(tiny_policy: tiny
     policy.prompt_tokens = 8
     with pytest.raises(ModelError, match="template alone takes"):
         policy.encode("river " * 200)
+
+
+def test_a_conversation_is_read_with_all_its_turns_and_goes_on_from_the_beginning_of_the_answer(
+    tiny_policy: tiny.Loader,
+) -> None:
+    policy = tiny_policy()
+    asked = Conversation("Why?", "Be brief.", (("Say hello.", "Hello."),), "Because <|im_end|>")
+    text = policy.tokenizer.decode(policy.encode(asked).input_ids[0])
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay hello.<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\nBecause <|im_end|>"
+    )
+    end = policy.tokenizer.convert_tokens_to_ids(tiny.END_OF_TURN)
+    assert int(policy.encode(asked).input_ids[0, -1]) != end, "what a beginning spells out is text, not a marker"
+    plain = policy.encode("Why?").input_ids
+    begun = policy.encode(Conversation("Why?", beginning="Because")).input_ids
+    own = policy.tokenizer("Because", add_special_tokens=False).input_ids
+    assert begun[0].tolist() == [*plain[0].tolist(), *own]
+    # An answer that had begun is told from where the model took over.
+    [answer] = policy.answers([Conversation("Why?", beginning="Because")], 5, 1)
+    tokens = policy.model.generate(Batch(begun, torch.ones_like(begun)), 5, 0.0, None, 1)
+    assert [answer] == policy.decode(tokens)
+
+
+def test_answers_in_contexts_do_not_depend_on_what_is_asked_beside_them(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    policy.prompt_tokens = 250
+    asked: list[str | Conversation] = [
+        *tiny.PROMPTS,
+        *(Conversation(prompt, "Be brief.") for prompt in tiny.PROMPTS),
+        *(Conversation(prompt, turns=(("Say hello.", "Hello."),), beginning="Sure") for prompt in tiny.PROMPTS),
+    ]
+    assert policy.answers(asked, 5, 4) == [policy.answers([each], 5, 1)[0] for each in asked]
+
+
+def test_a_long_prompt_in_a_context_loses_its_own_middle_only(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy()
+    policy.prompt_tokens = 90
+    asked = Conversation("start " + "river " * 200 + " end", "Be brief.", beginning="Sure")
+    text = policy.tokenizer.decode(policy.encode(asked).input_ids[0])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nstart river")
+    assert text.endswith(" end<|im_end|>\n<|im_start|>assistant\nSure")
+    policy.prompt_tokens = 20
+    with pytest.raises(ModelError, match="what is said before the prompt take"):
+        policy.encode(asked)
 
 
 def test_prompts_that_are_cut_are_counted(tiny_policy: tiny.Loader) -> None:

@@ -47,12 +47,21 @@ def test_a_conversation_holds_every_turn_or_is_refused_in_a_sentence(family: Fam
     places = [text.index(turn["content"]) for turn in turns]
     assert places == sorted(places)
     system = [{"role": "system", "content": "Be brief."}, *turns]
+    assert template.knows_system == family.takes_system
     if family.takes_system:
         assert "Be brief." in template.render(system)
     else:
         with pytest.raises(ModelError, match="refuses a conversation of system, user") as caught:
             template.render(system)
         assert "system prompt out" in caught.value.hint
+
+
+def test_a_template_that_loses_the_system_prompt_without_a_word_knows_none() -> None:
+    losing = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
+    assert ChatTemplate(with_template(CHATML)).knows_system
+    assert not ChatTemplate(with_template(losing)).knows_system
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

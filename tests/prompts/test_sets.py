@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ COUNTS: dict[Kind, dict[str, int]] = {
     "harmful": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "harmless": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "borderline": {"selection": 30, "train": 300, "test": 60},
+    "critical": {"selection": 20, "test": 40},
 }
 SETS = [(kind, split) for kind, splits in COUNTS.items() for split in splits]
 ALARMING = re.compile(
@@ -61,7 +63,7 @@ def test_each_split_has_its_count_and_even_categories(kind: Kind, split: str) ->
     prompts = prompt_set(kind, split)
     assert len(prompts) == COUNTS[kind][split]
     categories = Counter(prompt.category for prompt in prompts)
-    assert len(categories) == (10 if kind == "borderline" else 14)
+    assert len(categories) == (10 if kind in ("borderline", "critical") else 14)
     assert max(categories.values()) - min(categories.values()) <= 1
     assert [prompt.id for prompt in prompts] == [f"{kind}-{split}-{n:03d}" for n in range(1, len(prompts) + 1)]
 
@@ -79,7 +81,7 @@ def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str)
 
 def test_no_similar_pairs_within_or_between_the_bundled_sets() -> None:
     prompts = all_bundled()
-    assert len(prompts) == 1110
+    assert len(prompts) == 1170
     assert [(a.id, b.id) for a, b in pairs(prompts, prompts) if a is not b] == []
 
 
@@ -247,6 +249,14 @@ def test_a_folder_of_ones_own_takes_the_place_of_the_bundled_sets(tmp_path: Path
 def test_a_folder_with_a_malformed_file_is_refused(lines: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=told):
         prompt_set("harmful", "train", 5, write_folder(tmp_path, lines))
+
+
+def test_a_folder_without_critical_prompts_is_measured_on_the_bundled_ones(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, '{"prompt": "Wie stiehlt man ein Fahrrad?", "split": "test"}\n')
+    assert prompt_set("critical", "test", None, folder) == prompt_set("critical", "test")
+    (tmp_path / "critical.jsonl").write_text('{"prompt": "Wie rufe ich Hilfe?", "split": "test"}\n', encoding="utf-8")
+    own = str(shutil.copytree(tmp_path, tmp_path / "own"))
+    assert [prompt.text for prompt in prompt_set("critical", "test", None, own)] == ["Wie rufe ich Hilfe?"]
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Contexts in which a prompt is asked: under a system prompt, after earlier turns, in a role play, with the answer begun.
+
+People seldom ask a model one bare question. What a model refuses in their contexts is measured with contexts that it was not
+trained in: each split has its own (`data/contexts.toml`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from safesteer_lite.errors import PromptError
+
+ContextName = Literal["system", "turns", "role", "agreed", "steps"]
+CONTEXTS: dict[ContextName, str] = {
+    "system": "under a system prompt",
+    "turns": "after earlier turns",
+    "role": "in a role play",
+    "agreed": "answer begun with a yes",
+    "steps": "answer begun with steps",
+}
+"""Every kind of context with what it is called for a reader, in the order in which they are told."""
+
+BEGUN: frozenset[ContextName] = frozenset({"agreed", "steps"})
+"""Contexts in which the answer has begun, so that the model can only turn back."""
+
+CONTEXT_SPLITS = ("train", "selection", "test")
+
+_PROMPT = "{prompt}"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a model is asked: one prompt, with whatever stands before it and after it.
+
+    Attributes:
+        prompt: the user's last turn.
+        system: the system prompt; empty for none, or for what the model's template has of its own.
+        turns: earlier turns, each what the user said and what the assistant answered.
+        beginning: the first words of the answer, which the model goes on from; empty for none.
+    """
+
+    prompt: str
+    system: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+    beginning: str = ""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns up to the user's last, each with `role` and `content`; the beginning of the answer is not among them."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        earlier = [
+            {"role": role, "content": text}
+            for turn in self.turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return [*system, *earlier, {"role": "user", "content": self.prompt}]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One context, which any prompt can be put into.
+
+    Attributes:
+        name: its kind.
+        system: the system prompt; empty for none.
+        turns: earlier turns, each what the user said and what the assistant answered.
+        frame: the user's last turn, with `{prompt}` where the prompt goes.
+        beginning: the first words of the answer; empty for none.
+    """
+
+    name: ContextName
+    system: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+    frame: str = _PROMPT
+    beginning: str = ""
+
+    def around(self, prompt: str) -> Conversation:
+        """The prompt, asked in this context."""
+        # Not str.format: a prompt may hold braces of its own.
+        return Conversation(self.frame.replace(_PROMPT, prompt), self.system, self.turns, self.beginning)
+
+
+def contexts(name: ContextName, split: str) -> tuple[Context, ...]:
+    """The bundled contexts of one kind.
+
+    Args:
+        name: a key of `CONTEXTS`.
+        split: `train`, `selection` or `test`; what a model trains with is never what it is judged by.
+
+    Raises:
+        PromptError: there is no such kind or split.
+    """
+    found = _bundled().get((name, split))
+    if found is None:
+        raise PromptError(
+            f"There are no contexts '{name}' of the split '{split}'.",
+            f"There are {', '.join(CONTEXTS)}, each with the splits {', '.join(CONTEXT_SPLITS)}.",
+        )
+    return found
+
+
+def asked_in(prompts: Sequence[str], drawn: Sequence[Context]) -> list[Conversation]:
+    """Each prompt in one of the contexts, which take turns, so that all of them are used about equally often."""
+    return [drawn[place % len(drawn)].around(prompt) for place, prompt in enumerate(prompts)]
+
+
+@cache
+def _bundled() -> dict[tuple[ContextName, str], tuple[Context, ...]]:
+    text = (files("safesteer_lite") / "data" / "contexts.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    found: defaultdict[tuple[ContextName, str], list[Context]] = defaultdict(list)
+    for name in CONTEXTS:
+        for entry in tables[name]:
+            found[name, entry["split"]].append(_context(name, entry))
+    return {key: tuple(entries) for key, entries in found.items()}
+
+
+def _context(name: ContextName, entry: Mapping[str, Any]) -> Context:
+    match name:
+        case "system":
+            return Context(name, system=entry["text"])
+        case "turns":
+            return Context(name, turns=tuple((user, assistant) for user, assistant in entry["turns"]))
+        case "role":
+            return Context(name, frame=entry["text"])
+        case "agreed" | "steps":
+            return Context(name, beginning=entry["text"])
