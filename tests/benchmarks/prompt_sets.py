@@ -54,15 +54,16 @@ def development(folder: Path) -> dict[str, list[Line]]:
         held = [line["prompt"] for line in known if line["split"] == "selection"]
         if kind == "borderline":
             held += [line["prompt"] for line in known if line["split"] == "train"][HELD_BACK:]
-        else:
+        elif kind != "critical":
             held += public(folder, kind, "train")[:PUBLIC]
         known += lines("development", f"{kind}-development", held)
     return sets
 
 
 def all_public(folder: Path) -> dict[str, list[Line]]:
-    """Public prompts of the sizes of the bundled ones; borderline prompts are the bundled ones."""
-    sets = {"borderline": bundled()["borderline"]}
+    """Public prompts of the sizes of the bundled ones; borderline and critical prompts are the bundled ones."""
+    own = bundled()
+    sets = {"borderline": own["borderline"], "critical": own["critical"]}
     for kind in ("harmful", "harmless"):
         texts = public(folder, kind, "train")
         sets[kind], start = [], 0
