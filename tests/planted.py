@@ -66,11 +66,9 @@ SETTINGS: config.Values = {
     "prompts.contrast": 12,
     "direction.refusal_openings": ["I'm"],
     "direction.shortlist": 8,
-    "direction.depth_limit": 1.0,
     "direction.kl_limit": 0.5,
     "direction.steering_strengths": [1.0, 1.5, 2.0],
     "direction.teacher_refusals": 0.95,
-    "direction.teacher_tokens": 12,
     "direction.minimum_prompts": 8,
     "tokens.samples": 2,
     "tokens.count": 10,
@@ -96,7 +94,6 @@ SETTINGS: config.Values = {
     "evaluate.selection_tokens": 12,
     "evaluate.answer_tokens": 12,
     "evaluate.kl_tokens": 8,
-    "export.check_prompts": 4,
 }
 """Small numbers, with which a run takes seconds."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +86,36 @@ def presets_on_cards() -> str:
     return fit_table(sorted(names, key=lambda name: KNOWN[name].size))
 
 
-def settings_tables() -> str:
-    """Every setting with its default, its unit and the source of the default, and what each preset changes."""
-    parts = [_table("The run", [item for item in fields(config.RunConfig) if item.name not in config.SECTIONS])]
+def settings_table() -> str:
+    """What a person may want to change: each setting with its default, what it is, and where the default comes from."""
+    return _table({name: item for name, item in config.known_settings().items() if not item.metadata["expert"]})
+
+
+def expert_tables() -> str:
+    """All other settings, section by section."""
+    parts = []
     for section, kind in config.SECTIONS.items():
-        parts.append(_table(f"[{section}]", fields(kind), (kind.__doc__ or "").strip(), f"{section}."))
+        shown = {f"{section}.{item.name}": item for item in fields(kind) if item.metadata["expert"]}
+        if shown:
+            parts.append(f"### [{section}]\n\n{(kind.__doc__ or '').strip()}\n\n{_table(shown)}")
+    return "\n\n".join(parts)
+
+
+def recipe_table() -> str:
+    """What each recipe changes of the defaults."""
+    rows = [f"| {name} | {_recipe_changes(name)} |" for name in config.RECIPES]
+    return "\n".join(["| recipe | what differs from the defaults |", "| --- | --- |", *rows])
+
+
+def preset_table() -> str:
+    """What each preset sets."""
     rows = [f"| {name} | {_preset_changes(name)} |" for name in config.preset_names()]
-    recipes = [f"| {name} | {_recipe_changes(name)} |" for name in config.RECIPES]
-    parts.append(
-        "\n".join(["## Recipes", "", "| recipe | what differs from the defaults |", "| --- | --- |", *recipes])
-    )
-    return "\n\n".join([*parts, "\n".join(["## Presets", "", "| preset | what it sets |", "| --- | --- |", *rows])])
+    return "\n".join(["| preset | what it sets |", "| --- | --- |", *rows])
 
 
-def _table(title: str, items: Any, about: str = "", prefix: str = "") -> str:
-    lines = [f"## {title}", "", *([about, ""] if about else [])]
-    lines += ["| setting | default | what it is | where the default comes from |", "| --- | --- | --- | --- |"]
-    for item in items:
+def _table(shown: Mapping[str, Field[Any]]) -> str:
+    lines = ["| setting | default | what it is | where the default comes from |", "| --- | --- | --- | --- |"]
+    for name, item in shown.items():
         told = item.metadata["unit"]
         if choices := item.metadata["choices"]:
             told += ": one of " + ", ".join(f"`{word}`" for word in choices)
@@ -110,7 +123,7 @@ def _table(title: str, items: Any, about: str = "", prefix: str = "") -> str:
             told += f"{', each' if isinstance(item.default, tuple) else ';'} {bounds}"
         source = re.sub(CITATION, _linked, item.metadata["source"])
         default = json.dumps(list(item.default) if isinstance(item.default, tuple) else item.default)
-        lines.append(f"| `{prefix}{item.name}` | `{default}` | {told} | {source} |")
+        lines.append(f"| `{name}` | `{default}` | {told} | {source} |")
     return "\n".join(lines)
 
 
@@ -184,7 +197,10 @@ def _row(path: Path) -> str:
 
 PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "graphics-card.md", "fit table"): presets_on_cards,
-    (DOCS / "settings.md", "settings"): settings_tables,
+    (SETTINGS, "settings"): settings_table,
+    (SETTINGS, "expert settings"): expert_tables,
+    (SETTINGS, "recipes"): recipe_table,
+    (SETTINGS, "presets"): preset_table,
     (DOCS / "results.md", "demo table"): demo_table,
     (DOCS / "development.md", "tree"): tree,
 }

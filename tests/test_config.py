@@ -12,6 +12,7 @@ import pytest
 
 from safesteer_lite import config
 from safesteer_lite.config import Bounds, DistillConfig, ModelConfig, PromptsConfig, RunConfig
+from safesteer_lite.config.older import FORMER as FORMER_SETTINGS
 from safesteer_lite.errors import ConfigError
 from safesteer_lite.method.distill import generator_at, prompts_at
 
@@ -44,13 +45,50 @@ def test_a_setting_that_was_renamed_says_what_it_became() -> None:
     ]
 
 
+FORMER = """
+seed = 7
+
+[direction]
+depth_limit = 0.8  # share of the depth
+teacher_tokens = 20  # tokens an answer
+
+[distill]
+top_k = 50  # tokens, for `top-k`
+steps = 3  # optimizer steps
+
+[evaluate]
+stop_on_tax = false  # stop when the budget is exceeded thrice in a row
+
+[export]
+check_prompts = 8  # prompts of the reload check
+"""
+"""What a config.toml of version 0.2.0 has besides today's settings."""
+
+
+def test_an_older_file_may_keep_what_is_the_same_in_every_run_now() -> None:
+    built = config.build([("config.toml", config.parse_toml(FORMER, "config.toml")[0])])
+    assert built == RunConfig(distill=replace(DistillConfig(), steps=3), seed=7)
+    assert config.build([("flag", config.parse_assignments(["export.check_prompts=8", "evaluate.stop_on_tax=False"]))])
+
+
+def test_an_older_file_with_another_value_is_told_what_to_do() -> None:
+    changed = FORMER.replace("= 20 ", "= 12 ").replace("= false ", "= true ")
+    assert problems_of(("config.toml", config.parse_toml(changed, "config.toml")[0])) == [
+        "config.toml: direction.teacher_tokens is 20 in every run now and can no longer be set: leave it out, or go on "
+        "with the version that the file was written by.",
+        "config.toml: evaluate.stop_on_tax is false in every run now and can no longer be set: leave it out, or go on "
+        "with the version that the file was written by.",
+    ]
+    assert not FORMER_SETTINGS.keys() & config.known_settings().keys()
+
+
 def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
     problems = problems_of(
         ("a.toml", {"distill.step": 3, "model.precision": "int8", "direction.steering_strengths": [2.0, 1.0]}),
         ("flag", {"distill.rank": "many", "tokens.horizon": "1"}),
     )
     assert problems == [
-        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.top_k, distill.temperature.",
+        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.temperature, distill.warmup.",
         "a.toml: model.precision: expected one of nf4, bf16, fp32, got 'int8'.",
         "flag: distill.rank: expected a whole number, got 'many'.",
         "flag: tokens.horizon: must be from 2 to 512, got '1'.",
@@ -65,8 +103,6 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         ("distill.steps", 12.0, 12),
         ("distill.learning_rate", "1e-4", 1e-4),
         ("distill.learning_rate", 1, 1.0),
-        ("evaluate.stop_on_tax", "yes", True),
-        ("evaluate.stop_on_tax", False, False),
         ("direction.steering_strengths", "1, 2,3.5", (1.0, 2.0, 3.5)),
         ("direction.refusal_openings", ["I", "Sorry"], ("I", "Sorry")),
         ("distill.adapter_strengths", [], ()),
@@ -94,8 +130,6 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("distill.learning_rate", float("inf"), "expected a finite number"),
         ("distill.steps", float("inf"), "expected a"),
         ("distill.learning_rate", "-1", "must be above 0 and at most 1"),
-        ("evaluate.stop_on_tax", "maybe", "expected true or false"),
-        ("evaluate.stop_on_tax", True, "needs evaluate.every"),
         ("evaluate.every", -1, "must be from 0 to 10,000"),
         ("direction.steering_strengths", [], "must not be empty"),
         ("direction.steering_strengths", "1,x", "expected a number, got 'x'"),
@@ -105,7 +139,7 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("direction.steering_strengths", 3, "expected a list"),
         ("direction.refusal_openings", "", "empty"),
         ("model.name", 3, "expected text"),
-        ("direction.depth_limit", 1.5, "at most 1"),
+        ("direction.teacher_refusals", 1.5, "at most 1"),
         ("distill.warmup", 1.0, "below 1"),
         ("model", "x", "there is no setting 'model'"),
         ("seed", 2**63, "must be from 0 to 4,294,967,295"),

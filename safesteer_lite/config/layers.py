@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safesteer_lite.config.older import GONE, RENAMED
+from safesteer_lite.config.older import RENAMED, why_not
 from safesteer_lite.config.sections import SECTIONS, RunConfig, known_settings
 from safesteer_lite.config.setting import converted
 from safesteer_lite.errors import ConfigError
@@ -40,8 +40,8 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     alone: dict[str, Any] = {}
     for name, (origin, raw) in merged.items():
-        if name in GONE:
-            problems.append(f"{origin}: {name} {GONE[name]}.")
+        if (reason := why_not(name, raw)) is not None:
+            problems += [f"{origin}: {name} {reason}."] if reason else []
             continue
         if name not in known:
             close = sorted(known, key=lambda other: _distance(name, other))[:3]
@@ -75,8 +75,6 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append("direction.steering_strengths must rise: the smallest sufficient one is taken.")
     if 1 in config.distill.adapter_strengths:
         problems.append("distill.adapter_strengths: 1, the adapter as trained, is there anyway.")
-    if config.evaluate.stop_on_tax and not config.evaluate.every:
-        problems.append("evaluate.stop_on_tax needs evaluate.every: without it only the last step is measured.")
     return problems
 
 

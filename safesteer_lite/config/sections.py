@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from safesteer_lite.config.setting import Bounds, setting
@@ -10,6 +11,7 @@ from safesteer_lite.config.setting import Bounds, setting
 RECIPES = ("lite", "paper")
 """Ways to distil, each a file of its own beside the presets; the first is the default."""
 _OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
+_expert = partial(setting, expert=True)
 
 _PROMPTS = Bounds(1, 100_000)
 _TOKENS = Bounds(1, 32_768)
@@ -24,10 +26,12 @@ class ModelConfig:
 
     name: str = setting("", "Hub id or local folder", "the user")
     revision: str = setting("", "Hub commit or branch; empty is the default branch", "the user")
-    precision: str = setting("nf4", "weights", "this project: 4 bits fit small cards", ("nf4", "bf16", "fp32"))
-    device: str = setting("auto", "device", "cuda where there is one", ("auto", "cpu", "cuda"))
-    backend: str = setting("auto", "library", "Unsloth where it passes its checks", ("auto", "plain", "unsloth"))
-    unpack: str = setting("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
+    precision: str = setting(
+        "nf4", "how weights are kept", "this project: 4 bits fit small cards", ("nf4", "bf16", "fp32")
+    )
+    device: str = setting("auto", "what it runs on", "cuda where there is one", ("auto", "cpu", "cuda"))
+    backend: str = _expert("auto", "library", "Unsloth where it passes its checks", ("auto", "plain", "unsloth"))
+    unpack: str = _expert("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
 
 
 @dataclass(frozen=True)
@@ -37,45 +41,43 @@ class PromptsConfig:
     training: str = setting("", "file with harmful prompts; empty is the bundled set", "the user")
     column: str = setting("", "column of that file; empty finds it", "the user")
     folder: str = setting("", "folder with your own sets of all kinds; empty is bundled", "the user")
-    direction: int = setting(128, "harmful and harmless prompts each", "arXiv 2406.11717", bounds=_PROMPTS)
-    selection: int = setting(32, "harmful and harmless prompts each", "arXiv 2406.11717", bounds=_PROMPTS)
-    train: int = setting(100, "harmful prompts", "arXiv 2606.02530", bounds=_PROMPTS)
-    contrast: int = setting(
+    direction: int = _expert(128, "harmful and harmless prompts each", "arXiv 2406.11717", bounds=_PROMPTS)
+    selection: int = _expert(32, "harmful and harmless prompts each", "arXiv 2406.11717", bounds=_PROMPTS)
+    train: int = setting(100, "harmful prompts to train on", "arXiv 2606.02530", bounds=_PROMPTS)
+    contrast: int = _expert(
         300, "borderline training prompts among the anchors", "docs/method.md, anchors", bounds=Bounds(0, 100_000)
     )
-    test: int = setting(100, "harmful and harmless prompts each", "bundled test split", bounds=_PROMPTS)
-    borderline_selection: int = setting(30, "borderline prompts", "bundled selection split", bounds=_PROMPTS)
-    borderline_test: int = setting(60, "borderline prompts", "bundled test split", bounds=_PROMPTS)
-    prompt_tokens: int = setting(512, "tokens, longest prompt", "arXiv 2606.02530", bounds=_TOKENS)
+    test: int = setting(100, "harmful and harmless prompts to measure on, each", "bundled test split", bounds=_PROMPTS)
+    borderline_selection: int = _expert(30, "borderline prompts", "bundled selection split", bounds=_PROMPTS)
+    borderline_test: int = setting(60, "borderline prompts to measure on", "bundled test split", bounds=_PROMPTS)
+    prompt_tokens: int = _expert(512, "tokens, longest prompt", "arXiv 2606.02530", bounds=_TOKENS)
 
 
 @dataclass(frozen=True)
 class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
-    refusal_openings: tuple[str, ...] = setting(
+    refusal_openings: tuple[str, ...] = _expert(
         ("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting", entries=Bounds(1, 100)
     )
-    shortlist: int = setting(
+    shortlist: int = _expert(
         20,
         "candidates scored in full; 0 scores all",
         "docs/method.md: same choice as the full sweep, 7 times faster",
         bounds=Bounds(0, 100_000),
     )
-    depth_limit: float = setting(0.8, "share of the depth", "arXiv 2406.11717", bounds=_SHARE)
-    kl_limit: float = setting(0.1, "nats", "arXiv 2406.11717", bounds=Bounds(0, 1_000, above=True))
-    steering_strengths: tuple[float, ...] = setting(
+    kl_limit: float = _expert(0.1, "nats", "arXiv 2406.11717", bounds=Bounds(0, 1_000, above=True))
+    steering_strengths: tuple[float, ...] = _expert(
         (1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
         "multiples of r",
         "docs/method.md: 1 can be too weak",
         bounds=Bounds(0, 100, above=True),
         entries=Bounds(1, 20),
     )
-    teacher_refusals: float = setting(
+    teacher_refusals: float = _expert(
         0.9, "share of held-out harmful prompts", "this project: nearly all", bounds=_SHARE
     )
-    teacher_tokens: int = setting(20, "tokens an answer", "used by the demo; not compared", bounds=_TOKENS)
-    minimum_prompts: int = setting(
+    minimum_prompts: int = _expert(
         16, "prompts that must pass the filter", "half of the selection split", bounds=_PROMPTS
     )
 
@@ -84,62 +86,61 @@ class DirectionConfig:
 class TokensConfig:
     """How safety tokens are voted."""
 
-    vote: str = setting(
+    vote: str = _expert(
         "mass", "by moved probability, or by log-ratio (paper)", "docs/method.md, safety tokens", ("mass", "ratio")
     )
-    voters: str = setting(
+    voters: str = _expert(
         "harmful",
         "answers whose positions vote: the base's to training prompts, or the teacher's to harmless ones (paper)",
         "docs/method.md, safety tokens",
         ("harmful", "harmless"),
     )
-    count: int = setting(50, "tokens (K)", "arXiv 2606.02530", bounds=Bounds(1, 100_000))
-    ballots: int = setting(200, "votes a position", "the authors' research scripts", bounds=Bounds(1, 100_000))
-    samples: int = setting(
+    count: int = _expert(50, "tokens (K)", "arXiv 2606.02530", bounds=Bounds(1, 100_000))
+    ballots: int = _expert(200, "votes a position", "the authors' research scripts", bounds=Bounds(1, 100_000))
+    samples: int = _expert(
         1, "continuations a prompt (M)", "docs/method.md, safety tokens; paper 8", bounds=Bounds(1, 1_000)
     )
-    horizon: int = setting(4, "positions (H)", "as a rollout has; paper 7, Llama 5", bounds=Bounds(2, 512))
-    minimum_probability: float = setting(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7", bounds=_BELOW_ONE)
+    horizon: int = _expert(4, "positions (H)", "as a rollout has; paper 7, Llama 5", bounds=Bounds(2, 512))
+    minimum_probability: float = _expert(1e-8, "probability (p_min)", "paper, Qwen; Llama 1e-7", bounds=_BELOW_ONE)
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = setting("full", "loss on harmful prompts", "docs/results.md, the paper's own choices", _OBJECTIVES)
-    top_k: int = setting(50, "tokens, for `top-k`", "as many as safety tokens", bounds=Bounds(1, 100_000))
+    objective: str = _expert("full", "loss on harmful prompts", "docs/results.md, the paper's own choices", _OBJECTIVES)
     steps: int = setting(
         8, "optimizer steps", "docs/results.md: 24 were no better by answers; paper 25", bounds=Bounds(1, 10_000)
     )
     prompts: int = setting(
         25, "harmful prompts a step", "docs/method.md, first words; paper 4", bounds=Bounds(1, 10_000)
     )
-    rollouts: int = setting(
+    rollouts: int = _expert(
         1, "rollouts a harmful prompt", "docs/method.md, first words; paper 8", bounds=Bounds(1, 1_000)
     )
-    completion_tokens: int = setting(4, "tokens a rollout", "docs/method.md, first words; paper 512", bounds=_TOKENS)
-    temperature: float = setting(1.0, "softmax temperature", "arXiv 2606.02530", bounds=Bounds(0, 100))
-    anchors: int = setting(
+    completion_tokens: int = _expert(4, "tokens a rollout", "docs/method.md, first words; paper 512", bounds=_TOKENS)
+    temperature: float = _expert(1.0, "softmax temperature", "arXiv 2606.02530", bounds=Bounds(0, 100))
+    anchors: int = _expert(
         64, "harmless prompts a step; 0 is the paper", "docs/method.md, anchors", bounds=Bounds(0, 10_000)
     )
-    anchor_mix: str = setting(
+    anchor_mix: str = _expert(
         "even",
         "everyday and borderline anchors equally often, or `pooled`, each as it is",
         "docs/method.md, anchors",
         ("even", "pooled"),
     )
-    anchor_objective: str = setting("full", "loss on anchors", "docs/method.md, anchors", _OBJECTIVES)
-    anchor_weight: float = setting(16.0, "factor on their loss", "docs/method.md, anchors", bounds=_FACTOR)
-    score_weight: float = setting(
+    anchor_objective: str = _expert("full", "loss on anchors", "docs/method.md, anchors", _OBJECTIVES)
+    anchor_weight: float = _expert(16.0, "factor on their loss", "docs/method.md, anchors", bounds=_FACTOR)
+    score_weight: float = _expert(
         0.0,
         "factor on the anchors' rise of the refusal score; 0 is the paper",
         "docs/method.md, anchors",
         bounds=_FACTOR,
     )
-    half_life: float = setting(
+    half_life: float = _expert(
         0.5, "tokens after which a position counts half; 0 is the paper", "docs/method.md, first words", bounds=_FACTOR
     )
-    averaging: float = setting(
+    averaging: float = _expert(
         0.8,
         "share of the averaged weights kept a step; 0 takes the last ones",
         "docs/method.md, the optimizer",
@@ -148,33 +149,33 @@ class DistillConfig:
     learning_rate: float = setting(
         3e-4, "AdamW peak rate", "docs/method.md, the optimizer; for LoRA, not the paper's", bounds=_SHARE
     )
-    adapter_strengths: tuple[float, ...] = setting(
+    adapter_strengths: tuple[float, ...] = _expert(
         (0.5, 2.0, 3.0),
         "factors on the last adapter, tried too; of equally good ones the last is kept",
         "docs/method.md, the adapter's strength",
         bounds=Bounds(0, 3, above=True),
         entries=Bounds(0, 20),
     )
-    warmup: float = setting(0.1, "share of steps", "arXiv 2606.02530", bounds=_BELOW_ONE)
-    gradient_clip: float = setting(1.0, "norm", "arXiv 2606.02530", bounds=Bounds(0, 1_000_000, above=True))
-    rank: int = setting(8, "LoRA r", "docs/method.md, reading directions", bounds=Bounds(1, 1_024))
-    lora_alpha: int = setting(16, "LoRA alpha", "docs/method.md, reading directions", bounds=Bounds(1, 100_000))
-    reading: str = setting(
+    warmup: float = _expert(0.1, "share of steps", "arXiv 2606.02530", bounds=_BELOW_ONE)
+    gradient_clip: float = _expert(1.0, "norm", "arXiv 2606.02530", bounds=Bounds(0, 1_000_000, above=True))
+    rank: int = _expert(8, "LoRA r", "docs/method.md, reading directions", bounds=Bounds(1, 1_024))
+    lora_alpha: int = _expert(16, "LoRA alpha", "docs/method.md, reading directions", bounds=Bounds(1, 100_000))
+    reading: str = _expert(
         "discriminant",
         "what LoRA A reads; `discriminant` computes it and trains B only",
         "docs/method.md, reading directions; paper random",
         ("random", "discriminant"),
     )
-    reading_prompts: str = setting(
+    reading_prompts: str = _expert(
         "answered", "harmful prompts it is computed from", "docs/method.md, reading directions", ("answered", "all")
     )
-    reading_ridge: float = setting(
+    reading_ridge: float = _expert(
         0.1,
         "share of the mean eigenvalue",
         "docs/method.md, reading directions; not compared",
         bounds=Bounds(0, 1_000, above=True),
     )
-    depth_start: float = setting(
+    depth_start: float = _expert(
         0.33,
         "share of the depth below the lowest adapted block",
         "docs/method.md, reading directions; not compared",
@@ -186,10 +187,10 @@ class DistillConfig:
     chunk: int = setting(
         64, "positions whose logits exist at a time", "used by the demo; not compared", bounds=Bounds(1, 1_000_000)
     )
-    checkpointing: str = setting(
+    checkpointing: str = _expert(
         "auto", "run adapted blocks again in backward", "on CUDA, where memory is short", ("auto", "yes", "no")
     )
-    save_every: int = setting(
+    save_every: int = _expert(
         4, "steps between saved steps", "at most 3 steps are done again", bounds=Bounds(1, 10_000)
     )
 
@@ -198,23 +199,22 @@ class DistillConfig:
 class EvaluateConfig:
     """What is measured, when, and what counts as too much."""
 
-    every: int = setting(
+    every: int = _expert(
         0,
         "steps between measurements on the selection split; 0 measures the last step only",
         "docs/method.md, the adapter's strength",
         bounds=Bounds(0, 10_000),
     )
-    selection_tokens: int = setting(24, "tokens an answer while training", "openings decide", bounds=_TOKENS)
+    selection_tokens: int = _expert(24, "tokens an answer while training", "openings decide", bounds=_TOKENS)
     answer_tokens: int = setting(
         150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals", bounds=_TOKENS
     )
-    kl_tokens: int = setting(
+    kl_tokens: int = _expert(
         48, "tokens of a harmless answer", "docs/method.md, what is measured: over whole answers", bounds=_TOKENS
     )
     tax_budget: float = setting(
         2.0, "points of over-refusal above the base", "this project: +2 points", bounds=Bounds(0, 100)
     )
-    stop_on_tax: bool = setting(False, "stop when the budget is exceeded thrice in a row", "off: the best is kept")
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,6 @@ class ExportConfig:
 
     weights: str = setting(
         "original", "16-bit base that the adapter is merged into", "docs/export.md", ("original", "dequantised")
-    )
-    check_prompts: int = setting(
-        8, "prompts of the reload check", "this project; not compared", bounds=Bounds(1, 1_000)
     )
 
 
@@ -240,8 +237,8 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-    seed: int = setting(0, "seed of every random choice", "the user", bounds=Bounds(0, 2**32 - 1))
     recipe: str = setting("lite", "the recipe that these settings began from", "docs/method.md", RECIPES)
+    seed: int = setting(0, "seed of every random choice", "the user", bounds=Bounds(0, 2**32 - 1))
 
 
 SECTIONS: dict[str, type] = {
@@ -257,5 +254,6 @@ SECTIONS: dict[str, type] = {
 
 def known_settings() -> dict[str, Field[Any]]:
     """Every setting by its dotted name."""
-    known = {f"{section}.{item.name}": item for section, kind in SECTIONS.items() for item in fields(kind)}
-    return {**known, **{item.name: item for item in fields(RunConfig) if item.name not in SECTIONS}}
+    alone = {item.name: item for item in fields(RunConfig) if item.name not in SECTIONS}
+    inside = {f"{section}.{item.name}": item for section, kind in SECTIONS.items() for item in fields(kind)}
+    return alone | inside

@@ -51,6 +51,7 @@ def setting(
     choices: Sequence[str] = (),
     bounds: Bounds | None = None,
     entries: Bounds | None = None,
+    expert: bool = False,
 ) -> Any:
     """A dataclass field that knows what it may be.
 
@@ -61,8 +62,16 @@ def setting(
         choices: the words that it accepts; empty for any.
         bounds: of a number, or of each number of a list.
         entries: how many entries a list may have.
+        expert: whether hardly anybody wants to change it, so that it is shown only where all settings are asked for.
     """
-    told = {"unit": unit, "source": source, "choices": tuple(choices), "bounds": bounds, "entries": entries}
+    told = {
+        "unit": unit,
+        "source": source,
+        "choices": tuple(choices),
+        "bounds": bounds,
+        "entries": entries,
+        "expert": expert,
+    }
     return field(default=default, metadata=told)
 
 
@@ -77,13 +86,6 @@ def converted(raw: Any, item: Field[Any]) -> Any:
         ValueError: it is no such value; the message says what is expected.
     """
     default = item.default
-    if isinstance(default, bool):
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(raw, bool):
-            return raw
-        if str(raw).lower() in words:
-            return words[str(raw).lower()]
-        raise ValueError(f"expected true or false, got {_shown(raw)}")
     if isinstance(default, (int, float)):
         return _number(raw, type(default), item.metadata["bounds"])
     if isinstance(default, tuple):

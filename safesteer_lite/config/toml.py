@@ -88,24 +88,31 @@ def to_record(config: RunConfig) -> dict[str, Any]:
     return record
 
 
-def to_toml(config: RunConfig) -> str:
+def to_toml(config: RunConfig, preset: str = "", *, expert: bool = True) -> str:
     """The configuration as TOML, with units; reading it back gives the same configuration.
+
+    Args:
+        config: all settings.
+        preset: the preset that they come from, to name it; empty for none.
+        expert: whether to write the settings that hardly anybody wants to change; without them, reading it back gives the
+            same only where they are as the recipe and the preset have them.
 
     Raises:
         ConfigError: a path in it is not text.
     """
-    lines = [f"recipe = {_toml(config.recipe)}", f"seed = {config.seed}"]
+    lines = [f"preset = {_toml(preset)}"] if preset else []
+    lines += [f"recipe = {_toml(config.recipe)}", f"seed = {config.seed}"]
     for section in SECTIONS:
-        lines += ["", f"[{section}]"]
         table = getattr(config, section)
-        for item in fields(table):
+        shown = [item for item in fields(table) if expert or not item.metadata["expert"]]
+        if shown:
+            lines += ["", f"[{section}]"]
+        for item in shown:
             lines.append(f"{item.name} = {_toml(getattr(table, item.name))}  # {item.metadata['unit']}")
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from safesteer_lite import config
 from safesteer_lite.config import RunConfig, Values
+from safesteer_lite.config.constants import TEACHER_TOKENS
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.shape import ModelShape, parameters
 
@@ -105,7 +106,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     measured = (-(-distill.steps // evaluate.every) if evaluate.every else 1) + len(distill.adapter_strengths)
     return {
         "baseline": selection,
-        "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, direction.teacher_tokens),
+        "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, TEACHER_TOKENS),
         "tokens": voted,
         "distill": (_answers(rows, distill.completion_tokens) + trained) * distill.steps
         + _answers(answered, evaluate.selection_tokens)

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from safesteer_lite.config import SECTIONS, RunConfig
+from safesteer_lite.config.constants import DEPTH_LIMIT
 from safesteer_lite.evaluation.scorecard import Rate, change
 from safesteer_lite.hardware.units import format_bytes, format_duration
 from safesteer_lite.prompts.sets import KINDS
@@ -251,13 +252,12 @@ def _heat_figure(
     chosen: tuple[int, int],
     source: Source,
 ) -> Markup:
-    limit = source.record["config"]["direction"]["depth_limit"]
     chart = heat_map(
         f"Separation by template position and layer; chosen: position {chosen[0]}, layer {chosen[1]}.",
         separation,
         chosen=chosen,
         scored={(entry["position"], entry["layer"]) for entry in candidates},
-        first_late=limit * len(separation[0]),
+        first_late=DEPTH_LIMIT * len(separation[0]),
     )
     caption = (
         "How far apart harmful and harmless prompts lie along each candidate, in standard deviations. Framed: the chosen "

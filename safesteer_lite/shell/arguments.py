@@ -162,6 +162,8 @@ def _listing(commands: Any) -> None:
     presets = _command(commands, "presets", "list presets, or show one", "safesteer-lite presets show qwen3-4b")
     presets.add_argument("action", nargs="?", choices=("list", "show"), default="list")
     presets.add_argument("name", nargs="?")
+    presets.add_argument("--all", action="store_true", help="show expert settings too")
+    presets.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="under which recipe (lite)")
 
     doctor = _command(commands, "doctor", "check this machine", "safesteer-lite doctor")
     doctor.add_argument("--json", action="store_true", help="for machines")

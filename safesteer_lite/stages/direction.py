@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from safesteer_lite.config.constants import DEPTH_LIMIT, TEACHER_TOKENS
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import counting_from
@@ -84,7 +85,7 @@ def run(session: Session, publication: Publication) -> None:
     _require_enough(kept, config.minimum_prompts, policy, session)
     vectors = method.mean_difference(kept[0].activations, kept[1].activations)
     separation = method.separation(vectors, kept[2].activations, kept[3].activations)
-    candidates = method.shortlist(separation, config.depth_limit, config.shortlist)
+    candidates = method.shortlist(separation, DEPTH_LIMIT, config.shortlist)
     scored, coefficient = score(session, vectors, candidates, kept[2].prompts, kept[3].prompts, refusal)
     chosen = scored[0]
     save_file({"candidates": vectors, "separation": separation}, publication.path / "candidates.safetensors")
@@ -247,7 +248,7 @@ def search_strength(
     done = session.progress("teacher answers", len(steps) * len(harmful))
     for index, strength in enumerate(steps):
         with teacher(policy.model, Steering(layer, strength * vector)):
-            answers = policy.answers(harmful, config.teacher_tokens, ANSWER_BATCH)
+            answers = policy.answers(harmful, TEACHER_TOKENS, ANSWER_BATCH)
         refused = sum(judges.judge(answer).refused for answer in answers)
         trials.append(Trial(strength, refused, len(answers), sum(map(repeats, answers))))
         done((index + 1) * len(harmful))

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
+from safesteer_lite.config.constants import TOP_K
 from safesteer_lite.errors import Interrupted, TrainingError
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.hardware.known import measured_on
@@ -29,15 +30,12 @@ from safesteer_lite.stages.shown import ShownAnswers
 from safesteer_lite.stages.tokens import load_tokens
 from safesteer_lite.stages.yardstick import Yardstick
 
-# So many measurements in a row beyond the tax budget are no accident of a small sample.
-_PATIENCE = 3
-
 
 def recipe(session: Session) -> Recipe:
     """The recipe that the settings describe."""
     config = session.config.distill
     names = Recipe.__dataclass_fields__.keys() & vars(config).keys()
-    return Recipe(**{name: getattr(config, name) for name in names}, seed=session.config.seed)
+    return Recipe(**{name: getattr(config, name) for name in names}, top_k=TOP_K, seed=session.config.seed)
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -90,7 +88,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         history, best = restore_step(saved[1], training)
         session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
     session.progress("steps", config.distill.steps)(training.done)
-    while training.done < config.distill.steps and not _stop(session, history):
+    while training.done < config.distill.steps:
         _one_step(session, training, history, shown)
         every = config.evaluate.every
         due = training.done == config.distill.steps or (every > 0 and training.done % every == 0)
@@ -194,10 +192,3 @@ def _one_step(session: Session, training: Distillation, history: History, shown:
     prompt = session.prompts.training()[result.prompt].text
     session.emit(Sample(session.stage, prompt, shown.of_step(result.step - 1), rollout))
     session.emit(Progress(session.stage, "steps", result.step, session.config.distill.steps))
-
-
-def _stop(session: Session, history: History) -> bool:
-    if session.config.evaluate.stop_on_tax and history.over_budget >= _PATIENCE:
-        session.warn(f"Stopped early: over-refusal was beyond the budget {_PATIENCE} measurements in a row.")
-        return True
-    return False

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from safesteer_lite.config import RunConfig
+from safesteer_lite.config.constants import CHECK_PROMPTS
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export.rehearsal import rehearse
 from safesteer_lite.export.weights import merge, shards, verify
@@ -171,8 +172,8 @@ def trained_answers(session: Session, adapter: Path, strength: float) -> Trained
     policy = session.policy
     read_adapter(policy.model, adapter)
     scale_adapter(policy.model, strength)
-    sets, half = session.prompts.split("selection"), session.config.export.check_prompts // 2
-    prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[: session.config.export.check_prompts - half]
+    sets, half = session.prompts.split("selection"), CHECK_PROMPTS // 2
+    prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[: CHECK_PROMPTS - half]
     answers = policy.answers(prompts, _CHECK_TOKENS, ANSWER_BATCH)
     return Trained(prompts, answers, reference_answers(policy, prompts, _CHECK_TOKENS, ANSWER_BATCH))
 

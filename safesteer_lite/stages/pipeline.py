@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.config import RunConfig
+from safesteer_lite.config.older import FORMER, former_settings
 from safesteer_lite.errors import (
     DiskSpaceError,
     Interrupted,
@@ -102,13 +103,16 @@ def stage_fingerprints(config: RunConfig, model_fingerprint: str) -> dict[str, s
 
 
 def _value(config: RunConfig, name: str) -> Any:
+    # What a run of before was fingerprinted with stays in the fingerprint, or its results would count as another run's.
+    if name in FORMER:
+        return FORMER[name]
     section, _, key = name.partition(".")
     value = getattr(config, section)
     if key:
         return getattr(value, key)
     if isinstance(value, int):
         return value
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()} | former_settings(section)
     if section == "model":
         # The weights themselves are fingerprinted; where they lie may change.
         plain.pop("name")

@@ -44,13 +44,9 @@ class Yardstick:
             session.policy, self._sets, settings.selection_tokens, ANSWER_BATCH, self._reference, chunk, done
         )
         score = trade_off(start, card, settings.tax_budget)
-        whole = strength == 1
         record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}
-        (history.measured if whole else history.scaled).append(record)
+        (history.measured if strength == 1 else history.scaled).append(record)
         self._tell(card, step, strength)
-        if whole:
-            tax = 100 * max(card.borderline.share - start.borderline.share, card.harmless.share - start.harmless.share)
-            history.over_budget = history.over_budget + 1 if tax > settings.tax_budget else 0
         # `adapter_strengths` says which strength comes last.
         if takes_over(score, history.best_score):
             history.best_step, history.best_strength, history.best_score = step, strength, score

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safesteer_lite.config.constants import DEPTH_LIMIT
 from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
 from safesteer_lite.method import directions as method
 from safesteer_lite.method import tokens as voting
@@ -95,7 +96,7 @@ def our_direction(options: argparse.Namespace) -> dict[str, Any]:
         kept, threshold = keep_clear([read(policy, group, refusal, lambda done: None) for group in groups], minimum)
         vectors = method.mean_difference(kept[0].activations, kept[1].activations)
         separation = method.separation(vectors, kept[2].activations, kept[3].activations)
-        chosen = method.shortlist(separation, config.depth_limit, config.shortlist)
+        chosen = method.shortlist(separation, DEPTH_LIMIT, config.shortlist)
         scored, coefficient = score(work, vectors, chosen, kept[2].prompts, kept[3].prompts, refusal)
         best = scored[0]
         save_file(
@@ -115,7 +116,7 @@ def our_direction(options: argparse.Namespace) -> dict[str, Any]:
         "refusal": refusal.tolist(),
         "positions": policy.template_positions,
         "minimum": minimum,
-        "depth_limit": config.depth_limit,
+        "depth_limit": DEPTH_LIMIT,
         "kl_limit": config.kl_limit,
     }
     (options.scratch / "given.json").write_text(json.dumps(given), encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
+from safesteer_lite.config.constants import DEPTH_LIMIT
 from safesteer_lite.method import directions as method
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.direction import describe, keep_clear, read, score
@@ -26,11 +27,11 @@ def main() -> None:
     say(f"threshold {threshold:.2f}, kept {[len(entry.prompts) for entry in kept]}")
     vectors = method.mean_difference(kept[0].activations, kept[1].activations)
     separation = method.separation(vectors, kept[2].activations, kept[3].activations)
-    everything = method.shortlist(separation, config.depth_limit, 0)
+    everything = method.shortlist(separation, DEPTH_LIMIT, 0)
     places = {(entry.position, entry.layer): place for place, entry in enumerate(everything, 1)}
     for size in (config.shortlist, 0):
         began = time.monotonic()
-        chosen = method.shortlist(separation, config.depth_limit, size)
+        chosen = method.shortlist(separation, DEPTH_LIMIT, size)
         scored, coefficient = score(work, vectors, chosen, kept[2].prompts, kept[3].prompts, refusal)
         say(f"{len(chosen)} candidates: {time.monotonic() - began:.0f} s, coefficient {coefficient:g}")
         for entry in scored[:6]:

@@ -45,7 +45,6 @@ SETTINGS: config.Values = {
     "prompts.borderline_test": 3,
     "evaluate.answer_tokens": 6,
     "evaluate.kl_tokens": 4,
-    "export.check_prompts": 4,
     "distill.rank": 4,
     "distill.lora_alpha": 8,
 }

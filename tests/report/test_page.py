@@ -244,8 +244,8 @@ def test_every_setting_stands_on_the_page(tree: Node) -> None:
     shown = [line[1] for line in rows(part(tree, "settings")) if line[1] != "value"]
     record = config.to_record(settings("plain"))
     wanted = [value for section in config.SECTIONS for value in record[section].values()] + [
-        record["seed"],
         record["recipe"],
+        record["seed"],
     ]
     assert shown == [json.dumps(value, ensure_ascii=False) for value in wanted]
     assert ["stepsoptimizer steps", "8"] in rows(part(tree, "settings"))

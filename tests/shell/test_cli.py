@@ -22,7 +22,7 @@ from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell import cli
 from safesteer_lite.shell.arguments import EPILOG, build_parser
 from safesteer_lite.shell.cli import main
-from safesteer_lite.shell.commands.shared import settings_from
+from safesteer_lite.shell.commands.shared import run_settings, settings_from
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, planted
 from tests.models import families
@@ -387,9 +387,26 @@ def test_help_loads_nothing_heavy() -> None:
 def test_every_preset_is_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == config.preset_names()
-    for name in config.preset_names():
-        assert main(["presets", "show", name]) == 0
-        assert "[model]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", config.RECIPES)
+@pytest.mark.parametrize("name", config.preset_names())
+def test_what_is_shown_of_a_preset_is_a_file_that_means_the_same_run(
+    name: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the settings of experts and without: those follow from the preset and the recipe, which the file names."""
+    meant = run_settings(build_parser().parse_args(["run", name, "--recipe", recipe]))
+    shown = {}
+    for words in ([], ["--all"]):
+        assert main(["presets", "show", name, "--recipe", recipe, *words]) == 0
+        text = capsys.readouterr().out
+        Path("shown.toml").write_text(text, encoding="utf-8")
+        assert run_settings(build_parser().parse_args(["run", "--config", "shown.toml"])) == meant
+        shown[bool(words)] = set(config.parse_toml(text, "shown")[0])
+    assert shown[True] == set(config.known_settings())
+    assert shown[False] < shown[True] and 15 <= len(shown[False]) <= 24
+    assert {"model.name", "distill.steps", "evaluate.tax_budget"} <= shown[False]
+    assert not {"distill.objective", "tokens.vote", "direction.kl_limit"} & shown[False]
 
 
 def settings_of(*arguments: str) -> config.RunConfig:

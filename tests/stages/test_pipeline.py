@@ -29,6 +29,7 @@ from safesteer_lite.models.assistant import Policy
 from safesteer_lite.prompts.sets import data_files, prompt_set
 from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import distill, pipeline, reading
 from safesteer_lite.stages.distill import recipe
@@ -220,6 +221,18 @@ def test_a_setting_redoes_what_depends_on_it(change: config.Values, redone: list
     assert set(pipeline.stage_fingerprints(planted.settings(Path("somewhere")), "other").values()).isdisjoint(
         old.values()
     )
+
+
+def test_a_setting_that_became_a_constant_leaves_fingerprints_as_they_were() -> None:
+    """Or the finished stages of an older run would count as those of another one."""
+    settings = planted.settings(Path("somewhere"))
+    found = pipeline.stage_fingerprints(settings, "model")
+    direction = config.to_record(settings)["direction"] | {"depth_limit": 0.8, "teacher_tokens": 20}
+    parts: dict[str, Any] = {"stage": "direction", "settings": {"direction": direction}, "after": [found["baseline"]]}
+    assert found["direction"] == fingerprint(parts)
+    export = config.to_record(settings)["export"] | {"check_prompts": 8}
+    parts = {"stage": "export", "settings": {"export": export}, "after": [found["distill"]]}
+    assert found["export"] == fingerprint(parts)
 
 
 def copied(run: RunFolder, parent: Path) -> RunFolder:

@@ -11,12 +11,17 @@ from safesteer_lite.shell.streams import tell, tell_json
 
 
 def presets_command(options: argparse.Namespace) -> int:
-    """`presets`: the names, or one preset's file."""
+    """`presets`: the names, or what a run of one would be set to."""
     if options.action == "show":
         if not options.name:
             raise UsageError("Which preset?", f"There are: {', '.join(config.preset_names())}.")
-        config.preset_values(options.name)
-        tell((config.preset_folder() / f"{options.name}.toml").read_text(encoding="utf-8").removesuffix("\n"))
+        layers = [(options.name, config.preset_values(options.name))]
+        layers.append((f"recipe {options.recipe}", config.recipe_values(options.recipe, options.name)))
+        settings = config.build(layers)
+        tell("# What a run of this preset is set to, as a file for --config.")
+        if not options.all:
+            tell("# --all shows expert settings too, which hardly anybody wants to change.")
+        tell(f"\n{config.to_toml(settings, options.name, expert=options.all)}".removesuffix("\n"))
         return 0
     for name in config.preset_names():
         tell(f"{name}  {config.preset_values(name).get('model.name', '')}")
