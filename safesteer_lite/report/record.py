@@ -12,13 +12,12 @@ split, 95 % Wilson bounds as shares) and `kl_to_base` (nats a token). `stages.<n
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from safesteer_lite.config import RunConfig, to_record
 from safesteer_lite.export.rows import kept_rows
 from safesteer_lite.report import page
-from safesteer_lite.runs.durable import explained, read_json, write_json
+from safesteer_lite.runs.durable import explained, write_json
 from safesteer_lite.runs.folder import RunFolder
 
 SCHEMA = 1
@@ -72,13 +71,6 @@ def write(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         write_json(path, record)
     page.write(run, record)
     return record
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """The report in a run folder."""
-    return read_json(
-        folder / "report.json", "the report of the run", hint="Write it again with `safesteer-lite report`."
-    )
 
 
 def peak_memory() -> int:

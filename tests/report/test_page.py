@@ -24,6 +24,7 @@ from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from safesteer_lite.text import visible
 from tests.report.html_tree import Node, parsed, rows
+from tests.runs.run_files import report_of
 
 STAGES = ("baseline", "direction", "tokens", "distill", "evaluate", "export")
 HOSTILE = (
@@ -332,7 +333,7 @@ def test_the_same_folder_gives_the_same_page(run: RunFolder) -> None:
     record = report.write(run, settings("plain"))
     before = (run.path / "report.html").read_bytes()
     run.events_path.write_text('{"event": "Note"}\n')
-    assert page.write(run, report.read(run.path)).read_bytes() == before
+    assert page.write(run, report_of(run.path)).read_bytes() == before
     assert page.render(run, record).encode() == before
 
 
@@ -379,7 +380,7 @@ def test_the_command_writes_both_reports_again(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == f"{run.path / 'report.html'}\n"
     assert "Safer. plain" in (run.path / "report.html").read_text("utf-8")
     assert main(["report", str(run.path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"event": "Report", **report.read(run.path)}
+    assert json.loads(capsys.readouterr().out) == {"event": "Report", **report_of(run.path)}
     with run.lock():
         assert main(["report", str(run.path)]) == 1
     assert "is in use" in capsys.readouterr().err

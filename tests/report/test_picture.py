@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from safesteer_lite.report import record as report
 from safesteer_lite.report.picture import picture
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from tests.report.test_page import HOSTILE, card, planted_run
+from tests.runs.run_files import report_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -46,7 +46,7 @@ def test_the_command_writes_the_picture_of_a_finished_run(
     out = tmp_path / "before.svg"
     assert main(["report", str(run.path), "--picture", str(out)]) == 0
     assert capsys.readouterr().out == f"{run.path / 'report.html'}\n{out}\n"
-    assert out.read_text("utf-8") == picture(report.read(run.path)) + "\n"
+    assert out.read_text("utf-8") == picture(report_of(run.path)) + "\n"
     assert main(["report", str(run.path), "--picture", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["event"] == "Report"
 

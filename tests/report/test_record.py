@@ -15,6 +15,7 @@ from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.stages import pipeline
+from tests.runs.run_files import report_of
 
 KEYS = {
     "schema": int,
@@ -48,7 +49,7 @@ def rates(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_documented_keys_and_types(finished: RunFolder) -> None:
-    told = report.read(finished.path)
+    told = report_of(finished.path)
     assert {key: type(value) for key, value in told.items()} == KEYS
     assert report.__doc__ and all(f"`{key}`" in report.__doc__ for key in KEYS)
     assert told["finished"] and told["schema"] == report.SCHEMA == 1
@@ -56,7 +57,7 @@ def test_the_documented_keys_and_types(finished: RunFolder) -> None:
 
 
 def test_numbers_fit_each_other(finished: RunFolder) -> None:
-    told = report.read(finished.path)
+    told = report_of(finished.path)
     cards = [*told["scorecard"].values(), told["selection"]["before"], *told["selection"]["measured"]]
     assert len(cards) == 5
     for card in cards:
@@ -74,7 +75,7 @@ def test_numbers_fit_each_other(finished: RunFolder) -> None:
 
 
 def test_artifacts_are_the_files_with_their_sizes(finished: RunFolder) -> None:
-    artifacts = report.read(finished.path)["artifacts"]
+    artifacts = report_of(finished.path)["artifacts"]
     assert {name: entry["size"] for name, entry in artifacts.items()} == {
         path.relative_to(finished.path).as_posix(): path.stat().st_size
         for path in finished.path.glob("0*/**/*")
@@ -83,7 +84,7 @@ def test_artifacts_are_the_files_with_their_sizes(finished: RunFolder) -> None:
 
 
 def test_config_is_what_the_run_was_started_with(finished: RunFolder) -> None:
-    told = report.read(finished.path)
+    told = report_of(finished.path)
     values = config.build([("file", config.read_toml(finished.config_path)[0])])
     assert told["config"] == json.loads(json.dumps(config.to_record(values)))
 

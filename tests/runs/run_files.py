@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
@@ -49,3 +51,9 @@ def writer_of(text: str) -> Callable[[Path], None]:
         (folder / "state.json").write_text(text)
 
     return write
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    """The `report.json` of a run."""
+    report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    return report

@@ -27,7 +27,6 @@ from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import Adapter, read_adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.prompts.sets import data_files, prompt_set
-from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import open_base
@@ -36,7 +35,7 @@ from safesteer_lite.stages.distill import recipe
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.shown import ShownAnswers
 from tests import planted
-from tests.runs.run_files import rewind
+from tests.runs.run_files import report_of, rewind
 
 FILES = {
     "config.toml",
@@ -108,7 +107,7 @@ def test_a_run_leaves_exactly_these_files(done: RunFolder) -> None:
 
 
 def test_the_model_gets_safer_on_prompts_it_was_not_trained_on(done: RunFolder) -> None:
-    card = report.read(done.path)["scorecard"]
+    card = report_of(done.path)["scorecard"]
     before, after = card["before"], card["after"]
     assert 0.3 <= before["harmful"]["refused"] / before["harmful"]["n"] <= 0.7
     assert after["harmful"]["refused"] >= before["harmful"]["refused"]
@@ -125,16 +124,16 @@ def test_flips_are_the_answers_that_changed_sides(done: RunFolder) -> None:
         for old, new in zip(before[name], after[name], strict=True)
     )
     lines = (folder / "flips.jsonl").read_text("utf-8").splitlines()
-    assert len(lines) == changed == report.read(done.path)["stages"]["evaluate"]["result"]["flips"]
+    assert len(lines) == changed == report_of(done.path)["stages"]["evaluate"]["result"]["flips"]
 
 
 def test_the_planted_direction_is_found_and_its_teacher_refuses(done: RunFolder) -> None:
-    direction = report.read(done.path)["direction"]
+    direction = report_of(done.path)["direction"]
     assert direction["kept"] == [28, 56, 14, 28]
     assert direction["position"] in range(-planted.TEMPLATE_POSITIONS, 0)
     assert direction["chosen"]["induce"] > 0
     assert direction["trials"][-1]["refused"] >= 0.95 * direction["trials"][-1]["n"]
-    assert "I'm" in report.read(done.path)["tokens"]["tokens"]
+    assert "I'm" in report_of(done.path)["tokens"]["tokens"]
 
 
 def test_events_tell_each_stage_once_and_in_order(done: RunFolder) -> None:
@@ -183,7 +182,7 @@ def test_the_base_is_asked_each_shown_prompt_once(
 def test_a_second_call_skips_every_stage_and_changes_nothing(done: RunFolder, run: RunFolder, model: Path) -> None:
     before = files_of(run.path)
     events: list[Event] = []
-    assert pipeline.run(planted.settings(model), run, open_base(model), events.append) == report.read(done.path)
+    assert pipeline.run(planted.settings(model), run, open_base(model), events.append) == report_of(done.path)
     assert stages_seen(events, StageSkipped) == list(pipeline.STAGE_NAMES)
     assert not stages_seen(events, StageStarted)
     after = files_of(run.path)
@@ -543,5 +542,5 @@ def test_a_model_alone_is_measured_once_and_equals_the_run_s_base(done: RunFolde
     alone = pipeline.evaluate_model(planted.settings(model), None, open_base(model), discard)
     assert alone["before"] == alone["after"]
     again = pipeline.evaluate_model(planted.settings(model), done, open_base(model), discard)
-    assert again == report.read(done.path)["scorecard"]
+    assert again == report_of(done.path)["scorecard"]
     assert alone["before"]["harmful"] == again["before"]["harmful"]

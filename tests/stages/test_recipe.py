@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from safesteer_lite import config
 from safesteer_lite.events import discard
 from safesteer_lite.prompts.sets import KINDS
-from safesteer_lite.report import record as report
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import planted
-from tests.runs.run_files import rewind
+from tests.runs.run_files import report_of, rewind
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,7 @@ def test_the_default_recipe_makes_the_model_refuse_more(planted_model: Path, tmp
     assert settings.distill == config.build([("tests", {"distill.steps": 16})]).distill
     run = planted.new_run(tmp_path, settings)
     pipeline.run(settings, run, open_base(planted_model), discard)
-    card = report.read(run.path)["scorecard"]
+    card = report_of(run.path)["scorecard"]
     before, after = ({kind: card[time][kind]["refused"] for kind in KINDS} for time in ("before", "after"))
     assert before == {"harmful": 14, "borderline": 0, "harmless": 0}
     # Of the 14 harmful test prompts that the base answers, none of which were trained on.

@@ -23,13 +23,12 @@ import pytest
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, to_record
-from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, children, planted
-from tests.runs.run_files import rewind
+from tests.runs.run_files import report_of, rewind
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
 
@@ -69,7 +68,7 @@ def undisturbed(planted_run: RunFolder) -> dict[str, Any]:
 
 def result_of(run: RunFolder) -> dict[str, Any]:
     """Everything of a finished run that must not depend on when it was killed."""
-    told = report.read(run.path)
+    told = report_of(run.path)
     sums = {name: hashlib.sha256((run.path / name).read_bytes()).hexdigest() for name in TENSORS}
     return {
         "sums": sums,
@@ -112,7 +111,7 @@ def test_kills_at_random_moments_change_nothing(
 ) -> None:
     """Moments as they come, whatever the run does just then; `tests.faults` has many more of them."""
     chance = random.Random(20240607)
-    whole = sum(stage["seconds"] for stage in report.read(planted_run.path)["stages"].values())
+    whole = sum(stage["seconds"] for stage in report_of(planted_run.path)["stages"].values())
     killed = 0
     for _ in range(3):
         child = children.start(attempt, planted_model, run.path)
