@@ -9,7 +9,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ _HEAVY = [
 ]
 
 
-def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+def start(work: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start a child that does `work` on one thread; both must be importable, since the child is no copy of this process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_HEAVY)
@@ -35,13 +34,13 @@ def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     return child
 
 
-def run(work: Callable[..., None], *arguments: Any) -> int | None:
+def run(work: Callable[..., None], *arguments: object) -> int | None:
     """Do `work` in a child; returns its exit code, a signal as a negative number."""
     child = start(work, *arguments)
     child.join()
     return child.exitcode
 
 
-def _on_one_thread(work: Callable[..., None], *arguments: Any) -> None:
+def _on_one_thread(work: Callable[..., None], *arguments: object) -> None:
     torch.set_num_threads(1)
     work(*arguments)

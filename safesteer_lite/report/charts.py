@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
-from typing import Any
 
 from safesteer_lite.report.markup import Markup, element, join
 
@@ -310,5 +309,5 @@ def bar(share: float) -> Markup:
     )
 
 
-def _svg(label: str, height: float, parts: Sequence[Any]) -> Markup:
+def _svg(label: str, height: float, parts: Sequence[Markup]) -> Markup:
     return element("svg", *parts, viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label, class_="chart")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation import dial
 from safesteer_lite.runs.durable import parse_json
 from safesteer_lite.runs.folder import RunFolder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Source:
         found: dict[str, Any] = self.record["stages"].get(stage, {}).get("result", {})
         return found
 
-    def read(self, stage: str, name: str, parse: Callable[[bytes], Any]) -> Any:
+    def read(self, stage: str, name: str, parse: Callable[[bytes], T]) -> T | None:
         """A file of a published stage, parsed; None where it is not there.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias
 
 from safesteer_lite import __version__
 from safesteer_lite.config import RECIPES
@@ -32,6 +32,9 @@ class Parser(argparse.ArgumentParser):
         super().error(visible(message, lines=True))
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` of what it reads is the command's name, and missing where none was given."""
     parser = Parser(
@@ -55,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _training(commands: Any) -> None:
+def _training(commands: Commands) -> None:
     run = _command(commands, "run", "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
     run.add_argument("model", nargs="?", type=_filled, help="a preset, a Hub id, or a local folder")
     run.add_argument("--config", type=_path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
@@ -88,7 +91,7 @@ def _training(commands: Any) -> None:
     _output_options(evaluate)
 
 
-def _exporting(commands: Any) -> None:
+def _exporting(commands: Commands) -> None:
     export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
     export.add_argument("run", type=_filled, help="a run's name or folder")
     export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged", help="what to write (merged)")
@@ -125,7 +128,7 @@ def _exporting(commands: Any) -> None:
     verify.add_argument("--json", action="store_true", help="for machines")
 
 
-def _looking(commands: Any) -> None:
+def _looking(commands: Commands) -> None:
     strength = _command(
         commands, "strength", "measure a run's adapter at several strengths", "safesteer-lite strength RUN"
     )
@@ -155,7 +158,7 @@ def _looking(commands: Any) -> None:
     _output_options(report)
 
 
-def _listing(commands: Any) -> None:
+def _listing(commands: Commands) -> None:
     runs = _command(commands, "runs", "list runs", "safesteer-lite runs")
     _output_options(runs)
 
@@ -184,7 +187,7 @@ def _path(text: str) -> Path:
     return Path(_filled(text))
 
 
-def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+def _command(commands: Commands, name: str, text: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, epilog=f"example: {example}"
     )

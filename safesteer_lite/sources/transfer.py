@@ -16,12 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safesteer_lite.errors import DiskSpaceError, ModelError
 from safesteer_lite.events import Emit, Progress
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.sources.download import alone
+
+if TYPE_CHECKING:
+    import httpx
+    from huggingface_hub import ModelInfo
 
 CONNECT_SECONDS = 10.0
 """How long the model hub may take to answer before it counts as out of reach."""
@@ -52,7 +56,7 @@ class HubFile:
     digest: str
 
 
-def offered_files(info: Any) -> dict[str, HubFile]:
+def offered_files(info: ModelInfo) -> dict[str, HubFile]:
     """Every file of a repository by its name, as the hub's answer lists them."""
     files = {}
     for entry in info.siblings or ():
@@ -231,11 +235,11 @@ class Download:
                     raise httpx.ReadError("the model hub sent nothing more")
 
 
-def check_no_page(answer: Any, wanted: str) -> None:
+def check_no_page(answer: httpx.Response, wanted: str) -> None:
     """Refuse a web page in place of what was asked for: the log-in page of a network, or a proxy's message.
 
     Args:
-        answer: an httpx.Response, of which only the headers are read.
+        answer: of which only the headers are read.
         wanted: what was asked for.
 
     Raises:

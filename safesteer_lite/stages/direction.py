@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import floor
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +22,7 @@ from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations, Candidate
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import Batch, Steering, teacher
-from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.assistant import Done, Policy
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
@@ -134,7 +133,7 @@ def describe(candidate: Candidate) -> str:
     return text + (f" ({'; '.join(candidate.failed)})" if candidate.failed else "")
 
 
-def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Any) -> PromptSet:
+def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Done) -> PromptSet:
     """The base's refusal scores and block inputs, from one forward a prompt; fewer at a time where memory is short."""
 
     def look(size: int) -> PromptSet:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from safesteer_lite.config import to_toml
+from safesteer_lite.config import RunConfig, to_toml
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
 from safesteer_lite.events import Metric, Progress
@@ -305,7 +305,7 @@ def _base_name(session: Session) -> str:
     return _model_name(session) if Path(name).exists() or Path(name).is_absolute() else name
 
 
-def _without_paths(session: Session) -> Any:
+def _without_paths(session: Session) -> RunConfig:
     """The settings as they may be shown to others: places on this machine by their last part."""
     config, own = session.config, session.config.prompts
     return replace(

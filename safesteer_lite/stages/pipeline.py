@@ -102,7 +102,7 @@ def stage_fingerprints(config: RunConfig, model_fingerprint: str) -> dict[str, s
     return found
 
 
-def _value(config: RunConfig, name: str) -> Any:
+def _value(config: RunConfig, name: str) -> object:
     # What a run of before was fingerprinted with stays in the fingerprint, or its results would count as another run's.
     if name in FORMER:
         return FORMER[name]

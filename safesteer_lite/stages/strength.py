@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safesteer_lite.errors import UsageError
 from safesteer_lite.evaluation.dial import Point, save_points
@@ -12,7 +11,7 @@ from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
 from safesteer_lite.events import Metric, Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
-from safesteer_lite.models.assistant import Policy, Reference, reference_answers
+from safesteer_lite.models.assistant import Done, Policy, Reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
@@ -63,9 +62,13 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
     points: list[Point] = []
     base_answer = ""
     done = session.progress("answers", len(wanted) * sets.total)
+
+    def beyond(measured: int) -> Done:
+        return lambda count: done(measured * sets.total + count)
+
     for index, strength in enumerate(wanted):
         set_strength(policy, adapter, strength)
-        card, harmful = _measure(session, sets, reference, lambda count, start=index: done(start * sets.total + count))
+        card, harmful = _measure(session, sets, reference, beyond(index))
         base, base_answer = (points[0].card, base_answer) if points else (card, harmful[0])
         points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3)))
         _tell(session, points[-1])
@@ -74,7 +77,7 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
     return points
 
 
-def _measure(session: Session, sets: PromptSets, reference: Reference, done: Any) -> tuple[Scorecard, list[str]]:
+def _measure(session: Session, sets: PromptSets, reference: Reference, done: Done) -> tuple[Scorecard, list[str]]:
     tokens, chunk = session.config.evaluate.selection_tokens, session.config.distill.chunk
     card, answers = measure(session.policy, sets, tokens, ANSWER_BATCH, reference, chunk, done)
     return card, answers.harmful

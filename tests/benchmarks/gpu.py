@@ -285,7 +285,7 @@ def product_speed(device: str) -> float:
     return pace.probe(Decision(device, "nf4", False, "bf16", "fits", ""), 0.2)
 
 
-def fastest(work: Callable[[], Any], device: str, times: int = 5) -> float:
+def fastest(work: Callable[[], object], device: str, times: int = 5) -> float:
     """Seconds of the fastest of several tries."""
     found = math.inf
     for _ in range(times):

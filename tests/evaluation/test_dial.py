@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,7 +38,7 @@ def test_what_was_measured_comes_back(run: RunFolder) -> None:
     assert dial.saved_points(run) == []
 
 
-def edited(**changes: Any) -> str:
+def edited(**changes: object) -> str:
     """A dial with its first point changed."""
     points = dial.to_records(POINTS)
     return json.dumps({"distill": "trained", "points": [{**points[0], **changes}, *points[1:]]})

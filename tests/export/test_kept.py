@@ -53,7 +53,7 @@ def test_exports_of_an_earlier_training_are_not_shown(run: RunFolder) -> None:
     assert kept_rows(run) == []
 
 
-def edited(part: str, **changes: Any) -> str:
+def edited(part: str, **changes: object) -> str:
     """The kept rows of one export, with the first row, its export, or the last row's agreement changed."""
     record: dict[str, Any] = json.loads(json.dumps(rows_record(rows(58), ABOUT)))
     row, last = record["artifacts"][0], record["artifacts"][-1]

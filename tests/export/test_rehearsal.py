@@ -35,7 +35,7 @@ UP = "model.layers.2.mlp.up_proj"
 Change = Callable[[Path], object]
 
 
-def edit(name: str, **changes: Any) -> Change:
+def edit(name: str, **changes: object) -> Change:
     """Set keys of a JSON file."""
 
     def change(model: Path) -> None:

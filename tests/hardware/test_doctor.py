@@ -45,7 +45,7 @@ def test_doctor_tells_the_ways_cuda_fails_apart() -> None:
     none = {**CPU_MACHINE.versions, "bitsandbytes": None}
     names = ("NVIDIA driver", "torch build", "CUDA", "GPU memory")
 
-    def told(**changes: Any) -> list[Check]:
+    def told(**changes: object) -> list[Check]:
         named: dict[str, Any] = {"versions": none, **changes}
         seen = found(replace(CPU_MACHINE, **named))
         return [seen[name] for name in names]

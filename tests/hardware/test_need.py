@@ -109,7 +109,7 @@ def test_cache_equals_a_real_one() -> None:
     assert cache_bytes(shape, 2, 7, 4) * shape.layers == real * (shape.layers + 1)
 
 
-def estimate(shape: ModelShape, **changes: Any) -> need.Need:
+def estimate(shape: ModelShape, **changes: object) -> need.Need:
     work: dict[str, Any] = {
         "precision": "nf4",
         "unpacked": False,

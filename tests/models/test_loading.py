@@ -17,10 +17,10 @@ from safesteer_lite.models.loading import check_template
 from safesteer_lite.sources.base import open_base
 from tests import tiny
 
-Spoil = Callable[[Path], Any]
+Spoil = Callable[[Path], object]
 
 
-def edit(name: str, **changes: Any) -> Spoil:
+def edit(name: str, **changes: object) -> Spoil:
     def spoil(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**content, **changes}))
@@ -28,7 +28,7 @@ def edit(name: str, **changes: Any) -> Spoil:
     return spoil
 
 
-def in_tokenizer(**changes: Any) -> Spoil:
+def in_tokenizer(**changes: object) -> Spoil:
     return edit("tokenizer.json", **changes)
 
 

@@ -24,7 +24,7 @@ OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 HI = [{"role": "user", "content": "Hi there"}]
 
 
-def with_template(template: Any) -> Any:
+def with_template(template: object) -> Any:
     tokenizer = tiny.build_tokenizer()
     tokenizer.chat_template = template
     return tokenizer

@@ -26,7 +26,7 @@ from tests.benchmarks.frontier import (
 )
 
 
-def record(seed: int, harmful: int, borderline: int, harmless: int, **changes: Any) -> dict[str, Any]:
+def record(seed: int, harmful: int, borderline: int, harmless: int, **changes: object) -> dict[str, Any]:
     """A measurement of 50 prompts of each kind, whose base refuses 25, 10 and 2."""
     base = {"harmful": [25, 50], "borderline": [10, 50], "harmless": [2, 50], "kl": 0.0, "perplexity": 0.0}
     hardened = {"harmful": [harmful, 50], "borderline": [borderline, 50], "harmless": [harmless, 50]}

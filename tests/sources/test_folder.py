@@ -24,14 +24,14 @@ from safesteer_lite.sources.settings import check_config, check_settings
 from tests import tiny
 from tests.export.weights.tiny_lora import load_4bit
 
-Spoil = Callable[[Path], Any]
+Spoil = Callable[[Path], object]
 CODE = {"AutoModelForCausalLM": "modeling.Odd", "AutoConfig": "modeling.Odd", "AutoTokenizer": ["modeling.Odd", None]}
 DEEP = "[" * 100_000
 ORM = "model.layers.3.mlp.down_proj.weight"
 """A tensor of the last of the four layers."""
 
 
-def edit(name: str, **changes: Any) -> Spoil:
+def edit(name: str, **changes: object) -> Spoil:
     """Change keys of a JSON file; a value of `...` removes the key."""
 
     def spoil(folder: Path) -> None:
@@ -43,7 +43,7 @@ def edit(name: str, **changes: Any) -> Spoil:
     return spoil
 
 
-def config(**changes: Any) -> Spoil:
+def config(**changes: object) -> Spoil:
     return edit("config.json", **changes)
 
 
@@ -66,7 +66,7 @@ def pipe(name: str) -> Spoil:
     return spoil
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
     def spoil(folder: Path) -> None:
         stored = load_file(folder / "model.safetensors")
         change(stored)
@@ -88,11 +88,11 @@ def prefix(stored: dict[str, torch.Tensor]) -> None:
         stored[f"_orig_mod.{name}"] = stored.pop(name)
 
 
-def index(places: Any) -> Spoil:
+def index(places: object) -> Spoil:
     return write("model.safetensors.index.json", json.dumps({"weight_map": places}))
 
 
-def split(folder: Path, **changes: Any) -> None:
+def split(folder: Path, **changes: object) -> None:
     """The weights in two files with their index, some of whose entries are changed."""
     stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -107,7 +107,7 @@ def both(*spoils: Spoil) -> Spoil:
     return lambda folder: [spoil(folder) for spoil in spoils]
 
 
-def header(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+def header(change: Callable[[dict[str, Any]], object]) -> Spoil:
     """Rewrite the header of the weights and nothing behind it."""
 
     def spoil(folder: Path) -> None:

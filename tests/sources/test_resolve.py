@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def test_what_is_neither_folder_nor_id_is_refused_at_once(name: str, tmp_path: P
         (lambda folder: (folder / "README.md").write_text("card"), False),
     ],
 )
-def test_fingerprint(model_folder: Path, change: Callable[[Path], Any], differs: bool) -> None:
+def test_fingerprint(model_folder: Path, change: Callable[[Path], object], differs: bool) -> None:
     before = model_fingerprint(model_folder)
     assert len(before) == 64 and model_fingerprint(model_folder) == before
     change(model_folder)

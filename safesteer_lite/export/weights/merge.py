@@ -22,7 +22,7 @@ from safesteer_lite.export.weights.base import Source, Weights, read_sources
 from safesteer_lite.export.weights.shards import DTYPE_NAMES, DTYPES, FLOATS, NewTensor, few
 from safesteer_lite.export.weights.verify import SUMS
 from safesteer_lite.runs.durable import read_json, sha256_of, write_json
-from safesteer_lite.runs.manifest import fingerprint
+from safesteer_lite.runs.manifest import Json, fingerprint
 from safesteer_lite.sources.base import is_quantised, model_fingerprint
 
 RECORD = "merge.json"
@@ -281,7 +281,7 @@ class _Record:
         write_json(draft / RECORD, vars(self))
 
 
-def _mark(base_folder: Path, adapter_folder: Path, settings: tuple[Any, ...]) -> str:
+def _mark(base_folder: Path, adapter_folder: Path, settings: tuple[Json, ...]) -> str:
     adapter = [sha256_of(adapter_folder / f"adapter_{name}") for name in ("config.json", "model.safetensors")]
     # Another build of torch may add in another order, and half of a model must not be rounded unlike the other half.
     made_by = [__version__, torch.__version__]

@@ -400,7 +400,7 @@ def remove(entry: Path) -> None:
         entry.unlink()
 
 
-def _flush(stream: IO[Any]) -> None:
+def _flush(stream: IO[bytes] | IO[str]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
 

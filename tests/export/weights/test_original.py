@@ -17,7 +17,7 @@ from safesteer_lite.export.weights.original import check_same_model, describe_or
 from tests.export.weights.tiny_lora import assert_equal, load_4bit, peft_merge, save_base, stored
 
 
-def edit(folder: Path, **changes: Any) -> None:
+def edit(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

@@ -53,7 +53,7 @@ def folder(tmp_path: Path, whole: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def edit_json(path: Path, **changes: Any) -> None:
+def edit_json(path: Path, **changes: object) -> None:
     """Set keys of a JSON file; `None` removes one."""
     value = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not None}))
