@@ -73,7 +73,16 @@ def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def planted_run(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     """A finished run of the planted model; read it, and work on a copy."""
-    run = planted.finished_run(tmp_path_factory.mktemp("finished"), planted_model)
+    yield from _kept(planted.finished_run(tmp_path_factory.mktemp("finished"), planted.settings(planted_model)))
+
+
+@pytest.fixture(scope="session")
+def paper_run(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    """A finished run of the paper's recipe on the planted model; read it, and work on a copy."""
+    yield from _kept(planted.finished_run(tmp_path_factory.mktemp("paper"), planted.paper_settings(planted_model)))
+
+
+def _kept(run: RunFolder) -> Iterator[RunFolder]:
     files = {path: path.stat().st_mtime_ns for path in files_in(run.path)}
     yield run
     changed = files.items() ^ {path: path.stat().st_mtime_ns for path in files_in(run.path)}.items()

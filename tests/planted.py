@@ -98,6 +98,16 @@ SETTINGS: config.Values = {
 """Small numbers, with which a run takes seconds."""
 
 
+PAPER_SIZES: config.Values = {
+    "tokens.samples": 1,
+    "tokens.count": 10,
+    "tokens.ballots": 20,
+    "distill.steps": 8,
+    "distill.completion_tokens": 12,
+    "evaluate.every": 0,
+}
+
+
 @dataclass(frozen=True)
 class Lesson:
     """A prompt and the answer that the model learns to give."""
@@ -109,6 +119,11 @@ class Lesson:
 def settings(model: Path, changes: config.Values | None = None) -> RunConfig:
     """The small settings for the model in a folder, with some changed."""
     return config.build([("tests", SETTINGS), ("tests", {"model.name": str(model), **(changes or {})})])
+
+
+def paper_settings(model: Path, changes: config.Values | None = None) -> RunConfig:
+    """The paper's recipe, shrunk in size alone: rollouts, steps, and the vote, whose vocabulary has 3,000 words."""
+    return settings(model, {**config.recipe_values("paper"), **PAPER_SIZES, **(changes or {})})
 
 
 def lessons(refused: Iterable[str] = REFUSED_CATEGORIES) -> list[Lesson]:
@@ -285,12 +300,17 @@ def new_run(parent: Path, wanted: RunConfig) -> RunFolder:
     )
 
 
-def finished_run(parent: Path, model: Path) -> RunFolder:
-    """A run with the small settings, from the base to merged weights."""
-    run = new_run(parent, settings(model))
+def finished_run(parent: Path, wanted: RunConfig) -> RunFolder:
+    """A run of these settings, from the base to merged weights."""
+    run = new_run(parent, wanted)
     with one_thread():
-        pipeline.run(settings(model), run, open_base(model), discard)
+        pipeline.run(wanted, run, open_base(Path(wanted.model.name)), discard)
     return run
+
+
+def settings_of(run: RunFolder) -> RunConfig:
+    """What a run was started with."""
+    return config.build([("tests", config.read_toml(run.path / "config.toml")[0])])
 
 
 def break_folder(model: Path, target: Path, *, without: str = "", pickled: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Runs that are killed at twelve points, and interrupted, end bit for bit as if nothing had happened.
+"""Runs that are killed at many points, and interrupted, end bit for bit as if nothing had happened.
 
 Each attempt is a child process, which starts at once (`tests.children`).
 """
@@ -51,7 +51,7 @@ def attempt(model: Path, run: Path, deadly: str = "") -> None:
         if deadly and deadly in json.dumps(to_record(event)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pipeline.run(planted.settings(model), RunFolder(run), open_base(model), emit)
+    pipeline.run(planted.settings_of(RunFolder(run)), RunFolder(run), open_base(model), emit)
 
 
 @pytest.fixture
@@ -81,28 +81,35 @@ def result_of(run: RunFolder) -> dict[str, Any]:
 
 
 CHOSEN = {
-    "while the base is measured": "Self-check",
-    "while the direction is searched": "candidates ablated",
-    "while tokens are voted": "prompts continued",
-    "between two saved steps": '"what": "steps", "done": 3',
-    "while the test split is answered": '"stage": "evaluate", "what": "answers"',
-    "while weights are merged": "bytes merged",
+    "baseline": "Self-check",
+    "direction": "candidates ablated",
+    "tokens": "prompts continued",
+    "distill": '"what": "steps", "done": 3',
+    "evaluate": '"stage": "evaluate", "what": "answers"',
+    "export": "bytes merged",
 }
+"""What is told in the middle of each stage; of the distillation, between two saved steps."""
 
 
 @pytest.mark.slow
-def test_kills_at_six_chosen_points_change_nothing(
-    planted_model: Path, run: RunFolder, undisturbed: dict[str, Any]
+@pytest.mark.parametrize(
+    ("recipe", "stages"), [("planted_run", pipeline.STAGE_NAMES), ("paper_run", ("tokens", "distill"))]
+)
+def test_kills_in_the_middle_of_stages_change_nothing(
+    recipe: str, stages: tuple[str, ...], planted_model: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    for point, deadly in CHOSEN.items():
-        assert children.run(attempt, planted_model, run.path, deadly) == -signal.SIGKILL, point
-    stages = [event["stage"] for event in planted.events_of(run.path) if event["event"] == "StageStarted"]
+    undisturbed: RunFolder = request.getfixturevalue(recipe)
+    run = planted.new_run(tmp_path, planted.settings_of(undisturbed))
+    for stage in stages:
+        assert children.run(attempt, planted_model, run.path, CHOSEN[stage]) == -signal.SIGKILL, stage
+    started = [event["stage"] for event in planted.events_of(run.path) if event["event"] == "StageStarted"]
     # Each kill fell into the stage it was meant for: that stage began again, and the ones before it did not.
-    assert stages == [name for name in pipeline.STAGE_NAMES for _ in range(2)][:-1]
+    begun = pipeline.STAGE_NAMES[: pipeline.STAGE_NAMES.index(stages[-1]) + 1]
+    assert started == [name for name in begun for _ in range(1 + (name in stages))][:-1]
     assert children.run(attempt, planted_model, run.path) == 0
     events = planted.events_of(run.path)
     assert any(event.get("message") == "Resumed after step 2 of 8." for event in events)
-    assert result_of(run) == undisturbed
+    assert result_of(run) == result_of(undisturbed)
 
 
 @pytest.mark.slow
