@@ -217,6 +217,7 @@ def test_a_transcript_is_whole_and_has_its_width(columns: int) -> None:
     assert [line.partition("?")[2].strip().partition(" (")[0] for line in asked] == [
         "Which model shall become safer?",
         "Harmful requests to train on?",
+        "Which recipe?",
         "How thorough?",
         "Start?",
     ]

@@ -8,7 +8,14 @@ from safesteer_lite.config.layers import (
     from_environment,
     parse_assignments,
 )
-from safesteer_lite.config.presets import QUICK, preset_folder, preset_names, preset_values, recipe_values
+from safesteer_lite.config.presets import (
+    QUICK,
+    RECIPES_IN_WORDS,
+    preset_folder,
+    preset_names,
+    preset_values,
+    recipe_values,
+)
 from safesteer_lite.config.sections import (
     RECIPES,
     SECTIONS,
@@ -30,6 +37,7 @@ __all__ = [
     "LOWEST_TEMPERATURE",
     "QUICK",
     "RECIPES",
+    "RECIPES_IN_WORDS",
     "SECTIONS",
     "Bounds",
     "DirectionConfig",

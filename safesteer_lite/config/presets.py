@@ -12,6 +12,11 @@ from safesteer_lite.config.sections import RECIPES
 from safesteer_lite.config.toml import flatten, read_toml
 from safesteer_lite.errors import ConfigError
 
+RECIPES_IN_WORDS = {
+    "lite": "short rollouts, reading directions and anchors",
+    "paper": "SafeSteer as published, with LoRA: long rollouts, no anchors",
+}
+
 QUICK: Values = {
     "prompts.test": 28,
     "prompts.borderline_test": 20,

@@ -63,8 +63,16 @@ def fit(bytes_needed: int, bytes_free: int) -> Fit:
     return "fits" if bytes_needed <= _FITS_SHARE * bytes_free else "tight"
 
 
-def smallest_need(shape: ModelShape, precision: Precision, unpacked: bool, compute_dtype: str) -> Need:
-    """The need of the least work that batch sizes can be reduced to: what decides whether a model can run at all."""
+def smallest_need(
+    shape: ModelShape, precision: Precision, unpacked: bool, compute_dtype: str, completion_tokens: int = 0
+) -> Need:
+    """The need of the least work that batch sizes can be reduced to: what decides whether a model can run at all.
+
+    Args:
+        shape: the model.
+        precision, unpacked, compute_dtype: as `estimate` takes them.
+        completion_tokens: of a rollout, where those are longer than the answers that are measured.
+    """
     return estimate(
         shape,
         precision=precision,
@@ -72,7 +80,7 @@ def smallest_need(shape: ModelShape, precision: Precision, unpacked: bool, compu
         rank=16,
         rollouts=8,
         prompt_tokens=128,
-        completion_tokens=128,
+        completion_tokens=max(128, completion_tokens),
         micro_batch=1,
         chunk=64,
         compute_dtype=compute_dtype,

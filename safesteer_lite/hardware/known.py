@@ -91,7 +91,9 @@ class Outlook:
     disk_bytes: int
 
 
-def outlook(machine: Machine, shape: ModelShape, precision: str = "nf4", download: int = 0) -> Outlook:
+def outlook(
+    machine: Machine, shape: ModelShape, precision: str = "nf4", download: int = 0, completion_tokens: int = 0
+) -> Outlook:
     """Whether a model fits the device's free memory and the disk.
 
     Args:
@@ -99,9 +101,10 @@ def outlook(machine: Machine, shape: ModelShape, precision: str = "nf4", downloa
         shape: the model.
         precision: as `choose_backend` takes it.
         download: bytes still to come, besides what the run writes.
+        completion_tokens: of a rollout, for what the stages take.
     """
     decision = choose_backend(machine, shape, precision)
-    need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype)
+    need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype, completion_tokens)
     # The estimate counts the published weights too, which a local model has on the disk already.
     on_disk = need.disk_bytes - 2 * parameters(shape) + download
     result, reason = decision.fit, decision.reason

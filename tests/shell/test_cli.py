@@ -406,6 +406,7 @@ def test_what_is_shown_of_a_preset_is_a_file_that_means_the_same_run(
     assert shown[True] == set(config.known_settings())
     assert shown[False] < shown[True] and 15 <= len(shown[False]) <= 24
     assert {"model.name", "distill.steps", "evaluate.tax_budget"} <= shown[False]
+    assert text.startswith(f"# {name}: ") and "# Recipe lite: " in text and "# Recipe paper: " in text
     assert not {"distill.objective", "tokens.vote", "direction.kl_limit"} & shown[False]
 
 
@@ -438,12 +439,16 @@ def test_a_recipe_is_asked_for_once() -> None:
         settings_of("--config", "kept.toml", "--recipe", "lite")
 
 
+LITE = "Recipe lite: short rollouts, reading directions and anchors."
+
+
 def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("small.toml").write_text(config.to_toml(planted.settings(model, {"distill.steps": 1})), encoding="utf-8")
     with planted.one_thread():
         assert main(["run", "--config", "small.toml", "--json", "--runs", "kept"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert records[0]["event"] == "StageStarted" and records[-1]["event"] == "Report"
+    assert (records[0]["event"], records[0]["message"]) == ("Note", LITE)
+    assert records[1]["event"] == "StageStarted" and records[-1]["event"] == "Report"
     assert records[-1]["finished"] is True
     [run] = Path("kept").iterdir()
     assert (run / "config.toml").read_text(encoding="utf-8") == Path("small.toml").read_text(encoding="utf-8")
@@ -473,3 +478,9 @@ def test_a_run_in_plain_lines(model: Path, capsys: pytest.CaptureFixture[str]) -
     for words in ("== Refusal direction", "Refusals on the test split", "The hardened model:", "14 (50 %, 33 to 67)"):
         assert words in told.out
     assert "\x1b[" not in told.out
+    assert told.out.splitlines()[0] == f"   {LITE}"
+    assert main(["resume", *map(str, Path("kept").iterdir())]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"   {LITE}",
+        "== baseline: done already, with the same settings",
+    ]

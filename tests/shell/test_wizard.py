@@ -23,15 +23,16 @@ from safesteer_lite.evaluation.browse import answer_groups
 from safesteer_lite.evaluation.dial import FILE
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.export.gguf import convert
-from safesteer_lite.hardware import known
+from safesteer_lite.hardware import known, pace
 from safesteer_lite.hardware.machine import Gpu, Machine
 from safesteer_lite.prompts.sets import KINDS, Prompt, prompt_set
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands.shared import open_settings, run_settings
 from safesteer_lite.shell.lines import dial_table
+from safesteer_lite.shell.wizard.answers import Answers
 from safesteer_lite.shell.wizard.program import Program
-from safesteer_lite.shell.wizard.questions import Answers
+from safesteer_lite.shell.wizard.questions import Questions
 from safesteer_lite.shell.wizard.results import Results, show_answers
 from safesteer_lite.shell.wizard.tables import machine_table, plan_table
 from safesteer_lite.sources.preview import look
@@ -105,8 +106,10 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.answer("Prompt file:", CLEAR + "own.csv" + ENTER)
     terminal.answer("Which column holds the requests?", DOWN + ENTER)
     terminal.expect("prompts from column wish")
+    terminal.answer("Which recipe?", ENTER)
     terminal.answer("How thorough?", "1" + ENTER)
     terminal.answer("Start?", ENTER)
+    terminal.expect("Recipe lite: short rollouts, reading directions and anchors.")
     terminal.expect("Stages, time taken or left")
     # Pressed during the run, they mean nothing to the menu after it, where they would quit.
     terminal.send("7" + ENTER)
@@ -132,6 +135,12 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     return Walk(folder, terminal.text, terminal.raw, terminal.end())
 
 
+ASKED = {"recipe", "model.name", "prompts.training", "prompts.column"}
+OFFERED = [name for name, item in config.known_settings().items() if not item.metadata["expert"] and name not in ASKED]
+"""The advanced page: what people may want to change and no other question asks."""
+STEPS = OFFERED.index("distill.steps")
+
+
 def requests() -> list[Prompt]:
     """Enough prompts to train on."""
     return list(prompt_set("harmful", "train", 28))
@@ -151,8 +160,22 @@ def test_from_the_first_question_to_an_exported_model(walk: Walk) -> None:
 
 @needs_terminal
 @pytest.mark.slow
-def test_the_readme_shows_the_wizard_at_80_columns_as_it_is(walk: Walk) -> None:
-    assert not_shown(transcript(80), walk.shown) == []
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_questions_are_shown_as_they_are(columns: int, tmp_path: Path) -> None:
+    """The whole transcript, with the demo's model and the answer that is pointed at."""
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    terminal = Terminal(program(), tmp_path, variables, columns)
+    for question in ("Which model", "Harmful requests", "Which recipe?", "How thorough?"):
+        terminal.answer(question, ENTER)
+    terminal.answer("Start?", "3" + ENTER)
+    terminal.end()
+    assert not_shown(transcript(columns), terminal.text) == []
+    assert not list(tmp_path.iterdir())
+
+
+@needs_terminal
+@pytest.mark.slow
+def test_the_menu_over_results_is_shown_as_it_is(walk: Walk) -> None:
     assert len(results_menu()) == 8 and not_shown(results_menu(), walk.shown) == []
 
 
@@ -248,36 +271,110 @@ def test_wrong_answers_and_esc_at_every_question(model: Path, tmp_path: Path) ->
     terminal.answer("Which column holds the requests?", ESCAPE)
     terminal.answer("Prompt file:", ESCAPE)
     terminal.answer("Harmful requests to train on?", "1" + ENTER)
+    terminal.answer("Which recipe?", "2" + ENTER)
     terminal.answer("How thorough?", "4" + ENTER)
-    terminal.answer("Which settings?", "5" + ENTER)
-    terminal.answer("Change which of [distill]?", DOWN * 2 + ENTER)
+    shown = terminal.answer("Change which setting?", DOWN * STEPS + ENTER)
+    assert "distill.objective" not in shown, "a setting for experts"
     terminal.answer("distill.steps, optimizer steps:", CLEAR + "many" + ENTER)
     terminal.expect("expected a whole number, got 'many'")
     terminal.answer("distill.steps, optimizer steps:", CLEAR + "3" + ENTER)
-    terminal.answer("Change which of [distill]?", DOWN * 2 + ENTER)
+    terminal.answer("Change which setting?", DOWN * STEPS + ENTER)
     terminal.answer("distill.steps, optimizer steps:", ESCAPE)
-    terminal.answer("Change which of [distill]?", ESCAPE)
-    terminal.answer("Which settings?", ESCAPE)
+    terminal.answer("Change which setting?", ESCAPE)
     terminal.answer("How thorough?", ENTER)
-    assert "distill.steps" in terminal.answer("Start?", ESCAPE)
+    terminal.expect("paper: SafeSteer as published")
+    terminal.expect("--recipe paper")
+    assert "distill.steps=3" in terminal.answer("Start?", ESCAPE)
     terminal.answer("How thorough?", ESCAPE)
+    terminal.answer("Which recipe?", ESCAPE)
     terminal.answer("Harmful requests to train on?", ESCAPE)
     terminal.answer("Which model shall become safer?", ESCAPE)
     terminal.expect("Left. Nothing was started.")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.text and not (tmp_path / "runs").exists()
-    assert not_shown(transcript(120), terminal.text) == [], "docs/transcripts.md shows the wizard as it is"
 
 
 def test_answers_are_a_command_line_with_the_same_meaning(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "my own.txt"
     answers = Answers(
-        str(model), None, str(own), "", "thorough", {"distill.rank": "4", "direction.steering_strengths": "1,2"}
+        str(model),
+        None,
+        str(own),
+        "",
+        "paper",
+        "thorough",
+        {"tokens.count": "4", "direction.steering_strengths": "1,2"},
     )
     found = run_settings(build_parser().parse_args(answers.arguments(tmp_path / "kept")))
     assert (found.model.name, found.prompts.training) == (str(model), str(own))
-    assert (found.distill.rank, found.direction.steering_strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
+    assert (found.tokens.count, found.direction.steering_strengths, found.direction.shortlist) == (4, (1.0, 2.0), 0)
+    assert (found.recipe, found.distill.completion_tokens) == ("paper", 512)
     assert Answers("qwen3-4b").arguments(Path("runs")) == ["run", "qwen3-4b"]
+
+
+ASKING = """\
+Two ways to train
+       lite                                paper
+how    trains on the first 4 tokens of     trains on answers of up to 512
+       answers, and holds answers to       tokens, with LoRA in place of full
+       harmless requests in place          weights, and holds nothing in place
+time   about 10 min                        up to about 45 min
+needs  3.7 GB of VRAM at least; besides    4.2 GB of VRAM at least; harmful
+       harmful requests harmless and       requests alone to train on
+       borderline ones, which come along
+known  Not measured on this model. It was  Published (arXiv 2606.02530, full
+       measured on                         weights, temperature 0): successful
+       Qwen2.5-Coder-0.5B-Instruct and     attacks 2.87 to 0.91 %, the mean of
+       Qwen2.5-Coder-1.5B-Instruct alone:  7 suites; capability 71.68 to
+       what it does to this model, its     71.39, the mean of 5 benchmarks;
+       own before and after will tell.     refused 2.24 to 3.98 % of 805
+                                           harmless requests. Not measured by
+                                           us.
+"""
+
+
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> Questions:
+    """The questions about a preset that nobody here has run, on a machine with a card, to a console of 80 columns."""
+    monkeypatch.setattr(pace, "probe", lambda decision: 2e13)
+    card = Gpu("A card", 24 << 30, 23 << 30, (8, 9), "560.35", True)
+    program = Program(
+        execute=lambda line: 0,
+        run_settings=lambda line: run_settings(build_parser().parse_args(line)),
+        open_settings=lambda path: open_settings(run_folders.open_run(path)),
+        exports={},
+        runs=Path("runs"),
+        console=Console(file=io.StringIO(), width=80, record=True),
+    )
+    machine = Machine("Linux", "3.11.0", "A processor", 8, 64 * 10**9, 60 * 10**9, 10**12, (card,), {}, "12.8", True)
+    asked = Questions(program, machine)
+    asked.answers = Answers("qwen3-4b", look("Qwen/Qwen3-4B-Instruct-2507"))
+    return asked
+
+
+def test_the_question_for_the_recipe_tells_what_each_takes_and_what_is_known_of_it(questions: Questions) -> None:
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("2" + ENTER)
+        questions.ask_recipe()
+    shown = [line.rstrip() for line in questions.program.console.export_text().splitlines()]
+    assert shown == ASKING.splitlines()
+    assert questions.answers.arguments(Path("runs")) == ["run", "qwen3-4b", "--recipe", "paper"]
+    assert questions.settings().distill.completion_tokens == 512
+
+
+def test_a_recipe_that_the_environment_names_is_the_one_that_is_pointed_at(
+    questions: Questions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{config.ENVIRONMENT_PREFIX}RECIPE", "paper")
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text(ENTER)
+        questions.ask_recipe()
+        assert questions.answers.arguments(Path("runs")) == ["run", "qwen3-4b"]
+        assert questions.settings().recipe == "paper"
+        keys.send_text("1" + ENTER)
+        questions.ask_recipe()
+    assert questions.answers.arguments(Path("runs")) == ["run", "qwen3-4b", "--recipe", "lite"]
+    assert questions.settings().recipe == "lite"
 
 
 def test_a_look_at_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

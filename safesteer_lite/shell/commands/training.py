@@ -28,7 +28,7 @@ from safesteer_lite.shell.streams import complain, tell_json
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
-    from safesteer_lite.events import Emit
+    from safesteer_lite.events import Emit, Note
     from safesteer_lite.hardware.backend import Decision
     from safesteer_lite.hardware.shape import ModelShape
     from safesteer_lite.runs.folder import RunFolder
@@ -77,10 +77,17 @@ def resume_command(options: argparse.Namespace) -> int:
             f"Only what it takes of memory can: {', '.join(MEMORY_SETTINGS)}. For the rest, start a new run.",
         )
     emit = sink(options)
+    emit(_of_recipe(settings))
     base = base_of_run(folder, settings, options.base, emit)
     decision = settle(base, decide(settings.model, base.shape, folder.path), settings)
     working = config.build([(str(folder.config_path), settings_of(folder)), ("flag", changes)])
     return _work(options, settings, folder, base, decision, emit, working)
+
+
+def _of_recipe(settings: RunConfig) -> Note:
+    from safesteer_lite.events import Note
+
+    return Note("run", f"Recipe {settings.recipe}: {config.RECIPES_IN_WORDS[settings.recipe]}.")
 
 
 # So much is read in a few seconds from any disk.
@@ -102,6 +109,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
 
     PromptPlan(settings.prompts).check()
     emit = sink(options)
+    emit(_of_recipe(settings))
     base = resolve(settings, emit)
     decision = settle(base, decide(settings.model, base.shape, Path.cwd()), settings)
     check_template(base)

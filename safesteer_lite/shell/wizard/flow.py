@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from safesteer_lite import config
 from safesteer_lite.errors import SafeSteerError
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.known import measured_on
@@ -74,7 +75,8 @@ def _new_run(program: Program) -> int:
         machine = inspect(Path.cwd())
     program.console.print(machine_table(machine))
     questions = Questions(program, machine)
-    steps = [questions.ask_model, questions.ask_prompts, questions.ask_effort, lambda: _confirm(questions)]
+    steps = [questions.ask_model, questions.ask_prompts, questions.ask_recipe, questions.ask_effort]
+    steps.append(lambda: _confirm(questions))
     while True:
         _in_order(steps)
         before = {entry.name for entry in run_folders.list_runs(program.runs)}
@@ -139,8 +141,9 @@ def _confirm(questions: Questions) -> None:
     table.add_row("loaded as", outlook.reason)
     table.add_row("download", format_bytes(answers.look.download_bytes) if answers.look.download_bytes else "none")
     table.add_row("train on", answers.prompts or f"{settings.prompts.train} bundled harmful requests")
+    table.add_row("recipe", f"{settings.recipe}: {config.RECIPES_IN_WORDS[settings.recipe]}")
     table.add_row("effort", f"{answers.effort}: {settings.distill.steps} steps; {pace.EFFORTS[answers.effort]}")
-    if elsewhere := measured_on(settings.model.name):
+    if (elsewhere := measured_on(settings.model.name)) and settings.recipe == config.RECIPES[0]:
         table.add_row("measured on", elsewhere)
     for name, value in answers.settings.items():
         table.add_row(name, value)

@@ -1,11 +1,11 @@
-"""The questions before a run: model, prompts, effort, single settings. Each answer is an argument of `run`."""
+"""The questions before a run: model, prompts, recipe, effort, single settings. Each answer is an argument of `run`."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from rich.table import Table
 
@@ -14,51 +14,21 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ConfigError, PromptError, SafeSteerError, UsageError
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.backend import Decision
+from safesteer_lite.hardware.figures import known_of
 from safesteer_lite.hardware.known import KNOWN, Outlook, outlook
 from safesteer_lite.hardware.machine import Machine
 from safesteer_lite.hardware.shape import parameters
 from safesteer_lite.hardware.units import format_bytes, format_estimate
 from safesteer_lite.prompts.sets import preview
+from safesteer_lite.shell.wizard.answers import Answers
 from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write, write_path
 from safesteer_lite.shell.wizard.program import Program
+from safesteer_lite.shell.wizard.tables import recipe_table
 from safesteer_lite.sources.preview import Look, look
 from safesteer_lite.text import typed_path
 
-
-@dataclass
-class Answers:
-    """What has been answered so far.
-
-    Attributes:
-        model: a preset, a Hub id or a folder.
-        look: what is known of it.
-        prompts: the user's own prompt file; empty for the bundled prompts.
-        column: its column; empty for the one found by itself.
-        effort: a key of `pace.EFFORTS`.
-        settings: single settings by dotted name, as typed.
-        count: how many prompts of the file there are to train on; None for the bundled ones.
-    """
-
-    model: str = ""
-    look: Look | None = None
-    prompts: str = ""
-    column: str = ""
-    effort: str = "standard"
-    settings: dict[str, str] = field(default_factory=dict)
-    count: int | None = None
-
-    def arguments(self, runs: Path) -> list[str]:
-        """The command line that means the same."""
-        line = ["run", self.model]
-        if self.effort != "standard":
-            line += ["--effort", self.effort]
-        if self.prompts:
-            line += ["--prompts", self.prompts]
-        if self.column:
-            line += ["--column", self.column]
-        for name, value in self.settings.items():
-            line += ["--set", f"{name}={value}"]
-        return line if runs == Path("runs") else [*line, "--runs", str(runs)]
+_ASKED = {"recipe", "model.name", "prompts.training", "prompts.column"}
+"""Settings that have questions of their own."""
 
 
 class _Again(Exception):
@@ -88,7 +58,13 @@ class Questions:
         chosen, settings = self.answers.look, self.settings()
         assert chosen is not None
         machine = replace(self.machine, gpus=()) if settings.model.device == "cpu" else self.machine
-        return outlook(machine, chosen.shape, settings.model.precision, chosen.download_bytes)
+        return outlook(
+            machine,
+            chosen.shape,
+            settings.model.precision,
+            chosen.download_bytes,
+            settings.distill.completion_tokens,
+        )
 
     def ask_model(self) -> None:
         """Which model: a preset, a Hub id or a folder; looked at before it is accepted.
@@ -211,12 +187,48 @@ class Questions:
         self.answers = replace(self.answers, count=count)
         self.program.say(" ".join(told))
 
+    def ask_recipe(self) -> None:
+        """Which way to train, beside what each takes here and what is known of it."""
+        # The environment may have answered already; a flag is needed only for another answer.
+        with self._as_if(recipe=""):
+            meant = self.settings().recipe
+        self.program.console.print(recipe_table({name: self._facts(name) for name in config.RECIPES}))
+        options = [Option(name, f"{name:<5}  {config.RECIPES_IN_WORDS[name]}") for name in config.RECIPES]
+        chosen = str(choose("Which recipe?", options, self.answers.recipe or meant))
+        self.answers = replace(self.answers, recipe="" if chosen == meant else chosen)
+
+    def _facts(self, recipe: str) -> dict[str, str]:
+        """What there is to know before choosing a recipe, by heading."""
+        with self._as_if(recipe=recipe):
+            settings, found, seconds = self.settings(), self.outlook(), pace.total(self.expected_seconds())
+        memory = "VRAM" if found.decision.device == "cuda" else "memory"
+        tokens = settings.distill.completion_tokens
+        how, most, requests = {
+            "lite": (
+                f"trains on the first {tokens} tokens of answers, and holds answers to harmless requests in place",
+                "about",
+                "besides harmful requests harmless and borderline ones, which come along",
+            ),
+            "paper": (
+                f"trains on answers of up to {tokens} tokens, with LoRA in place of full weights, and holds nothing in place",
+                # Many answers end before they are as long as they may be.
+                "up to about",
+                "harmful requests alone to train on",
+            ),
+        }[recipe]
+        return {
+            "how": how,
+            "time": f"{most} {format_estimate(seconds)}",
+            "needs": f"{format_bytes(found.memory_bytes['distill'])} of {memory} at least; {requests}",
+            "known": known_of(recipe, settings.model.name),
+        }
+
     def ask_effort(self) -> None:
         """How thorough, with the minutes each takes; or single settings."""
         while True:
             options = [Option(name, self._effort_line(name)) for name in pace.EFFORTS]
             changed = f" ({len(self.answers.settings)} changed)" if self.answers.settings else ""
-            options.append(Option("advanced", f"advanced  see and change every setting{changed}"))
+            options.append(Option("advanced", f"advanced  see and change single settings{changed}"))
             chosen = choose("How thorough?", options, self.answers.effort)
             if chosen != "advanced":
                 self.answers = replace(self.answers, effort=chosen)
@@ -224,13 +236,19 @@ class Questions:
             self._ask_settings()
 
     def _effort_line(self, name: str) -> str:
-        before = self.answers
-        self.answers = replace(before, effort=name)
-        try:
+        with self._as_if(effort=name):
             seconds = pace.total(self.expected_seconds())
+        return f"{name:<8}  about {format_estimate(seconds)}: {pace.EFFORTS[name]}"
+
+    @contextmanager
+    def _as_if(self, **changes: str) -> Iterator[None]:
+        """Inside, some answers are others."""
+        before = self.answers
+        self.answers = replace(before, **changes)  # type: ignore[arg-type]
+        try:
+            yield
         finally:
             self.answers = before
-        return f"{name:<8}  about {format_estimate(seconds)}: {pace.EFFORTS[name]}"
 
     def expected_seconds(self) -> dict[str, float]:
         """Seconds by stage that the answers so far should take here."""
@@ -248,32 +266,21 @@ class Questions:
         return self._speeds[key]
 
     def _ask_settings(self) -> None:
-        """Every setting with its unit, section by section, until the user goes back."""
+        """What a person may want to change beside the questions, each with its unit, until the user goes back."""
+        known = config.known_settings()
+        offered = [name for name, item in known.items() if not item.metadata["expert"] and name not in _ASKED]
         while True:
+            values = {name: _plain(_value(self.settings(), name)) for name in offered}
+            options = [Option(name, f"{name} = {values[name]}  ({known[name].metadata['unit']})") for name in offered]
             try:
-                sections = [Option(name, f"[{name}] {kind.__doc__}") for name, kind in config.SECTIONS.items()]
-                section = choose("Which settings?", [*sections, Option("", "done")])
-                if not section:
-                    return
-                self._ask_section(section)
+                name = choose("Change which setting?", [*options, Option("", "done")])
             except Back:
                 return
-
-    def _ask_section(self, section: str) -> None:
-        while True:
-            table = getattr(self.settings(), section)
-            shown = {item.name: (getattr(table, item.name), item.metadata["unit"]) for item in fields(table)}
-            options = [Option(name, f"{name} = {_plain(value)}  ({unit})") for name, (value, unit) in shown.items()]
-            try:
-                key = choose(f"Change which of [{section}]?", [*options, Option("", "done")])
-            except Back:
+            if not name:
                 return
-            if not key:
-                return
-            value, unit = shown[key]
             with suppress(Back):
                 until_right(
-                    partial(self._ask_setting, f"{section}.{key}", _plain(value), unit),
+                    partial(self._ask_setting, name, values[name], known[name].metadata["unit"]),
                     ConfigError,
                     self.program.explain,
                 )
@@ -291,6 +298,12 @@ class Questions:
 
 def _parameters(count: int) -> str:
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
+
+
+def _value(settings: RunConfig, name: str) -> object:
+    """A setting by its dotted name."""
+    section, _, key = name.rpartition(".")
+    return getattr(getattr(settings, section) if section else settings, key)
 
 
 def _plain(value: object) -> str:

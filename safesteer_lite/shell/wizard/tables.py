@@ -1,4 +1,4 @@
-"""The wizard's tables: the machine, and what a run should take."""
+"""The wizard's tables: the machine, the recipes, and what a run should take."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.known import Outlook
 from safesteer_lite.hardware.machine import Machine
 from safesteer_lite.hardware.units import format_bytes, format_estimate
+from safesteer_lite.shell.console import as_text
 
 
 def machine_table(machine: Machine) -> Table:
@@ -28,6 +29,21 @@ def machine_table(machine: Machine) -> Table:
     table.add_row("processor", f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}{bf16}")
     table.add_row("memory", f"{format_bytes(machine.ram_available)} free of {format_bytes(machine.ram_total)}")
     table.add_row("disk", f"{format_bytes(machine.disk_free)} free at {Path.cwd()}")
+    return table
+
+
+def recipe_table(facts: Mapping[str, Mapping[str, str]]) -> Table:
+    """The recipes side by side.
+
+    Args:
+        facts: what is to be known of each, by its name and then by heading; all have the same headings.
+    """
+    table = Table(title="Two ways to train", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in facts:
+        table.add_column(name, ratio=1)
+    for heading in next(iter(facts.values())):
+        table.add_row(heading, *(as_text(told[heading]) for told in facts.values()))
     return table
 
 
