@@ -9,8 +9,6 @@ import torch
 
 from tests.export.weights.tiny_lora import save_adapter, save_base
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

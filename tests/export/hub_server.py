@@ -138,7 +138,7 @@ class Request(BaseHTTPRequestHandler):
 def serving(root: Path) -> Iterator[Hub]:
     """A hub whose files lie under `root`."""
     hub = Hub(root)
-    thread = Thread(target=hub.serve_forever, daemon=True)
+    thread = Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub

@@ -30,8 +30,8 @@ from tests import planted
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+def model(planted_model: Path) -> Path:
+    return planted_model
 
 
 @pytest.fixture(scope="module")

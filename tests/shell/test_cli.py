@@ -31,8 +31,8 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "ri
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+def model(planted_model: Path) -> Path:
+    return planted_model
 
 
 @pytest.fixture(autouse=True)

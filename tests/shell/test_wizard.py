@@ -56,8 +56,8 @@ del SMALL["evaluate.answer_tokens"]  # Left to the effort, to see that it counts
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+def model(planted_model: Path) -> Path:
+    return planted_model
 
 
 def environment() -> dict[str, str]:

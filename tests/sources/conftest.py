@@ -33,7 +33,6 @@ CONFIG = {
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Caches of this test's own, no model hub, and pip that knows a local folder only."""
-    torch.set_num_threads(1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "index").mkdir()

@@ -20,8 +20,8 @@ from tests import planted
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted.build(tmp_path_factory.getbasetemp() / "planted")
+def model(planted_model: Path) -> Path:
+    return planted_model
 
 
 def test_every_prompt_of_a_run_bears_the_date_on_which_it_began(model: Path, tmp_path: Path) -> None:
