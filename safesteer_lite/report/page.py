@@ -26,6 +26,7 @@ FILE = "report.html"
 PARTS: tuple[tuple[str, str, Callable[[Source], Markup | None]], ...] = (
     ("scorecard", "Before and after", parts.scorecard),
     ("exports", "What was exported", parts.exports),
+    ("capability", "Capability", parts.capability),
     ("strength", "Strength dial", parts.strength),
     ("flips", "Answers that changed sides", parts.flips),
     ("training", "Training", parts.training),

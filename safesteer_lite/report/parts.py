@@ -108,6 +108,24 @@ def _artifact(row: Mapping[str, Any]) -> tuple[object, ...]:
     return (name, marked, *others, close)
 
 
+def capability(source: Source) -> Markup | None:
+    """What base and hardened model solved of tasks with a right answer, problem by problem."""
+    found = source.record.get("capability")
+    if not found:
+        return None
+    told = (
+        "Problems solved, one greedy answer each, through the chat template, with 95\u00a0% Wilson intervals. Both models got "
+        "the same problems, so what counts is how many were lost and how many gained; p is McNemar's exact test of the two."
+    )
+    rows: list[tuple[object, ...]] = []
+    for record in found:
+        n, lost, gained = record["n"], len(record["lost"]), len(record["gained"])
+        before, after = (_rate_text(Rate.of(record[who]["solved"], n)) for who in ("base", "hardened"))
+        asked = _with_note(record["task"], f"{n} of {record['problems']} problems")
+        rows.append((asked, before, after, str(record["kept"]), str(lost), str(gained), f"{record['p']:.2g}"))
+    return join([paragraph(told), table(("", "before", "after", "kept", "lost", "gained", "p"), rows)])
+
+
 def strength(source: Source) -> Markup | None:
     """The strength dial: rates and KL by the factor on the adapter."""
     points = source.dial()

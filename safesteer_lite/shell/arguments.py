@@ -88,6 +88,25 @@ def _training(commands: Commands) -> None:
     evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, or a local folder")
     _base_option(evaluate)
     evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    evaluate.add_argument(
+        "--capability",
+        type=_filled,
+        metavar="TASK,TASK",
+        help="solve tasks instead: humaneval, gsm8k; before and after, problem by problem",
+    )
+    evaluate.add_argument(
+        "--tasks-from",
+        type=_path,
+        metavar="FOLDER",
+        help="with --capability: where HumanEval.jsonl.gz and gsm8k_test.jsonl are, which are yours to get",
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="with --capability: the first N problems of each task")
+    evaluate.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="with --capability humaneval: run the programs that the model writes, on this machine and as you, in an "
+        "empty folder with limits on time, memory, files, other programs and the network, but in no sandbox",
+    )
     _output_options(evaluate)
 
 

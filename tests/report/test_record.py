@@ -33,6 +33,7 @@ KEYS = {
     "peak_memory_bytes": int,
     "artifacts": dict,
     "exports": list,
+    "capability": list,
     "versions": dict,
     "config": dict,
 }

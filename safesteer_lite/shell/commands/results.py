@@ -67,11 +67,12 @@ def report_command(options: argparse.Namespace) -> int:
 def eval_command(options: argparse.Namespace) -> int:
     """`eval`: a run's adapter, or any model as it is."""
     from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.shell.commands.capability import asked_tasks, measure_tasks
     from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.lines import scorecard_table
     from safesteer_lite.stages import pipeline
 
-    emit = sink(options)
+    tasks, emit = asked_tasks(options), sink(options)
     is_run = (Path(options.target) / "manifest.json").is_file() or (
         options.runs / options.target / "manifest.json"
     ).is_file()
@@ -93,6 +94,8 @@ def eval_command(options: argparse.Namespace) -> int:
         raise UsageError("--base says where the base model of a run lies.", "Leave it out, or name a run.")
     else:
         base = resolve(settings, emit)
+    if tasks:
+        return measure_tasks(options, tasks, settings, folder, base, emit)
     cards = pipeline.evaluate_model(settings, folder, base, emit)
     if options.json:
         tell_json({"event": "Evaluation", **cards})

@@ -1,0 +1,170 @@
+"""What base and hardened model can do, problem by problem: which each of them solved, and what came of it, as a run keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import comb
+from typing import Any, Literal
+
+from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation.scorecard import wilson
+from safesteer_lite.evaluation.tasks import Task
+from safesteer_lite.runs.durable import explained, read_json, write_json
+from safesteer_lite.runs.folder import RunFolder
+
+FILE = "capability.json"
+Who = Literal["base", "hardened"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One answer and whether it was right."""
+
+    solved: bool
+    answer: str
+
+
+@dataclass
+class Solutions:
+    """The answers to one task so far.
+
+    Attributes:
+        way: what they depend on: the task's fingerprint and how the model is loaded. Others are not mixed with them.
+        problems: how many problems the task has, of which not all need have been asked.
+        tokens: the longest answer.
+        base: by the problem's id.
+        hardened: the same; empty where there is no adapter.
+    """
+
+    way: str
+    problems: int
+    tokens: int
+    base: dict[str, Solution] = field(default_factory=dict)
+    hardened: dict[str, Solution] = field(default_factory=dict)
+
+    @classmethod
+    def none_yet(cls, task: Task, loaded: str) -> Solutions:
+        """No answer to a task yet, from a model loaded as `loaded` says: its precision and its longest prompt."""
+        return cls(f"{task.fingerprint} {loaded}", len(task.problems), task.tokens)
+
+    def of(self, who: Who) -> dict[str, Solution]:
+        """The answers of one model."""
+        return self.base if who == "base" else self.hardened
+
+    def to_record(self) -> dict[str, Any]:
+        """As the run keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Any) -> Solutions:
+        """Answers as `to_record` makes them.
+
+        Raises:
+            ValueError: they are none.
+        """
+        try:
+            base, hardened = (
+                {
+                    str(name): Solution(bool(entry["solved"]), str(entry["answer"]))
+                    for name, entry in record[who].items()
+                }
+                for who in ("base", "hardened")
+            )
+            return cls(str(record["way"]), int(record["problems"]), int(record["tokens"]), base, hardened)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a task lacks what was answered ({error})") from error
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """The exact two-sided p of McNemar's test: how often a fair coin would part the changed problems at least so unevenly.
+
+    Args:
+        lost: problems that the base solves and the hardened model does not.
+        gained: the other way round.
+    """
+    changed, fewer = lost + gained, min(lost, gained)
+    return min(1.0, 2 * sum(comb(changed, count) for count in range(fewer + 1)) / 2**changed)
+
+
+def compare(name: str, solutions: Solutions) -> dict[str, Any]:
+    """What became of a task, as the report holds it.
+
+    Args:
+        name: the task.
+        solutions: both models' answers, or the base's alone, where there is no adapter.
+
+    Returns:
+        `task`, `tokens` (of the longest answer), `problems` (of the task), `n` (those that were compared), `base` and
+        `hardened` = {solved, low, high} (95 % Wilson bounds as shares), `kept` (solved by both), the ids that were `lost`
+        and `gained`, and McNemar's exact `p`; the last five are null where there is no adapter.
+    """
+    asked = [name for name in solutions.base if name in solutions.hardened or not solutions.hardened]
+    base = {name: solutions.base[name].solved for name in asked}
+    record = {
+        "task": name,
+        "tokens": solutions.tokens,
+        "problems": solutions.problems,
+        "n": len(asked),
+        "base": _share(base),
+        **dict.fromkeys(("hardened", "kept", "lost", "gained", "p")),
+    }
+    if not solutions.hardened:
+        return record
+    hardened = {name: solutions.hardened[name].solved for name in asked}
+    lost = [name for name in asked if base[name] and not hardened[name]]
+    gained = [name for name in asked if hardened[name] and not base[name]]
+    return {
+        **record,
+        "hardened": _share(hardened),
+        "kept": sum(base.values()) - len(lost),
+        "lost": lost,
+        "gained": gained,
+        "p": mcnemar(len(lost), len(gained)),
+    }
+
+
+def _share(solved: Mapping[str, bool]) -> dict[str, float]:
+    low, high = wilson(sum(solved.values()), len(solved))
+    return {"solved": sum(solved.values()), "low": low, "high": high}
+
+
+def save(run: RunFolder, tasks: Mapping[str, Solutions]) -> None:
+    """Keep the answers beside the report, marked with the training that they belong to.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+        DiskSpaceError: the disk is full.
+    """
+    record = {"distill": _training(run), "tasks": {name: found.to_record() for name, found in tasks.items()}}
+    with explained(f"the solved tasks of {run.path.name}"):
+        write_json(run.path / FILE, record)
+
+
+def saved(run: RunFolder) -> dict[str, Solutions]:
+    """The answers so far by task; none where there are none, or where the run was trained again since.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    path = run.path / FILE
+    if not path.exists():
+        return {}
+    hint = "Delete it, and measure again with `safesteer-lite eval RUN --capability`."
+    record = read_json(path, "the solved tasks", hint=hint)
+    try:
+        if record["distill"] != _training(run):
+            return {}
+        return {name: Solutions.from_record(found) for name, found in record["tasks"].items()}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}.", hint) from error
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    """What became of each task that a run has answers to, as the report holds it; see `compare`."""
+    return [compare(name, found) for name, found in saved(run).items() if found.base and found.hardened]
+
+
+def _training(run: RunFolder) -> str:
+    trained = run.manifest.stages.get("distill")
+    return trained.fingerprint if trained else ""

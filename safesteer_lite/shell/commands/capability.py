@@ -1,0 +1,104 @@
+"""`eval --capability`: how many tasks a run's two models solve, or a model as it is."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safesteer_lite.errors import UsageError
+from safesteer_lite.shell.streams import tell_json
+
+if TYPE_CHECKING:
+    from safesteer_lite.config import RunConfig
+    from safesteer_lite.evaluation.tasks import Task
+    from safesteer_lite.events import Emit
+    from safesteer_lite.runs.folder import RunFolder
+    from safesteer_lite.sources.base import Base
+
+
+def asked_tasks(options: argparse.Namespace) -> list[Task]:
+    """The tasks that a command line names, read from their files; none where it names none.
+
+    Raises:
+        UsageError: a task or its file is not there, an option is wrong, or programs would be run that nobody allowed.
+    """
+    if not options.capability:
+        if options.tasks_from or options.limit is not None or options.allow_code_execution:
+            raise UsageError(
+                "--tasks-from, --limit and --allow-code-execution belong to --capability.",
+                "Name its tasks, such as --capability gsm8k, or leave them out.",
+            )
+        return []
+    from safesteer_lite.evaluation.tasks import KINDS, read_task
+
+    names = list(dict.fromkeys(name.strip() for name in options.capability.split(",")))
+    unknown = [name for name in names if name not in KINDS]
+    if unknown:
+        raise UsageError(f"There is no task {unknown[0]!r}.", f"There are: {', '.join(KINDS)}.")
+    if not options.tasks_from:
+        files = "; ".join(f"{KINDS[name].file} is {KINDS[name].home}" for name in names)
+        raise UsageError(
+            "The tasks' files are not part of this program, and it fetches none.",
+            f"Put them into a folder and name it with --tasks-from: {files}.",
+        )
+    if options.limit is not None and options.limit < 1:
+        raise UsageError("--limit must be at least 1.", "Leave it out to ask every problem.")
+    running = [name for name in names if KINDS[name].runs_programs]
+    if running and not options.allow_code_execution:
+        raise UsageError(
+            f"To judge {running[0]}, programs that the model writes are run on this machine, as you. They get {_LIMITS}, "
+            "but no sandbox.",
+            f"Add --allow-code-execution if you accept that, or leave {running[0]} out.",
+        )
+    return [read_task(options.tasks_from, name) for name in names]
+
+
+_LIMITS = "an empty folder and limits on time, memory, files, other programs and the network"
+
+
+def measure_tasks(
+    options: argparse.Namespace,
+    tasks: list[Task],
+    settings: RunConfig,
+    folder: RunFolder | None,
+    base: Base,
+    emit: Emit,
+) -> int:
+    """Measure a run's models, or a model as it is, on tasks, and tell what came of them.
+
+    Args:
+        options: the command line.
+        tasks: from `asked_tasks`.
+        settings: how to load the model.
+        folder: the run; None for a model as it is.
+        base: the base model, or that model.
+        emit: sink for events.
+    """
+    from safesteer_lite.hardware.allocator import keep_freed_memory
+    from safesteer_lite.report import record as report
+    from safesteer_lite.runs.folder import RunFolder
+    from safesteer_lite.shell.commands.shared import open_settings
+    from safesteer_lite.shell.console import SafeConsole
+    from safesteer_lite.shell.lines import capability_table
+    from safesteer_lite.stages import capability
+    from safesteer_lite.stages.session import Session
+
+    keep_freed_memory()
+    limit = options.limit or 0
+    if folder:
+        folder.folder("distill", "adapter")
+        with folder.lock():
+            records = capability.measure(Session(settings, folder, base, emit, stage="capability"), tasks, limit)
+            if (folder.path / "report.json").is_file():
+                report.write(folder, open_settings(folder))  # The report shows what was solved.
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            session = Session(settings, RunFolder(Path(scratch)), base, emit, stage="capability")
+            records = capability.measure(session, tasks, limit, trained=False)
+    if options.json:
+        tell_json({"event": "Capability", "tasks": records})
+    else:
+        SafeConsole().print(capability_table(records))
+    return 0

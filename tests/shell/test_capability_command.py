@@ -1,0 +1,79 @@
+"""`eval --capability` as it is typed: what it refuses before anything is loaded, and what it leaves in a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.shell.cli import main
+from tests import planted
+from tests.evaluation.task_files import write_tasks
+from tests.runs.run_files import report_of
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with planted.one_thread():
+        yield
+
+
+@pytest.fixture
+def run(planted_run: RunFolder, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(planted_run.path, tmp_path / planted_run.path.name)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--limit", "3"], "belong to --capability"),
+        (["--allow-code-execution"], "belong to --capability"),
+        (["--capability", "mmlu", "--tasks-from", "FILES"], "There is no task 'mmlu'.\n  There are: humaneval, gsm8k."),
+        (["--capability", "gsm8k"], "gsm8k_test.jsonl is grade_school_math/data/test.jsonl of github.com"),
+        (["--capability", "gsm8k", "--tasks-from", "no-such"], "There is no no-such"),
+        (["--capability", "gsm8k", "--tasks-from", "FILES", "--limit", "0"], "--limit must be at least 1"),
+        (["--capability", "humaneval", "--tasks-from", "FILES"], "Add --allow-code-execution if you accept that"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_looked_for(
+    line: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = str(write_tasks(tmp_path / "files", programs=1, numbers=1))
+    line = [files if word == "FILES" else word for word in line]
+    assert main(["eval", "no-such-model", *line]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_s_report_shows_what_its_models_solve(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = str(write_tasks(tmp_path / "files", programs=2, numbers=4))
+    line = ["eval", str(run), "--tasks-from", files, "--allow-code-execution", "--capability"]
+    assert main([*line, "gsm8k,humaneval,gsm8k", "--limit", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["event"] == "Capability" and [record["task"] for record in told["tasks"]] == ["gsm8k", "humaneval"]
+    # The planted model says nothing but its three sentences.
+    assert [(record["n"], record["base"]["solved"], record["p"]) for record in told["tasks"]] == [
+        (3, 0, 1.0),
+        (2, 0, 1.0),
+    ]
+    assert report_of(run)["capability"] == told["tasks"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert '<section id="capability"' in page and "3 of 4 problems" in page
+    # Nothing is left to ask, so this is the table alone.
+    assert main([*line, "humaneval"]) == 0
+    shown = capsys.readouterr().out
+    assert "Problems solved" in shown and "exact McNemar" in shown and "Self-check" not in shown
+
+
+def test_a_model_alone_has_one_column(planted_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = str(write_tasks(tmp_path / "files", programs=1, numbers=2))
+    line = ["eval", str(planted_model), "--capability", "gsm8k", "--tasks-from", files]
+    assert main([*line, "--set", "model.precision=fp32", "--set", "model.device=cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "gsm8k" in shown and "0 (0 %, 0 to 66)" in shown and "McNemar" not in shown
