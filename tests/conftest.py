@@ -24,7 +24,8 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.hardware.limits import usable_cores
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.runs.durable import files_in
-from safesteer_lite.runs.folder import RunFolder, list_runs
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.listing import list_runs
 from tests import planted, tiny
 
 _ONLY_WHERE_NAMED = ("real", "gpu", "faults")

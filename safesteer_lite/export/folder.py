@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safesteer_lite.export import drafts
 from safesteer_lite.export.rows import ARTIFACTS
-from safesteer_lite.export.weights import merge, shards
+from safesteer_lite.export.weights import merge
 from safesteer_lite.export.weights.verify import SUMS, FailedCheck
+from safesteer_lite.runs.durable import remove
 
 WORK = "work"
 """Inside an export that is being written: what it needs on the way and does not keep."""
@@ -45,7 +47,7 @@ def exported(out: Path) -> Iterator[Path]:
         ExportError: the folder exists already or cannot be written.
         DiskSpaceError: the disk ran full.
     """
-    with shards.published(out, _is_ours, (WORK,)) as draft:
+    with drafts.published(out, _is_ours, (WORK,)) as draft:
         _keep_merged(draft / WORK)
         try:
             yield draft
@@ -61,8 +63,8 @@ def _keep_merged(work: Path) -> None:
     """Clear all that a killed export left in its work folder but merged weights: half a GGUF file is of no use."""
     merged = work / MERGED
     for entry in work.iterdir() if work.is_dir() else ():
-        if entry.is_symlink() or not entry.is_dir() or entry not in (merged, shards.draft_name(merged)):
-            shards.remove(entry)
+        if entry.is_symlink() or not entry.is_dir() or entry not in (merged, drafts.draft_name(merged)):
+            remove(entry)
 
 
 def _names_aside(out: Path) -> Iterator[Path]:

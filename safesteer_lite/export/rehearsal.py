@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from safesteer_lite.errors import DiskSpaceError, ExportError, SafeSteerError
+from safesteer_lite.export import drafts
 from safesteer_lite.export.gguf import convert, modelfile, quantise
 from safesteer_lite.export.weights import shards, verify
 from safesteer_lite.export.weights.base import Weights
@@ -49,7 +50,7 @@ def rehearse(
             shares = sum(_BYTES_A_WEIGHT[quant] for quant in quants) + 2 * bool(quantise.MIXES.keys() & set(quants))
             needed += int(plan.size * shares / 2)
         try:
-            shards.require_space(out, needed, "what is exported")
+            drafts.require_space(out, needed, "what is exported")
         except DiskSpaceError as error:
             if not faults.told:
                 raise

@@ -21,8 +21,6 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.runs.durable import (
     LARGEST_JSON,
@@ -39,8 +37,8 @@ from safesteer_lite.runs.durable import (
     sync_tree,
     write_atomically,
 )
+from safesteer_lite.runs.lock import OWN_FOLDER, locked
 from safesteer_lite.runs.manifest import (
-    STAGE_FOLDER,
     Manifest,
     StageRecord,
     artifacts_of,
@@ -52,10 +50,7 @@ from safesteer_lite.runs.steps import Checkpoints
 
 RUNS_FOLDER = Path("runs")
 
-_OWN_FOLDER = re.compile(rf"{STAGE_FOLDER.pattern}(?:\.partial)?")
 _NEW_RUN = re.compile(r"\.[0-9a-f]{32}")
-# What a run writes to in place, beside the drafts of stages.
-_WRITTEN = {"events.jsonl", "run.lock"}
 _MAKING_SECONDS = 60.0
 
 
@@ -74,18 +69,6 @@ class Publication:
     steps: Checkpoints
     result: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """One line of the list of runs; `damage` says what is wrong with a folder that cannot be read, else it is empty."""
-
-    name: str
-    path: Path
-    created: str
-    stages: tuple[str, ...]
-    finished: bool
-    damage: str = ""
 
 
 def create(
@@ -175,19 +158,6 @@ def open_run(path: Path | str, parent: Path = RUNS_FOLDER) -> RunFolder:
     raise RunFolderError(f"The run {str(path)!r} {problem}.", "List the runs with `safesteer-lite runs`.")
 
 
-def list_runs(parent: Path = RUNS_FOLDER) -> list[RunSummary]:
-    """Summarise every run under `parent`, newest first; folders that cannot be read come last, with what is wrong.
-
-    Raises:
-        RunFolderError: `parent` exists but cannot be listed.
-    """
-    with explained(f"the list of runs in {parent}"):
-        if not parent.exists():
-            return []
-        folders = [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return sorted(map(_summarise, folders), key=lambda run: (run.created, run.name), reverse=True)
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder; make it with `create` or `open_run`. Hold `lock` while writing to it."""
@@ -246,33 +216,14 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing to this run, and clear away what a killed one left half-done.
 
-        The system itself releases the lock when the process dies, so a run is never locked for good.
-
         Raises:
             RunFolderError: another process has the run, or the folder cannot be written.
             DiskSpaceError: the disk is full.
         """
-        # The process id lies beside the lock, since Windows lets nobody read a file that is locked.
-        owner = self.path / "run.pid"
-        lock = FileLock(self.path / "run.lock")
-        with explained(f"the lock of {self.path.name}"):
-            self._refuse_links()
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                raise RunFolderError(
-                    f"The run {self.path.name} is in use by {_process_named_in(owner)}.",
-                    "Wait until it is done, or stop it, then try again.",
-                ) from None
-        try:
+        with locked(self.path):
             with explained(f"the lock of {self.path.name}"):
-                write_atomically(owner, str(os.getpid()).encode("ascii"))
                 self._sweep()
             yield
-        finally:
-            with suppress(OSError):
-                owner.unlink()
-            lock.release()
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
         """Whether `stage` was published with this fingerprint, and every file of it is still what was published."""
@@ -420,42 +371,10 @@ class RunFolder:
             f"`safesteer-lite resume {self.path.name}` does that stage again; or restore the file from a copy.",
         )
 
-    def _refuse_links(self) -> None:
-        """See that what a run writes to are files of its own, and do not lead out of its folder."""
-        for path in self.path.iterdir():
-            written = path.name in _WRITTEN or _OWN_FOLDER.fullmatch(path.name.removesuffix(".tmp"))
-            if path.name in _WRITTEN and not path.is_symlink() and not path.is_file():
-                # A pipe would be waited for without end.
-                raise RunFolderError(f"{path} is no file, and a run writes to it.", "Move it out of the run's folder.")
-            if path.is_symlink() and written and not STAGE_FOLDER.fullmatch(path.name):
-                raise RunFolderError(
-                    f"{path} is a link, and a run writes inside its own folder only.",
-                    "Put what it leads to in its place.",
-                )
-
     def _sweep(self) -> None:
         """Remove what a killed process left: drafts, discarded results, and what a published stage was made from."""
-        remove_leftovers(self.path, _OWN_FOLDER)
+        remove_leftovers(self.path, OWN_FOLDER)
         for record in self.manifest.stages.values():
             partial = self.path / f"{record.folder}.partial"
             if os.path.lexists(partial) and record.has_its_sizes(self.path):
                 discard(partial)
-
-
-def _summarise(path: Path) -> RunSummary:
-    try:
-        run = RunFolder(path)
-        manifest = run.manifest
-        done = tuple(name for name, record in manifest.stages.items() if record.has_its_sizes(path))
-        run.settings()  # Without them it can be listed, and nothing else.
-    except (RunFolderError, OSError) as error:
-        return RunSummary(path.name, path, "", (), False, getattr(error, "message", str(error)))
-    finished = bool(manifest.planned) and set(manifest.planned) <= set(done)
-    return RunSummary(path.name, path, manifest.created, done, finished)
-
-
-def _process_named_in(owner: Path) -> str:
-    """The holder of a lock in words; it may not have written its id yet."""
-    with suppress(OSError, ValueError):
-        return f"process {int(read_bytes(owner, 100))}"
-    return "another process"

@@ -73,13 +73,13 @@ def read_tensors(folder: Path, findings: Findings) -> Tensors:
         if name in missing:
             continue
         try:
-            found = _read_header(folder / name)
+            found = read_header(folder / name)
         except (OSError, MemoryError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else "out of memory"
             findings.add(f"{name} cannot be read ({why})", AGAIN)
             whole = False
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f": {error}" if isinstance(error, ValueError) and str(error) else ""
+        except ValueError as error:
+            why = f": {error}" if str(error) else ""
             findings.add(f"{name} is damaged or was not copied to its end{why}", AGAIN)
             whole = False
         else:
@@ -122,12 +122,12 @@ def _tell_no_weights(folder: Path, findings: Findings) -> None:
     findings.add(f"it lacks weights: {WEIGHTS}, or its parts with {INDEX}{there}", AGAIN)
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file.
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file by name, from its header alone.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValueError, KeyError, TypeError, AttributeError: it is no whole safetensors file.
+        OSError, MemoryError: it cannot be read, or is no regular file.
+        ValueError: it is no whole safetensors file; the message says why, or is empty.
     """
     with durable.open_regular(path) as stream:
         size = stream.seek(0, 2)
@@ -137,8 +137,11 @@ def _read_header(path: Path) -> dict[str, Stored]:
         if not 2 <= length <= min(size - 8, LARGEST_HEADER):
             raise ValueError("it has no safetensors header")
         header = durable.parse_json(stream.read(length))
-    header.pop("__metadata__", None)
-    tensors = {name: _stored(entry, path, 8 + length) for name, entry in header.items()}
+    try:
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(entry, path, 8 + length) for name, entry in header.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError from None
     end = 8 + length
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.size)):
         if stored.start != end:

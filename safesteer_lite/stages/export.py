@@ -13,8 +13,9 @@ import torch
 from safesteer_lite.config import RunConfig
 from safesteer_lite.config.constants import CHECK_PROMPTS
 from safesteer_lite.events import Metric, Progress
+from safesteer_lite.export import drafts
 from safesteer_lite.export.rehearsal import rehearse
-from safesteer_lite.export.weights import merge, shards, verify
+from safesteer_lite.export.weights import merge, verify
 from safesteer_lite.export.weights.base import Weights
 from safesteer_lite.export.weights.original import describe_original
 from safesteer_lite.export.weights.verify import FailedCheck
@@ -49,7 +50,7 @@ def run(session: Session, publication: Publication) -> None:
     """Merge, check the files, reload them, compare, and write the sums."""
     adapter = session.run.folder("distill", "adapter")
     (publication.path / "adapter").mkdir()
-    shards.copy_folder(adapter, publication.path / "adapter")
+    drafts.copy_folder(adapter, publication.path / "adapter")
     # Merged outside the draft, which does not outlive a kill; publishing the stage removes this folder.
     work = publication.path.with_suffix(".partial")
     try:
@@ -161,8 +162,8 @@ def rehearse_stage(config: RunConfig, base: Base, run: Path, day: date) -> None:
 def _reopen(out: Path) -> None:
     """Make merged weights of a killed attempt a draft again: the merge knows what in it is whole, and what is its own."""
     if (out / merge.RECORD).is_file():
-        shutil.rmtree(shards.draft_name(out), ignore_errors=True)
-        out.rename(shards.draft_name(out))
+        shutil.rmtree(drafts.draft_name(out), ignore_errors=True)
+        out.rename(drafts.draft_name(out))
     elif out.exists():
         shutil.rmtree(out)
 

@@ -14,14 +14,14 @@ from safesteer_lite.config import RunConfig, to_toml
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
 from safesteer_lite.events import Metric, Progress
-from safesteer_lite.export import card
+from safesteer_lite.export import card, drafts
 from safesteer_lite.export.folder import MERGED, WORK, exported, file_name
 from safesteer_lite.export.gguf import convert, modelfile
 from safesteer_lite.export.gguf.agreement import FIRST_KL_ALLOWANCE, Witness, compare
 from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.export.rehearsal import rehearse
 from safesteer_lite.export.rows import Row, rows_record, write_rows
-from safesteer_lite.export.weights import shards, verify
+from safesteer_lite.export.weights import verify
 from safesteer_lite.export.weights.verify import FailedCheck
 from safesteer_lite.hardware.backend import decide
 from safesteer_lite.method.policies import last_logits
@@ -118,7 +118,7 @@ def copy_adapter(adapter: Path, out: Path) -> None:
         ExportError, DiskSpaceError: nothing was left under `out`.
     """
     with exported(out) as draft:
-        shards.copy_folder(adapter, draft)
+        drafts.copy_folder(adapter, draft)
 
 
 def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
@@ -280,7 +280,7 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
         strength=request.strength,
         weights=request.weights,
     )
-    shards.write_text(draft / "README.md", card.card(facts, record, verify.sums_of(draft)))
+    drafts.write_text(draft / "README.md", card.card(facts, record, verify.sums_of(draft)))
     verify.write_sums(draft)
 
 

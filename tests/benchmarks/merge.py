@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.shards import DTYPE_NAMES, NewTensor
 from tests.benchmarks.common import say
@@ -89,7 +90,7 @@ def write_base(folder: Path, shape: dict[str, int]) -> None:
         divided[-1].append(tensor)
     shards.write_shards(folder, divided, lambda size: None)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-    shards.write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16", **shape}))
+    drafts.write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16", **shape}))
 
 
 def write_adapter(folder: Path, shape: dict[str, int]) -> None:
@@ -102,7 +103,7 @@ def write_adapter(folder: Path, shape: dict[str, int]) -> None:
         tensors.append(random_tensor(f"{key}B.weight", (outputs, RANK), torch.float32))
     shards.write_shard(folder / "adapter_model.safetensors", tensors, lambda size: None)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
-    shards.write_text(folder / "adapter_config.json", json.dumps(config))
+    drafts.write_text(folder / "adapter_config.json", json.dumps(config))
 
 
 def size_of(folder: Path) -> int:

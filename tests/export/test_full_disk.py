@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import DiskSpaceError
+from safesteer_lite.export import drafts
 from safesteer_lite.export.folder import exported
-from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import write_sums
 
@@ -65,7 +65,7 @@ def through_copies(draft: Path) -> None:
     source = draft.parent.parent / "source"
     source.mkdir()
     (source / "adapter_model.safetensors").write_bytes(bytes(2 * SIZE))
-    shards.copy_folder(source, draft)
+    drafts.copy_folder(source, draft)
 
 
 def through_sums(draft: Path) -> None:

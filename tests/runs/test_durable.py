@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 
 from safesteer_lite.errors import DiskSpaceError, RunFolderError
 from safesteer_lite.runs import durable
-from safesteer_lite.runs.folder import RunFolder, create, list_runs, open_run
+from safesteer_lite.runs.folder import RunFolder, create, open_run
+from safesteer_lite.runs.listing import list_runs
 from tests import REPOSITORY
 from tests.runs.run_files import files_of, publish, published_files, writer_of
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.runs.folder import RunFolder, create, list_runs, open_run
+from safesteer_lite.runs.folder import RunFolder, create, open_run
+from safesteer_lite.runs.listing import list_runs
 from safesteer_lite.runs.manifest import fingerprint
 from tests.runs.run_files import files_of, publish
 

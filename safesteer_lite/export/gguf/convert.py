@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safesteer_lite import children
 from safesteer_lite.errors import DiskSpaceError, ExportError
+from safesteer_lite.export import drafts
 from safesteer_lite.export.gguf import INSTALL
 from safesteer_lite.export.gguf.quantise import MIXES, load_ggml, quantise_file
 from safesteer_lite.export.weights import shards
@@ -125,11 +126,11 @@ def try_tokenizer(folder: Path) -> None:
         words.mkdir()
         for name, path in copied_files(folder).items():
             (words / name).parent.mkdir(exist_ok=True)
-            shards.copy_file(path, words / name)
+            drafts.copy_file(path, words / name)
         config = shards.read_json(folder / "config.json")
         # The converter refuses some quantised weights that are merged in 16 bits here.
         config.pop("quantization_config", None)
-        shards.write_text(words / "config.json", json.dumps(config))
+        drafts.write_text(words / "config.json", json.dumps(config))
         _run_converter(words, Path(scratch) / "words.gguf", PATIENCE_SECONDS, "--vocab-only")
 
 

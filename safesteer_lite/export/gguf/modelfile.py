@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.models.plain import load_tokenizer
 from safesteer_lite.models.template import ChatTemplate, stop_ids
@@ -235,7 +236,7 @@ def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str], day
     names = []
     for number, file in enumerate(files):
         names.append("Modelfile" if number == 0 else f"Modelfile.{Path(file).stem.rpartition('-')[2]}")
-        shards.write_text(folder / names[-1], chat.modelfile(file))
+        drafts.write_text(folder / names[-1], chat.modelfile(file))
     return names
 
 

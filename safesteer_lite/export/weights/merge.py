@@ -16,6 +16,7 @@ import torch
 
 from safesteer_lite import __version__
 from safesteer_lite.errors import ExportError
+from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.adapter import Update, read_adapter
 from safesteer_lite.export.weights.base import Source, Weights, read_sources
@@ -119,9 +120,9 @@ def merge_adapter(
         weights=weights,
         words=words,
     )
-    shards.require_space(out_folder, plan.room)
+    drafts.require_space(out_folder, plan.room)
     record = _Record(_mark(base_folder, adapter_folder, (strength, str(dtype), max_shard_bytes, weights)))
-    record.take_over(shards.draft_name(out_folder))
+    record.take_over(drafts.draft_name(out_folder))
     done = 0
 
     def written(size: int) -> None:
@@ -129,11 +130,11 @@ def merge_adapter(
         done += size
         progress(done, plan.size)
 
-    with shards.published(out_folder, is_ours, {RECORD, *record.files} if record.files else ()) as draft:
+    with drafts.published(out_folder, is_ours, {RECORD, *record.files} if record.files else ()) as draft:
         for name, path in plan.copies.items():
             (draft / name).parent.mkdir(exist_ok=True)
-            shards.copy_file(path, draft / name)
-        shards.write_text(draft / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+            drafts.copy_file(path, draft / name)
+        drafts.write_text(draft / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
         files = shards.write_shards(draft, plan.shards, written, tuple(record.files), partial(record.add, draft))
     return MergeResult(
         out_folder, tuple(files), len(plan.tensors), len(updates), plan.size, plan.dtype, strength, weights

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safesteer_lite.errors import DiskSpaceError, ExportError
+from safesteer_lite.errors import ExportError
+from safesteer_lite.export import drafts
 from safesteer_lite.runs import durable
+from safesteer_lite.sources.headers import read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,9 +40,6 @@ FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 # A name and nothing that leads elsewhere: no way through other folders, no drive, no control characters.
 _SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f]+\.safetensors")
 _CHUNK = 1 << 24
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-# What numpy, which writes quantised tensors, raises without the system's number.
-_NO_ROOM_FOR_NUMPY = re.compile(r"Not enough free space|requested and \d+ written")
 
 
 @dataclass(frozen=True)
@@ -55,17 +51,14 @@ class StoredTensor:
         dtype: its type as safetensors writes it, such as `BF16`.
         shape: its sizes; empty for a scalar.
         file: the shard that holds it.
+        size: its length in bytes.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-
-    @property
-    def size(self) -> int:
-        """Its length in bytes."""
-        return (math.prod(self.shape) * _bits(self.dtype) + 7) // 8
+    size: int
 
     def load(self) -> Tensor:
         """Read the tensor."""
@@ -97,14 +90,6 @@ class StoredTensor:
                 yield reader
         except (SafetensorError, OSError) as error:
             raise _damaged(self.file) from error
-
-
-def _bits(dtype: str) -> int:
-    """Bits of one number, of types that cannot be computed with here too: `F8_E4M3`, `F4`."""
-    if dtype in DTYPES:
-        return DTYPES[dtype].itemsize * 8
-    digits = re.search(r"\d+", dtype)
-    return int(digits[0]) if digits else 8
 
 
 @dataclass(frozen=True)
@@ -158,15 +143,13 @@ def read_shard(path: Path) -> tuple[StoredTensor, ...]:
         ExportError: the file is missing, cut short, or not a safetensors file.
     """
     try:
-        # Opening a pipe by its name would wait for whoever writes to it.
-        durable.open_regular(path).close()
-        with safe_open(path, framework="pt") as reader:
-            slices = [(name, reader.get_slice(name)) for name in reader.offset_keys()]
-            return tuple(StoredTensor(name, part.get_dtype(), tuple(part.get_shape()), path) for name, part in slices)
-    except OSError as error:
+        found = read_header(path)
+    except (OSError, MemoryError) as error:
         raise ExportError(f"{path} cannot be read: {error}.", "Download the model again.") from error
-    except SafetensorError as error:
+    except ValueError as error:
         raise _damaged(path) from error
+    in_order = sorted(found.items(), key=lambda item: item[1].start)
+    return tuple(StoredTensor(name, stored.dtype, stored.shape, path, stored.size) for name, stored in in_order)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -240,7 +223,7 @@ def write_shard(path: Path, tensors: Sequence[NewTensor], written: Callable[[int
             if size != tensor.size:
                 raise ExportError(f"{tensor.name} came out as {size} bytes instead of {tensor.size}.")
             written(size)
-        _flush(stream)
+        drafts.flush(stream)
     return digest.hexdigest()
 
 
@@ -276,7 +259,7 @@ def write_shards(
             "metadata": {"total_size": sum(tensor.size for shard in shards for tensor in shard)},
             "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
         }
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        drafts.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return names
 
 
@@ -292,127 +275,10 @@ def is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file to the disk, not only to the system's cache."""
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        _flush(stream)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes to the disk, not only to the system's cache."""
-    with durable.open_regular(source) as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, _CHUNK)
-        _flush(writer)
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder, which has no folders in it, to an existing one."""
-    for path in sorted(source.iterdir()):
-        if path.is_file():
-            copy_file(path, target / path.name)
-
-
-def draft_name(folder: Path) -> Path:
-    """Where a folder is written before it gets its name: beside it, and called as nobody calls a folder of their own."""
-    return folder.with_name(f"{folder.name}.safesteer-draft")
-
-
-def require_space(folder: Path, needed: int, what: str = "") -> None:
-    """Check for free space where `folder` will be.
-
-    Args:
-        folder: what will be written; it need not exist. What a killed attempt left of it counts as free, since it will
-            be used or cleared away.
-        needed: bytes.
-        what: what will be written, as the user would call it; empty for the folder's name.
-
-    Raises:
-        DiskSpaceError: there is less room than that.
-    """
-    left = sum(path.stat().st_size for path in draft_name(folder).rglob("*") if path.is_file())
-    durable.require_space(folder.parent, needed - left, what or folder.name)
-
-
-@contextmanager
-def published(folder: Path, ours: Callable[[str], bool], kept: Collection[str] = ()) -> Iterator[Path]:
-    """A folder to write in, which gets its final name only if the block ends well, and vanishes otherwise.
-
-    Args:
-        folder: the final name; must not exist.
-        ours: whether a file name may be left from an earlier attempt that was killed; only a temporary folder that
-            holds nothing else is cleared away.
-        kept: names in such a leftover that stay, to be used again.
-
-    Raises:
-        ExportError: the folder exists already or cannot be written.
-        DiskSpaceError: the disk ran full.
-    """
-    temporary = draft_name(folder)
-    try:
-        if folder.exists():
-            raise ExportError(f"{folder} exists already.", "Choose another folder, or remove this one first.")
-        if temporary.exists():
-            _clear_leftover(temporary, ours, kept)
-        temporary.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            _sync_folder(temporary)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _sync_folder(folder.parent)
-    except OSError as error:
-        if _ran_full(error):
-            raise DiskSpaceError(f"The disk ran full while {folder} was written.", "Free some space.") from error
-        raise ExportError(
-            f"{folder} could not be written: {error}.", "Choose a folder that you can write to."
-        ) from error
-
-
-def _ran_full(error: OSError) -> bool:
-    """Whether an error of the system means a full disk."""
-    return error.errno in _NO_ROOM or (error.errno is None and _NO_ROOM_FOR_NUMPY.search(str(error)) is not None)
-
-
 def few(names: Sequence[str]) -> str:
     """The first few names, and how many there are beyond, for a message."""
     rest = len(names) - 3
     return ", ".join(sorted(names)[:3]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _clear_leftover(temporary: Path, ours: Callable[[str], bool], kept: Collection[str]) -> None:
-    """Remove what a killed attempt left and nobody will use, and nothing else."""
-    if temporary.is_symlink() or not temporary.is_dir() or not all(ours(entry.name) for entry in temporary.iterdir()):
-        raise ExportError(f"{temporary} is in the way and was not written by a merge.", "Move it elsewhere.")
-    for entry in list(temporary.iterdir()):
-        # What a link leads to was not written by a merge, whatever the link is called.
-        if entry.name not in kept or entry.is_symlink():
-            remove(entry)
-
-
-def remove(entry: Path) -> None:
-    """Remove a file, a folder with all that lies in it, or a link but not what it leads to."""
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
-
-
-def _flush(stream: IO[bytes] | IO[str]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a folder's names durable; Windows cannot open folders, and needs no such step."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _damaged(path: Path) -> ExportError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ExportError
+from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.base import empty_model
 from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint, NewTensor, StoredTensor
@@ -151,7 +152,7 @@ def write_sums(folder: Path) -> Path:
     """
     lines = [f"{value}  {name}\n" for name, value in sums_of(folder).items()]
     path = folder / SUMS
-    shards.write_text(path, "".join(lines))
+    drafts.write_text(path, "".join(lines))
     return path
 
 

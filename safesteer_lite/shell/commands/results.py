@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 def runs_command(options: argparse.Namespace) -> int:
     """`runs`: one line a run."""
-    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.runs.listing import list_runs
 
-    entries = run_folders.list_runs(options.runs)
+    entries = list_runs(options.runs)
     if options.json:
         rows = [{**vars(entry), "path": str(entry.path)} for entry in entries]
         tell_json(rows, indent=1)

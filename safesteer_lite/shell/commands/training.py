@@ -59,11 +59,12 @@ def resume_command(options: argparse.Namespace) -> int:
     from safesteer_lite.hardware.backend import decide
     from safesteer_lite.models.loading import settle
     from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.runs.listing import list_runs
 
     if options.run:
         folder = run_folders.open_run(options.run, options.runs)
     else:
-        runs = [entry for entry in run_folders.list_runs(options.runs) if not entry.damage]
+        runs = [entry for entry in list_runs(options.runs) if not entry.damage]
         # A kill behind the last stage leaves a run that lacks its report alone.
         unfinished = [entry for entry in runs if not (entry.finished and (entry.path / "report.html").is_file())]
         if not unfinished:

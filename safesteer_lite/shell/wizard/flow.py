@@ -13,8 +13,7 @@ from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import inspect
 from safesteer_lite.hardware.units import format_bytes
-from safesteer_lite.runs import folder as run_folders
-from safesteer_lite.runs.folder import RunSummary
+from safesteer_lite.runs.listing import RunSummary, list_runs
 from safesteer_lite.shell.wizard.ask import Back, Option, choose
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.shell.wizard.questions import Questions
@@ -40,7 +39,7 @@ def start(program: Program) -> int:
 
 def _first(program: Program) -> int:
     """What is there already is offered first."""
-    entries = [entry for entry in run_folders.list_runs(program.runs) if not entry.damage]
+    entries = [entry for entry in list_runs(program.runs) if not entry.damage]
     if not entries:
         return _new_run(program)
     while True:
@@ -79,9 +78,9 @@ def _new_run(program: Program) -> int:
     steps.append(lambda: _confirm(questions))
     while True:
         _in_order(steps)
-        before = {entry.name for entry in run_folders.list_runs(program.runs)}
+        before = {entry.name for entry in list_runs(program.runs)}
         code = program.execute([*questions.answers.arguments(program.runs), "--yes"])
-        made = [entry for entry in run_folders.list_runs(program.runs) if entry.name not in before]
+        made = [entry for entry in list_runs(program.runs) if entry.name not in before]
         if code == 0 and made:
             return _results(program, made[0].path, shown=True)
         if code == _INTERRUPTED:
