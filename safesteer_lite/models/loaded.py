@@ -84,8 +84,12 @@ class PlainModel:
 
     @property
     def end_of_turn(self) -> frozenset[int]:
-        """Token ids that end an answer."""
+        """Token ids that end an answer: those that the model's own files name, unless others are set."""
         return self._end_of_turn
+
+    @end_of_turn.setter
+    def end_of_turn(self, ids: frozenset[int]) -> None:
+        self._end_of_turn = ids
 
     @property
     def special_ids(self) -> frozenset[int]:

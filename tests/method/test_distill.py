@@ -234,7 +234,7 @@ def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int =
 def test_the_size_of_micro_batches_does_not_matter(objective: str, tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy(filled=True)
     # Rollouts of unequal length, over which a mean of means differs from a mean.
-    policy.model._end_of_turn = frozenset(range(0, 320, 9))
+    policy.model.end_of_turn = frozenset(range(0, 320, 9))
     prompts = tiny.prompt_batch(policy, 2)
     recipe = replace(RECIPE, objective=objective)  # type: ignore[arg-type]
     loss, expected = gradients(policy.model, training(policy, recipe), prompts)
@@ -382,7 +382,7 @@ def test_when_memory_runs_out_in_a_backward_the_same_rollouts_are_taken_up_again
 def test_rollouts_of_like_length_share_a_micro_batch(tiny_policy: tiny.Loader) -> None:
     """The longest first, and padding that a whole micro-batch has is not computed."""
     policy = tiny_policy(filled=True)
-    policy.model._end_of_turn = frozenset(range(0, 320, 9))
+    policy.model.end_of_turn = frozenset(range(0, 320, 9))
     loop = training(policy, replace(RECIPE, micro_batch=2))
     prompts = replace(tiny.prompt_batch(policy), prefix=0)
     found = loop.sample(prompts, 2, stream=0)

@@ -165,12 +165,12 @@ def test_collected_positions_equal_a_naive_reading(ends: str, horizon: int, tiny
         first = policies.last_logits(model, prompts).argmax(-1)
         wishes = model.generate(prompts, 6, 0.0, None, 1).tokens
     if ends == "never":
-        model._end_of_turn = frozenset({-1})
+        model.end_of_turn = frozenset({-1})
     elif ends == "some":
-        model._end_of_turn = frozenset({int(first[0]), int(wishes[2, 2]), *range(0, 320, 7)})
+        model.end_of_turn = frozenset({int(first[0]), int(wishes[2, 2]), *range(0, 320, 7)})
     else:
         # Nearly every token ends the turn, so that all continuations are shorter than the horizon.
-        model._end_of_turn = frozenset(range(320)) - {int(token) for token in first}
+        model.end_of_turn = frozenset(range(320)) - {int(token) for token in first}
     steer = Steering(2, tiny.vector(0.5))
     teacher, base = naive_positions(policy, steer, prompts, 4, horizon)
     found = tokens.collect(

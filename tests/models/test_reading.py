@@ -36,7 +36,7 @@ def test_the_adapter_reads_what_a_plain_forward_shows(
     architecture: str, rank: int, tiny_folder: Callable[[str], Path]
 ) -> None:
     policy = tiny.load_policy(tiny_folder(architecture), "fp32", 1, rank=rank)
-    policy.model._end_of_turn = frozenset()
+    policy.model.end_of_turn = frozenset()
     words = max(0, rank - policy.template_positions)
     assert (words > 0) == (rank == 8)
     names = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]

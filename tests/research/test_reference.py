@@ -64,7 +64,7 @@ def test_the_same_tokens_win_the_vote(tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy("qwen2")
     model, batch = policy.model, tiny.prompt_batch(policy)
     # Ends of turn that the model does sample, so that positions are dropped.
-    model._end_of_turn = frozenset(range(0, 320, 11))
+    model.end_of_turn = frozenset(range(0, 320, 11))
     samples, horizon = 4, 6
     positions = voting.collect(
         model, STEER, batch, samples=samples, horizon=horizon, generator=torch.Generator().manual_seed(1)
@@ -92,7 +92,7 @@ def test_the_same_tokens_win_the_vote(tiny_policy: tiny.Loader) -> None:
 
 def test_loss_and_gradients_are_the_same(tiny_policy: tiny.Loader) -> None:
     policy, other, base = (tiny_policy("qwen2", filled=filled) for filled in (True, True, False))
-    policy.model._end_of_turn = frozenset(range(0, 320, 9))
+    policy.model.end_of_turn = frozenset(range(0, 320, 9))
     recipe = replace(RECIPE, objective="paper", micro_batch=3)
     loop = Distillation(policy.model, STEER, SAFETY_TOKENS, [], [], recipe)
     prompts = tiny.prompt_batch(policy)
