@@ -95,7 +95,7 @@ class TokensConfig:
         "docs/method.md, safety tokens",
         ("harmful", "harmless"),
     )
-    count: int = _expert(50, "tokens (K)", "arXiv 2606.02530", bounds=Bounds(1, 100_000))
+    count: int = _expert(100, "tokens (K)", "docs/method.md, safety tokens; paper 50", bounds=Bounds(1, 100_000))
     ballots: int = _expert(200, "votes a position", "the authors' research scripts", bounds=Bounds(1, 100_000))
     samples: int = _expert(
         1, "continuations a prompt (M)", "docs/method.md, safety tokens; paper 8", bounds=Bounds(1, 1_000)
@@ -108,7 +108,7 @@ class TokensConfig:
 class DistillConfig:
     """The on-policy distillation."""
 
-    objective: str = _expert("full", "loss on harmful prompts", "docs/results.md, the paper's own choices", _OBJECTIVES)
+    objective: str = _expert("rest-bucket", "loss on harmful prompts", "docs/method.md, safety tokens", _OBJECTIVES)
     steps: int = setting(
         8, "optimizer steps", "docs/results.md: 24 were no better by answers; paper 25", bounds=Bounds(1, 10_000)
     )
@@ -129,7 +129,7 @@ class DistillConfig:
         "docs/method.md, anchors",
         ("even", "pooled"),
     )
-    anchor_objective: str = _expert("full", "loss on anchors", "docs/method.md, anchors", _OBJECTIVES)
+    anchor_objective: str = _expert("rest-bucket", "loss on anchors", "docs/method.md, safety tokens", _OBJECTIVES)
     anchor_weight: float = _expert(16.0, "factor on their loss", "docs/method.md, anchors", bounds=_FACTOR)
     score_weight: float = _expert(
         0.0,
