@@ -33,7 +33,6 @@ _REFUSED = (
     "os.link",
     "os.mkdir",
     "os.posix_spawn",
-    "os.putenv",
     "os.remove",
     "os.rename",
     "os.rmdir",

@@ -22,7 +22,7 @@ _BEGINNING = re.compile(r"^(?:from|import|def|class|@)\b", re.MULTILINE)
 
 
 def program_of(answer: str, source: str, function: str) -> str:
-    """The program in an answer: the first fenced block with the function that was asked for, else the first block.
+    """The program in an answer: its first fenced block, so that an answer may end where that does.
 
     Args:
         answer: what the model said. Without a fence it is a program from its first line that begins like one.
@@ -34,11 +34,8 @@ def program_of(answer: str, source: str, function: str) -> str:
         answer without the function's head is taken for its body.
     """
     head = re.compile(rf"^(?:async )?def {re.escape(function)}\b", re.MULTILINE)
-    blocks = [match[1] for match in _BLOCK.finditer(answer)]
-    if not blocks:
-        begun = _BEGINNING.search(answer)
-        blocks = [answer[begun.start() :] if begun else answer]
-    code = next((block for block in blocks if head.search(block)), blocks[0])
+    block, begun = _BLOCK.search(answer), _BEGINNING.search(answer)
+    code = block[1] if block else answer[begun.start() :] if begun else answer
     if not head.search(code):
         return source + code
     given = head.search(source)

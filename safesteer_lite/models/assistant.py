@@ -14,7 +14,7 @@ from safesteer_lite.errors import ModelError
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import Batch, Completions, completion_hidden, pad_left
 from safesteer_lite.models.loaded import PlainModel
-from safesteer_lite.models.sampling import draw
+from safesteer_lite.models.sampling import Ended, draw
 from safesteer_lite.models.template import ChatTemplate, Message, ids_of
 from safesteer_lite.prompts.contexts import Conversation
 
@@ -101,15 +101,22 @@ class Policy:
             places = order[start : start + size]
             yield places, pad_left([encoded[place] for place in places])
 
-    def answers(self, prompts: Sequence[str | Conversation], tokens: int, size: int, done: Done = ignore) -> list[str]:
+    def answers(
+        self,
+        prompts: Sequence[str | Conversation],
+        tokens: int,
+        size: int,
+        done: Done = ignore,
+        ended: Ended | None = None,
+    ) -> list[str]:
         """Greedy answers of at most `tokens` tokens, in the order of `prompts`; `size` prompts at a time, or fewer
-        where memory is short. Of an answer that had begun, what follows its beginning."""
+        where memory is short. Of an answer that had begun, what follows its beginning. `ended` may end them earlier."""
 
         def answer(size: int) -> list[str]:
             found = [""] * len(prompts)
             finished = 0
             for places, batch in self.batches(prompts, size):
-                completions = self.model.generate(batch, tokens, 0.0, None, 1)
+                completions = self.model.generate(batch, tokens, 0.0, None, 1, ended)
                 for place, text in zip(places, self.decode(completions), strict=True):
                     found[place] = text
                 finished += len(places)
@@ -118,6 +125,15 @@ class Policy:
 
         found, _ = fitting(size, answer)
         return found
+
+    def first_block_ended(self) -> Ended:
+        """Tells which answers have closed a fenced block of code, for which a reader of that block need not wait longer.
+
+        Fences are counted in whole tokens. One that a model spells with several is not seen, and its answer goes on.
+        """
+        fences = [token for text, token in self.tokenizer.get_vocab().items() if "```" in text]
+        known = torch.tensor(sorted(fences), dtype=torch.long, device=self.model.device)
+        return lambda tokens: torch.isin(tokens, known).sum(-1) >= 2
 
     def decode(self, completions: Completions) -> list[str]:
         """Completions as text, without special tokens."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from safesteer_lite.method.policies import Batch, Completions, Residual
 from safesteer_lite.models import sampling
-from safesteer_lite.models.sampling import Cache, GrowingCache, mask_behind, positions
+from safesteer_lite.models.sampling import Cache, Ended, GrowingCache, mask_behind, positions
 from safesteer_lite.models.template import stop_ids
 
 # What a block is told of a cache; transformers' name and Unsloth's.
@@ -212,7 +212,13 @@ class PlainModel:
                 layer.enable_adapters(True)
 
     def generate(
-        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+        self,
+        prompts: Batch,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+        repeats: int,
+        ended: Ended | None = None,
     ) -> Completions:
         """Sample `repeats` completions a prompt (copies side by side); temperature 0 is greedy."""
         return sampling.generate(
@@ -227,6 +233,7 @@ class PlainModel:
             # Any token will do: what stands behind the end of an answer is never read.
             padding=min(self._end_of_turn) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             new_cache=self.new_cache,
+            ended=ended,
         )
 
     def new_cache(self) -> Cache:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from safesteer_lite.method.policies import Batch, Completions
 
+Ended = Callable[[Tensor], Tensor]
+"""Which answers are complete before they end themselves: (rows, tokens so far) int64 to (rows,) bool."""
+
 # Rows are dropped from the cache once this share has ended: each drop copies the cache.
 _DROP_SHARE = 0.2
 
@@ -94,6 +97,7 @@ def generate(
     end_of_turn: frozenset[int],
     padding: int,
     new_cache: Callable[[], Cache] = GrowingCache,
+    ended: Ended | None = None,
 ) -> Completions:
     """Sample `repeats` completions of each prompt, copies side by side.
 
@@ -108,6 +112,7 @@ def generate(
         end_of_turn: ids that end an answer; the id itself is kept.
         padding: id written after the end.
         new_cache: makes the decoder's empty cache.
+        ended: asked after each token which answers may end there, besides those that `end_of_turn` ends.
     """
     device = prompts.input_ids.device
     count = len(prompts) * repeats
@@ -126,6 +131,8 @@ def generate(
             tokens[rows, step] = chosen
             mask[rows, step] = running
             running = running & ~torch.isin(chosen, stop)
+            if ended:
+                running = running & ~ended(tokens[rows, : step + 1])
             if step + 1 == max_new_tokens or not bool(running.any()):
                 break
             keep = running.nonzero().squeeze(-1)

@@ -54,7 +54,7 @@ def measure(session: Session, tasks: Sequence[Task], limit: int = 0, *, trained:
                 )
             with policy.model.adapters_off() if model == "base" else nullcontext():
                 keep = (lambda: capability.save(session.run, kept)) if trained else _nothing
-                _solve(session, f"answers of {task.name}, {model}", task.tokens, waiting, found.of(model), keep)
+                _solve(session, task, f"answers of {task.name}, {model}", waiting, found.of(model), keep)
     return [capability.compare(task.name, kept[task.name]) for task in tasks]
 
 
@@ -71,19 +71,21 @@ def _loaded(session: Session, *, trained: bool) -> Policy:
 
 def _solve(
     session: Session,
+    task: Task,
     what: str,
-    tokens: int,
     problems: Sequence[Problem],
     solutions: dict[str, Solution],
     keep: Callable[[], None],
 ) -> None:
     """Answer problems with whichever policy is on, and enter what came of each."""
-    done = session.progress(what, len(problems))
+    policy, done = session.policy, session.progress(what, len(problems))
+    # Of a program only its first block is read, and what explains it afterwards is often as long.
+    ended = policy.first_block_ended() if task.runs_programs else None
     # Problems of like length share a batch; the order does not depend on what was answered before an interrupt.
     order = sorted(problems, key=lambda problem: (len(problem.prompt), problem.id))
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
-        answers = session.policy.answers([problem.prompt for problem in batch], tokens, _BATCH)
+        answers = policy.answers([problem.prompt for problem in batch], task.tokens, _BATCH, ended=ended)
         for problem, answer in zip(batch, answers, strict=True):
             solutions[problem.id] = Solution(problem.solved_by(answer), answer)
         keep()

@@ -21,6 +21,7 @@ from safesteer_lite.method.policies import Batch, Completions, LanguageModel, Re
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.optimizer import paged_adamw_8bit
+from safesteer_lite.models.sampling import Ended
 from tests import tiny
 
 SAFETY_TOKENS = torch.arange(20, 70)
@@ -173,11 +174,17 @@ class Recorder(PlainModel):
         self.sampled: list[tuple[int, Completions]] = []
 
     def generate(
-        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+        self,
+        prompts: Batch,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+        repeats: int,
+        ended: Ended | None = None,
     ) -> Completions:
         assert generator is not None
         seed = generator.initial_seed()
-        self.sampled.append((seed, super().generate(prompts, max_new_tokens, temperature, generator, repeats)))
+        self.sampled.append((seed, super().generate(prompts, max_new_tokens, temperature, generator, repeats, ended)))
         return self.sampled[-1][1]
 
 
@@ -254,12 +261,18 @@ class SmallMemory(PlainModel):
     sampled = 1000
 
     def generate(
-        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+        self,
+        prompts: Batch,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+        repeats: int,
+        ended: Ended | None = None,
     ) -> Completions:
         if len(prompts) * repeats > self.sampled:
             torch.rand(3, generator=generator)  # What a failed attempt has drawn must not shift the next one.
             raise torch.OutOfMemoryError("simulated")
-        return super().generate(prompts, max_new_tokens, temperature, generator, repeats)
+        return super().generate(prompts, max_new_tokens, temperature, generator, repeats, ended)
 
     def final(self, residual: Residual) -> Tensor:
         if residual.hidden.shape[0] > self.rows:

@@ -96,6 +96,36 @@ def test_completions_end_where_the_longest_does(tiny_policy: tiny.Loader) -> Non
     assert policy.model.generate(batch, 0, 0.0, None, 2).tokens.shape == (2, 0)
 
 
+def test_answers_end_where_they_are_said_to_and_the_others_go_on(tiny_policy: tiny.Loader) -> None:
+    """At the second of some tokens, which comes at another place in each row, or never."""
+    policy = tiny_policy("llama", filled=True)
+    batch, marks = tiny.prompt_batch(policy), torch.arange(0, 320, 4)
+    whole = policy.model.generate(batch, NEW, 0.0, None, 1)
+    found = policy.model.generate(batch, NEW, 0.0, None, 1, lambda tokens: torch.isin(tokens, marks).sum(-1) >= 2)
+    lengths = []
+    for row, (tokens, mask) in enumerate(zip(whole.tokens, whole.mask, strict=True)):
+        said = tokens[mask]
+        second = (torch.isin(said, marks).cumsum(0) >= 2).nonzero()
+        expected = said[: int(second[0]) + 1] if len(second) else said
+        assert torch.equal(found.tokens[row][found.mask[row]], expected)
+        lengths.append(len(expected))
+    assert len(set(lengths)) > 2
+
+
+def test_a_fenced_block_has_ended_at_its_second_fence(tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy("llama")
+    policy.tokenizer.add_tokens(["```"])
+    ended = policy.first_block_ended()
+    for text, complete in (
+        ("Here:\n```python\nx = 1", False),
+        ("```\nx = 1\n```", True),
+        ("``` a ``` b ```", True),
+        ("x", False),
+    ):
+        ids = policy.tokenizer(text, return_tensors="pt").input_ids
+        assert ended(ids).tolist() == [complete]
+
+
 def test_repeats_read_the_prompt_once_and_lie_side_by_side(tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy()
     batch = tiny.prompt_batch(policy)

@@ -16,6 +16,7 @@ from safesteer_lite.errors import SelfCheckError
 from safesteer_lite.method.policies import Batch, Completions, Residual
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.models.sampling import Ended
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny
 
@@ -32,11 +33,17 @@ class SamplesElsewhere(PlainModel):
         raise NotImplementedError
 
     def generate(
-        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+        self,
+        prompts: Batch,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+        repeats: int,
+        ended: Ended | None = None,
     ) -> Completions:
         own, self.decoder = self.decoder, self.other_decoder()
         try:
-            return super().generate(prompts, max_new_tokens, temperature, generator, repeats)
+            return super().generate(prompts, max_new_tokens, temperature, generator, repeats, ended)
         finally:
             self.decoder = own
 
