@@ -12,6 +12,7 @@ from typing import Any
 
 from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import Rate
+from safesteer_lite.evaluation.suites import SUITES
 from safesteer_lite.hardware.known import KNOWN, fit_table
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.picture import picture
@@ -152,6 +153,26 @@ def _recipe_changes(name: str) -> str:
     return ", ".join(f"`{key}` = `{json.dumps(value)}`" for key, value in found.items()) or "nothing: it is the default"
 
 
+def suites_table() -> str:
+    """The public suites that are known by name."""
+    rows = []
+    for suite in SUITES.values():
+        file = suite.file
+        hub = file.host == "hub"
+        address = f"https://{'huggingface.co/datasets' if hub else 'github.com'}/{file.repository}"
+        kept = " and ".join(
+            f"`{column}` is {f'`{value}`' if value else 'empty'}" for column, value in suite.keep.items()
+        )
+        rest = "; ".join(filter(None, [kept, f"{suite.limit} of them" if suite.limit else ""]))
+        cells = (suite.name, suite.kind, f"[{file.repository}]({address})", f"`{file.commit[:7]}`", rest, file.licence)
+        rows.append(f"| {' | '.join(cells)} |")
+    head = [
+        "| suite | prompts | where | commit | rows that are asked | licence |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*head, *rows])
+
+
 def demo() -> dict[str, Any]:
     """The record of the demo that the README shows."""
     record: dict[str, Any] = json.loads(DEMO.read_text(encoding="utf-8"))
@@ -202,6 +223,7 @@ PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (SETTINGS, "recipes"): recipe_table,
     (SETTINGS, "presets"): preset_table,
     (DOCS / "results.md", "demo table"): demo_table,
+    (DOCS / "method.md", "suites"): suites_table,
     (DOCS / "development.md", "tree"): tree,
 }
 """What is made, by the page and the comment that it stands behind."""

@@ -215,6 +215,16 @@ class EvaluateConfig:
     tax_budget: float = setting(
         2.0, "points of over-refusal above the base", "this project: +2 points", bounds=Bounds(0, 100)
     )
+    judge: str = _expert(
+        "openings",
+        "who judges the answers besides the opening phrases, once they are all there",
+        "docs/method.md, judges",
+        ("openings", "classifier", "guard", "endpoint"),
+    )
+    judge_model: str = _expert(
+        "", "Hub id, folder, or the endpoint's name for its model; empty is the judge's own", "the user"
+    )
+    judge_url: str = _expert("", "where an OpenAI-compatible endpoint answers", "the user")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation.judged import MODELS, JudgedAnswer, saved_judged
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.prompts.sets import KINDS, prompt_set
@@ -34,6 +35,27 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
             if title := _group(entry):
                 groups.setdefault(title, []).append(entry)
     return {title: groups[title] for title in _ORDER if title in groups}
+
+
+def disputed_groups(run: RunFolder) -> dict[str, list[Flip]]:
+    """The prompts on whose answers another judge contradicts the opening phrases, by judge, and as that judge reads them.
+
+    Raises:
+        RunFolderError: what the judges said is damaged.
+    """
+    groups: dict[str, list[Flip]] = {}
+    for judged in saved_judged(run):
+        disputed = {(answer.set, answer.id) for answer in judged.disputed}
+        title = f"{judged.judge} against opening phrases, as the {judged.judge} reads them"
+        both: dict[tuple[str, str], dict[str, JudgedAnswer]] = {}
+        for answer in judged.answers:
+            both.setdefault((answer.set, answer.id), {})[answer.model] = answer
+        for key, answers in both.items():
+            if key in disputed:
+                before, after = (answers[model] for model in MODELS)
+                refused = (bool(before.verdict.refused), bool(after.verdict.refused))
+                groups.setdefault(title, []).append(Flip(*key, before.prompt, before.answer, after.answer, *refused))
+    return groups
 
 
 _STILL, _LOST = "harmful, still answered", "harmful, answered now though refused before"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import comb
 from typing import Any, Literal
 
 from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation.paired import mcnemar
 from safesteer_lite.evaluation.scorecard import wilson
 from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.runs.durable import explained, read_json, write_json
@@ -74,17 +74,6 @@ class Solutions:
             return cls(str(record["way"]), int(record["problems"]), int(record["tokens"]), base, hardened)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a task lacks what was answered ({error})") from error
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p of McNemar's test: how often a fair coin would part the changed problems at least so unevenly.
-
-    Args:
-        lost: problems that the base solves and the hardened model does not.
-        gained: the other way round.
-    """
-    changed, fewer = lost + gained, min(lost, gained)
-    return min(1.0, 2 * sum(comb(changed, count) for count in range(fewer + 1)) / 2**changed)
 
 
 def compare(name: str, solutions: Solutions) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.hub import is_hub_id
@@ -35,6 +36,7 @@ class Facts:
         answer_tokens: tokens of each measured answer, at most.
         strength: factor on the adapter.
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
+        suites: what public suites showed of the run, as its report has them.
     """
 
     title: str
@@ -46,6 +48,7 @@ class Facts:
     answer_tokens: int
     strength: float
     weights: str
+    suites: Sequence[Mapping[str, Any]] = ()
 
 
 def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> str:
@@ -72,6 +75,7 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         f"{facts.answer_tokens} tokens. `adapter` is the model as it was trained; GGUF rows were measured in llama.cpp.",
         _table(rows),
         _told(rows),
+        *_suites(facts.suites),
         "## Training prompts",
         facts.prompts
         + " Evaluation prompts: safesteer-lite's bundled sets, in its authors' own words, unless the settings "
@@ -138,3 +142,31 @@ def _rate(rate: Mapping[str, Any]) -> str:
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     lost = [f"- **{row['artifact']} lost safety**: {row['safety_lost']}." for row in rows if row["safety_lost"]]
     return "\n".join(lost)
+
+
+def _suites(suites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What public suites showed; they were asked of the trained model and not of the files."""
+    if not suites:
+        return []
+    told = (
+        "Of the base and of the trained model at strength 1, with 95 % Wilson intervals. `p` is McNemar's exact test over "
+        "the same prompts. The files above were not asked these prompts."
+    )
+    lines = ["| suite | judged by | before | after | p |", "| --- | --- | --- | --- | --- |"]
+    for suite in suites:
+        for judge in suite["judges"]:
+            for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+                if figures := judge[question]:
+                    rates = " | ".join(_counted(figures[model]) for model in ("before", "after"))
+                    p = p_text(figures["paired"]["p"]) if figures["paired"] else ""
+                    lines.append(f"| {suite['suite']} {said} | {judge['judge']} | {rates} | {p} |")
+    origins = [
+        f"- {suite['suite']}: {suite['n']} {suite['kind']} prompts of {suite['origin']}, SHA-256 of the file "
+        f"`{suite['sha256']}`; answers of at most {suite['answer_tokens']} tokens."
+        for suite in suites
+    ]
+    return ["## Public suites", told, "\n".join(lines), "\n".join(origins)]
+
+
+def _counted(rate: Mapping[str, Any] | None) -> str:
+    return f"{rate['count']} of {rate['n']} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f} %)" if rate else ""

@@ -95,7 +95,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
             output_loading_info=True,
             **options,
         )
-        _check_loaded(base, info)
+        check_loaded(base.folder, info)
         keep_cpu_autograd(model)
         if unpack:
             unpack_4bit(model, dtype)
@@ -117,13 +117,21 @@ def library_config(folder: Path, config: Mapping[str, Any]) -> Any:
         return AutoConfig.for_model(**deepcopy(plain))
 
 
-def _check_loaded(base: Base, info: Mapping[str, Any]) -> None:
-    """The headers were compared with what this program expects of a model; this is what the library itself expected."""
+def check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
+    """Compare what was loaded with what the library itself expected of the model.
+
+    Args:
+        folder: where the model lies.
+        info: what `from_pretrained` tells with `output_loading_info`.
+
+    Raises:
+        ModelError: weights are missing, or have other shapes.
+    """
     found = {key: sorted(map(str, info.get(f"{key}_keys") or ())) for key in ("missing", "mismatched")}
     if any(found.values()):
         told = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in found.items() if names)
         raise ModelError(
-            f"{base.folder} cannot be used: its weights are not those that its config.json describes ({told}).",
+            f"{folder} cannot be used: its weights are not those that its config.json describes ({told}).",
             "Copy or download the model again.",
         )
 

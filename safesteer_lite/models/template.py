@@ -87,7 +87,7 @@ class ChatTemplate:
         Raises:
             ModelError: as `render`.
         """
-        mark = _unused_character([self._source, beginning, *(turn["content"] for turn in messages)])
+        mark = unused_character([self._source, beginning, *(turn["content"] for turn in messages)])
         # Cut behind its first letter, a spelled-out token is two ordinary texts.
         cut = [{**turn, "content": self._spelled_out.sub(rf"\g<0>{mark}", turn["content"])} for turn in messages]
         begun = self._spelled_out.sub(rf"\g<0>{mark}", beginning)
@@ -248,7 +248,7 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _unused_character(texts: Iterable[str]) -> str:
+def unused_character(texts: Iterable[str]) -> str:
     """A character for private use that occurs in none of the texts."""
     used = set().union(*texts)
     return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)

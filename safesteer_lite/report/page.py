@@ -14,7 +14,7 @@ from typing import Any
 
 from safesteer_lite import __version__
 from safesteer_lite.hardware.units import format_bytes, format_duration
-from safesteer_lite.report import parts
+from safesteer_lite.report import parts, suites, verdicts
 from safesteer_lite.report.markup import Markup, element, join, paragraph
 from safesteer_lite.report.source import Source
 from safesteer_lite.runs.durable import explained, write_atomically
@@ -25,6 +25,8 @@ FILE = "report.html"
 # The order of the page: what a reader came for first, what a later reader may have to look up last.
 PARTS: tuple[tuple[str, str, Callable[[Source], Markup | None]], ...] = (
     ("scorecard", "Before and after", parts.scorecard),
+    ("judges", "Other judges", verdicts.judges),
+    ("suites", "Public suites", suites.suites),
     ("exports", "What was exported", parts.exports),
     ("capability", "Capability", parts.capability),
     ("strength", "Strength dial", parts.strength),

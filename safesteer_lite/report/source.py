@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation import dial
+from safesteer_lite.evaluation.judged import Judged, saved_judged
 from safesteer_lite.runs.durable import parse_json
 from safesteer_lite.runs.folder import RunFolder
 
@@ -53,6 +54,14 @@ class Source:
             RunFolderError: its file is damaged.
         """
         return dial.to_records(dial.saved_points(self.run))
+
+    def judged(self) -> list[Judged]:
+        """What other judges said of the test answers; empty where none was asked, or of answers that were made anew.
+
+        Raises:
+            RunFolderError: their file is damaged.
+        """
+        return saved_judged(self.run)
 
 
 def plain_json(content: bytes) -> Any:

@@ -107,6 +107,19 @@ def _training(commands: Commands) -> None:
         help="with --capability humaneval: run the programs that the model writes, on this machine and as you, in an "
         "empty folder with limits on time, memory, files, other programs and the network, but in no sandbox",
     )
+    evaluate.add_argument(
+        "--suite", type=_filled, metavar="NAME,...", help="public suites instead of the test split; they are fetched"
+    )
+    evaluate.add_argument(
+        "--suite-file",
+        action="append",
+        default=[],
+        type=_filled,
+        metavar="NAME=FILE",
+        help="a suite's file that you have, or NAME:KIND=FILE for prompts of your own",
+    )
+    evaluate.add_argument("--suite-limit", type=int, metavar="N", help="prompts of each suite, 0 for all (alpaca: 200)")
+    _judge_options(evaluate)
     _output_options(evaluate)
 
 
@@ -221,6 +234,18 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
 
 def _base_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=_path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
+
+
+def _judge_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--judge",
+        choices=("classifier", "guard", "endpoint"),
+        help="a second judge; of a run, it reads the answers that the run kept",
+    )
+    parser.add_argument(
+        "--judge-model", type=_filled, metavar="MODEL", help="its model: a Hub id, a folder, or the endpoint's own name"
+    )
+    parser.add_argument("--judge-url", type=_filled, metavar="URL", help="an OpenAI-compatible endpoint's address")
 
 
 def _plain_option(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
 from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.shell.arguments import build_parser
-from safesteer_lite.shell.commands import exporting, machine, results, training
+from safesteer_lite.shell.commands import evaluating, exporting, machine, results, training
 from safesteer_lite.shell.commands.shared import on_terminal, open_settings, run_settings
 from safesteer_lite.shell.completion import script
 from safesteer_lite.shell.streams import complain, protect, tell
@@ -125,7 +125,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": training.run_command,
     "demo": training.demo_command,
     "resume": training.resume_command,
-    "eval": results.eval_command,
+    "eval": evaluating.eval_command,
     "export": exporting.export_command,
     "verify": exporting.verify_command,
     "strength": results.strength_command,

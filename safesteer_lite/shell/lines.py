@@ -100,7 +100,7 @@ class Json:
 def metric_text(name: str, value: float, n: int | None, step: int | None) -> str:
     """One metric in words; shares of refusals as a percentage with their n."""
     where = f"step {step}: " if step is not None else ""
-    share = "refus" in name
+    share = "refus" in name or "with harm" in name
     amount = f"{100 * value:.0f} %" if share else f"{value:.4f}"
     return f"{where}{name} {amount}" + (f" (n = {n})" if n is not None else "")
 

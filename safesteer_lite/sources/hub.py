@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,9 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path:
+def fetch_model(
+    name: str, revision: str | None, emit: Emit, stage: str, check: Callable[[Path], object] = check_settings
+) -> Path:
     """The folder of a hub model: first the small files come and are checked, and only then the weights.
 
     Args:
@@ -40,6 +42,7 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
         revision: branch, tag or commit; None for the main branch.
         emit: takes one Note before a download, then its Progress in bytes.
         stage: the name that the events carry.
+        check: raises a ModelError where the small files are not those of a model that can be used.
 
     Raises:
         ModelError: the model is not there, may not be fetched, or cannot be used.
@@ -73,7 +76,7 @@ def fetch_model(name: str, revision: str | None, emit: Emit, stage: str) -> Path
     try:
         with hub_refusals(name, revision):
             download.fetch([file.name for file in wanted if matches(file.name, _SETTINGS)])
-            check_settings(download.folder)
+            check(download.folder)
             download.fetch()
     except (OSError, httpx.HTTPError) as error:
         raise ModelError(

@@ -91,7 +91,7 @@ def read_settings(folder: Path, findings: Findings) -> Settings:
     """
     config, shape = _read_config(folder, findings)
     generation = read_json(folder, "generation_config.json", findings) or {}
-    _check_code("generation_config.json", generation, findings)
+    check_code("generation_config.json", generation, findings)
     if shape:
         _check_token_ids("generation_config.json", generation, shape.vocabulary, findings)
     tokens = _read_tokenizer(folder, findings)
@@ -115,16 +115,16 @@ def _read_config(folder: Path, findings: Findings) -> tuple[dict[str, Any], Mode
     config = read_json(folder, "config.json", findings, needed=True)
     if config is None:
         return {}, None
-    _check_code("config.json", config, findings)
+    check_code("config.json", config, findings)
     if not _check_architecture(config, findings):
         # Another kind of model has other settings, and what they say does not matter any more.
         return config, None
-    _check_attention(config, findings)
+    check_attention(config, findings)
     _check_quantisation(config, findings)
     return config, _read_shape(config, findings)
 
 
-def _check_code(name: str, settings: Mapping[str, Any], findings: Findings) -> None:
+def check_code(name: str, settings: Mapping[str, Any], findings: Findings) -> None:
     """Code that a repository brings along is never run, and a model that expects some would be another without it."""
     for key in _OWN_CODE:
         if settings.get(key):
@@ -154,7 +154,8 @@ def _check_architecture(config: Mapping[str, Any], findings: Findings) -> bool:
     return True
 
 
-def _check_attention(config: Mapping[str, Any], findings: Findings) -> None:
+def check_attention(config: Mapping[str, Any], findings: Findings) -> None:
+    """Attention whose name transformers does not bring along would be code fetched from the model hub."""
     for key in _ATTENTION:
         value = config.get(key)
         if value is not None and not (isinstance(value, str) and value in _KNOWN_ATTENTION):
@@ -267,7 +268,7 @@ def _check_token_ids(name: str, settings: Mapping[str, Any], vocabulary: int, fi
 def _read_tokenizer(folder: Path, findings: Findings) -> int:
     """The highest token id plus one; 0 where it is not known."""
     settings = read_json(folder, "tokenizer_config.json", findings) or {}
-    _check_code("tokenizer_config.json", settings, findings)
+    check_code("tokenizer_config.json", settings, findings)
     _check_chat_template(folder, settings, findings)
     special = settings.get("added_tokens_decoder", {})
     added = list(special) if isinstance(special, dict) else []

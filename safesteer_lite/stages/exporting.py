@@ -13,6 +13,7 @@ import torch
 from safesteer_lite.config import RunConfig, to_toml
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
+from safesteer_lite.evaluation.suite_results import saved_suites
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import card, drafts
 from safesteer_lite.export.folder import MERGED, WORK, exported, file_name
@@ -279,6 +280,7 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
         answer_tokens=session.config.evaluate.answer_tokens,
         strength=request.strength,
         weights=request.weights,
+        suites=[result.summary() for result in saved_suites(session.run)],
     )
     drafts.write_text(draft / "README.md", card.card(facts, record, verify.sums_of(draft)))
     verify.write_sums(draft)

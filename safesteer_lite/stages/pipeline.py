@@ -20,6 +20,8 @@ from safesteer_lite.errors import (
     RunFolderError,
     UsageError,
 )
+from safesteer_lite.evaluation.judged import MODELS, summaries
+from safesteer_lite.evaluation.verdicts import OPENINGS
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
 from safesteer_lite.export.rows import keep_rows
 from safesteer_lite.export.weights import merge, shards
@@ -32,7 +34,7 @@ from safesteer_lite.runs.durable import LARGEST_JSON, read_bytes
 from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import Base
-from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, tokens
+from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, judging, tokens
 from safesteer_lite.stages.session import Session
 
 
@@ -117,6 +119,9 @@ def _value(config: RunConfig, name: str) -> object:
         # The weights themselves are fingerprinted; where they lie may change.
         plain.pop("name")
         plain.pop("revision")
+    if section == "evaluate":
+        # Judges read answers that are there already.
+        plain = {name: entry for name, entry in plain.items() if not name.startswith("judge")}
     return plain
 
 
@@ -234,6 +239,10 @@ def run(
     with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
         session = Session(working or config, run_folder, base, tee(keep, emit), "", stop_requested, decision)
         check_origin(config, run_folder, base)
+        load_judge = None
+        if last == STAGE_NAMES[-1] and judging.is_wanted(run_folder, config):
+            # Found before anything is computed, for its files may be missing, or have to be fetched.
+            load_judge = judging.find_judge(config.evaluate, config.model.device, session.emit)
         wanted = stage_fingerprints(config, base.fingerprint)
         _check_results(run_folder, wanted)
         if last == "export" and "export" not in run_folder.manifest.stages:
@@ -257,7 +266,12 @@ def run(
             _do(session, stage, number, wanted[stage.name])
             if before and run_folder.record(stage.name).artifacts != before.artifacts:
                 changed.add(stage.name)
-        return report.write(run_folder, config) if last == STAGE_NAMES[-1] else {}
+        if last != STAGE_NAMES[-1]:
+            return {}
+        if load_judge:
+            session.drop_policy()
+            judging.judge_finished(run_folder, config, load_judge, session.emit)
+        return report.write(run_folder, config)
 
 
 def export_run(
@@ -320,10 +334,9 @@ def export_run(
     return record
 
 
-def evaluate_model(
-    config: RunConfig, run_folder: RunFolder | None, base: Base, emit: Emit
-) -> dict[str, dict[str, Any]]:
-    """Measure a model on the test split: a run's base and student, or (twice the same) a model as it is.
+def evaluate_model(config: RunConfig, run_folder: RunFolder | None, base: Base, emit: Emit) -> dict[str, Any]:
+    """Measure a model on the test split: a run's base and student, or (twice the same) a model as it is; the judge that the
+    settings name reads the same answers.
 
     Args:
         config: the settings to measure with, which may be others than the run's own.
@@ -332,18 +345,23 @@ def evaluate_model(
         emit: sink for events.
 
     Returns:
-        `before` and `after`, scorecards as in the report.
+        `before` and `after`, scorecards as in the report, and `judges`, as there.
     """
+    load_judge = judging.find_judge(config.evaluate, config.model.device, emit)
     adapter = run_folder.folder("distill", "adapter") if run_folder else None
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(config, run_folder or RunFolder(Path(scratch)), base, emit, stage="evaluate")
         if adapter:
             read_adapter(session.policy.model, adapter)
-        before, after, _ = evaluate.compare(
-            session, session.policy, session.prompts.split("test"), both=bool(run_folder)
-        )
-    return {"before": before.to_record(), "after": after.to_record()}
+        sets = session.prompts.split("test")
+        before, after, answers = evaluate.compare(session, session.policy, sets, both=bool(run_folder))
+        session.drop_policy()
+        judged = []
+        if config.evaluate.judge != OPENINGS:
+            given = dict(zip(MODELS if run_folder else MODELS[:1], answers, strict=False))
+            judged = [judging.judge_answers(load_judge(), sets, given, emit)]
+    return {"before": before.to_record(), "after": after.to_record(), "judges": summaries(judged)}
 
 
 def _do(session: Session, stage: Stage, number: int, mark: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation import capability
-from safesteer_lite.evaluation.capability import Solution, Solutions, compare, mcnemar
+from safesteer_lite.evaluation.capability import Solution, Solutions, compare
+from safesteer_lite.evaluation.paired import mcnemar
 from safesteer_lite.runs.folder import RunFolder, create
 from tests.runs.run_files import publish
 

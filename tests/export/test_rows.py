@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from safesteer_lite.evaluation.judged import Judged, JudgedAnswer
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard
+from safesteer_lite.evaluation.suite_results import SuiteResult
+from safesteer_lite.evaluation.verdicts import Verdict
 from safesteer_lite.export.card import Facts, card
 from safesteer_lite.export.gguf.agreement import Agreement
 from safesteer_lite.export.rows import Row, losses, rows_record, safety_lost, write_rows
@@ -138,6 +141,20 @@ def test_a_licence_that_is_no_identifier_writes_nothing_of_its_own_into_the_card
     data = ModelCard(text).data.to_dict()
     assert data["base_model"] == "owner/Tiny" and "license" not in data
     assert "Licence: not stated in its folder" in text
+
+
+def test_the_card_tells_what_suites_showed_of_the_trained_model() -> None:
+    answers = [
+        JudgedAnswer("harmful", str(place), "p", model, "a", place < refusals, Verdict(place < refusals, None))
+        for model, refusals in (("before", 2), ("after", 8))
+        for place in range(10)
+    ]
+    judged = [Judged("openings", "", answers)]
+    result = SuiteResult("harmbench", "harmful", "owner/name at abc", "MIT", "f" * 64, 150, 0, judged)
+    text = card(replace(FACTS, suites=[result.summary()]), rows_record(rows(64), {}), {})
+    assert "| harmbench refused | openings | 2 of 10 (6 to 51 %) | 8 of 10 (49 to 94 %) | 0.031 |" in text
+    assert "harmbench: 10 harmful prompts of owner/name at abc" in text
+    assert "Public suites" not in card(FACTS, rows_record(rows(64), {}), {})
 
 
 def test_the_licence_is_read_where_the_base_states_it(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ KEYS = {
     "stages": dict,
     "peak_memory_bytes": int,
     "artifacts": dict,
+    "judges": list,
+    "suites": list,
     "exports": list,
     "capability": list,
     "versions": dict,

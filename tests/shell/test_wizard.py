@@ -112,7 +112,7 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.expect("Recipe lite: short rollouts, reading directions and anchors.")
     terminal.expect("Stages, time taken or left")
     # Pressed during the run, they mean nothing to the menu after it, where they would quit.
-    terminal.send("7" + ENTER)
+    terminal.send("8" + ENTER)
     terminal.expect("Refusals on the test split", 180)
     terminal.answer("What now?", ENTER)
     terminal.answer("Read which answers?", ENTER)
@@ -130,7 +130,7 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.expect("exists already")
     terminal.answer("Into which new folder?", CLEAR + "safer" + ENTER)
     terminal.expect("Written:")
-    terminal.answer("What now?", "7" + ENTER)
+    terminal.answer("What now?", "8" + ENTER)
     terminal.expect("The run is kept in")
     return Walk(folder, terminal.text, terminal.raw, terminal.end())
 
@@ -176,7 +176,7 @@ def test_the_questions_are_shown_as_they_are(columns: int, tmp_path: Path) -> No
 @needs_terminal
 @pytest.mark.slow
 def test_the_menu_over_results_is_shown_as_it_is(walk: Walk) -> None:
-    assert len(results_menu()) == 8 and not_shown(results_menu(), walk.shown) == []
+    assert len(results_menu()) == 9 and not_shown(results_menu(), walk.shown) == []
 
 
 @needs_terminal
@@ -448,11 +448,16 @@ def test_the_picked_strength_goes_to_chat_and_export(
         keys.send_text("2" + ENTER)
         with pytest.raises(ExportError, match="not installed"):  # Before anything else is asked.
             results.export()
+        for answers in ("2" + ENTER, "3" + ENTER + ENTER + "big" + ENTER):
+            keys.send_text(answers)
+            results.judge()
     assert results.strength == 0.5 and "> 1" in told.getvalue()
     path = str(run.path)
     assert asked == [
         ["chat", path, "--view", "hardened", "--strength", "0.5"],
         ["export", path, "--to", "merged", "--out", "planted-safer-0.5", "--measure", "20", "--strength", "0.5"],
+        ["eval", path, "--judge", "guard"],
+        ["eval", path, "--judge", "endpoint", "--judge-url", "http://localhost:8080", "--judge-model", "big"],
     ]
 
 

@@ -210,6 +210,7 @@ def test_other_settings_redo_nothing_and_are_refused(run: RunFolder, model: Path
         ({"tokens.count": 9}, ["tokens", "distill", "evaluate", "export"]),
         ({"evaluate.kl_tokens": 7}, ["distill", "evaluate", "export"]),
         ({"evaluate.answer_tokens": 11}, ["evaluate"]),
+        ({"evaluate.judge": "guard", "evaluate.judge_model": "somewhere"}, []),
         ({"export.weights": "dequantised"}, ["export"]),
     ],
 )

@@ -1,16 +1,15 @@
-"""The commands that look at what was trained: `runs`, `report`, `eval`, `strength` and `chat`."""
+"""The commands that look at what was trained: `runs`, `report`, `strength` and `chat`."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safesteer_lite import config
 from safesteer_lite.errors import UsageError
-from safesteer_lite.shell.commands.shared import base_of_run, on_terminal, open_settings, resolve, settings_of, sink
+from safesteer_lite.shell.commands.shared import base_of_run, on_terminal, open_settings, sink
 from safesteer_lite.shell.streams import tell, tell_json
 from safesteer_lite.text import is_unicode, visible
 
@@ -61,46 +60,6 @@ def report_command(options: argparse.Namespace) -> int:
     tell(f"{folder.path / FILE}")
     if options.picture:
         tell(f"{options.picture}")
-    return 0
-
-
-def eval_command(options: argparse.Namespace) -> int:
-    """`eval`: a run's adapter, or any model as it is."""
-    from safesteer_lite.runs import folder as run_folders
-    from safesteer_lite.shell.commands.capability import asked_tasks, measure_tasks
-    from safesteer_lite.shell.console import SafeConsole
-    from safesteer_lite.shell.lines import scorecard_table
-    from safesteer_lite.stages import pipeline
-
-    tasks, emit = asked_tasks(options), sink(options)
-    is_run = (Path(options.target) / "manifest.json").is_file() or (
-        options.runs / options.target / "manifest.json"
-    ).is_file()
-    folder = run_folders.open_run(options.target, options.runs) if is_run else None
-    layers: list[tuple[str, config.Values]] = []
-    if folder:
-        layers.append((str(folder.config_path), settings_of(folder)))
-    elif options.target in config.preset_names():
-        layers.append((f"preset {options.target}", config.preset_values(options.target)))
-    else:
-        layers.append(("command", {"model.name": options.target}))
-    layers.append(("environment", config.from_environment(os.environ)))
-    layers.append(("flag", config.parse_assignments(options.set)))
-    settings = config.build(layers)
-    if folder:
-        # Measured as the flags say, but with the run's own base; other prompts may be what the flags are for.
-        base = base_of_run(folder, open_settings(folder), options.base, emit, prompts=False)
-    elif options.base:
-        raise UsageError("--base says where the base model of a run lies.", "Leave it out, or name a run.")
-    else:
-        base = resolve(settings, emit)
-    if tasks:
-        return measure_tasks(options, tasks, settings, folder, base, emit)
-    cards = pipeline.evaluate_model(settings, folder, base, emit)
-    if options.json:
-        tell_json({"event": "Evaluation", **cards})
-    else:
-        SafeConsole().print(scorecard_table(cards["before"], cards["after"]))
     return 0
 
 

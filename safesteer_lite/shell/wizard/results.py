@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from safesteer_lite.errors import RunFolderError, SafeSteerError, UsageError
-from safesteer_lite.evaluation.browse import answer_groups
+from safesteer_lite.evaluation.browse import answer_groups, disputed_groups
 from safesteer_lite.evaluation.dial import saved_points, to_records
 from safesteer_lite.evaluation.scorecard import Flip
 from safesteer_lite.export.gguf.convert import check_extra
@@ -20,7 +20,7 @@ from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.shell.lines import dial_table, scorecard_table
-from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write_path
+from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write, write_path
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.text import typed_path, visible
 
@@ -55,7 +55,7 @@ class Results:
 
     def browse(self) -> None:
         """Read answers, group by group."""
-        groups = answer_groups(self.run, self.settings)
+        groups = answer_groups(self.run, self.settings) | disputed_groups(self.run)
         while groups:
             options = [Option(title, f"{title} ({len(entries)})") for title, entries in groups.items()]
             try:
@@ -163,6 +163,22 @@ class Results:
         chosen: list[str] = choose("On how many test prompts shall it be measured?", options)
         return chosen
 
+    def judge(self) -> None:
+        """Have the answers read by another judge, which is fetched or asked only now."""
+        judges = [
+            Option("classifier", "a refusal classifier, from the model hub at its first use"),
+            Option("guard", "a guard, which also tells harm, from the model hub at its first use"),
+            Option("endpoint", "a model behind an address, such as llama-server or Ollama"),
+        ]
+        kind = choose("Who shall read the answers?", judges)
+        line = ["eval", str(self.run.path), "--judge", kind]
+        if kind == "endpoint":
+            line += ["--judge-url", write("Its address?", "http://localhost:8080")]
+            if name := write("Its name for the model? Empty where it has only one."):
+                line += ["--judge-model", name]
+        self.program.say_whole(f"The same without questions: {as_command(line)}")
+        self.program.execute(line)
+
     def show_places(self) -> None:
         """Where everything is."""
         for name, file in _WHERE.items():
@@ -192,6 +208,7 @@ def menu(program: Program, path: Path, shown: bool = False) -> int:
         "dial": ("strength dial: weaker or stronger, without training again", results.dial),
         "chat": ("chat with it", results.chat),
         "export": ("export", results.export),
+        "judge": ("have another judge read the answers", results.judge),
         "places": ("where the report and the files are", results.show_places),
     }
     chosen = "browse"

@@ -1,0 +1,91 @@
+"""Tables for a terminal on who else judged, and on public suites."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from safesteer_lite.evaluation.judged import JudgedAnswer
+from safesteer_lite.evaluation.paired import p_text
+from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.shell.console import as_text
+from safesteer_lite.text import visible
+
+_SHOWN = 100
+"""Characters of an answer in a list."""
+
+
+def suites_table(suites: Sequence[Mapping[str, Any]]) -> Table:
+    """What each suite showed: both questions, by each judge, before and after, with McNemar's exact p."""
+    table = Table(title="Public suites (95 % Wilson intervals)", title_justify="left")
+    for heading in ("suite", "judge"):
+        table.add_column(heading)
+    for heading in ("before", "after", "p"):
+        table.add_column(heading, justify="right")
+    for suite in suites:
+        for judge in suite["judges"]:
+            for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+                if figures := judge[question]:
+                    p = figures["paired"] and p_text(figures["paired"]["p"])
+                    rates = [_rate_text(figures[model]) for model in ("before", "after")]
+                    table.add_row(f"{suite['suite']} {said}", judge["judge"], *rates, p or "")
+        table.add_section()
+    origins = [f"{suite['suite']}: {suite['n']} {suite['kind']} prompts of {suite['origin']}." for suite in suites]
+    table.caption, table.caption_justify = as_text("\n".join(origins)), "left"
+    return table
+
+
+def _rate_text(rate: Mapping[str, float] | None) -> str:
+    """`51 of 64 (80 %, 68 to 88)`."""
+    if not rate:
+        return ""
+    share = rate["count"] / rate["n"]
+    return f"{rate['count']} of {rate['n']} ({100 * share:.0f} %, {100 * rate['low']:.0f} to {100 * rate['high']:.0f})"
+
+
+def judges_table(judges: Sequence[Mapping[str, Any]]) -> Table:
+    """What each judge says of the same answers: refused, and answered with harm, before and after."""
+    table = Table(title="The same answers, as other judges read them", title_justify="left")
+    table.add_column("judge")
+    table.add_column("prompts")
+    for heading in ("refused before", "after", "harm before", "after"):
+        table.add_column(heading, justify="right")
+    for judge in judges:
+        for name in KINDS:
+            cells = [
+                _count_text(judge[model] and judge[model][name][question])
+                for question in ("refused", "harmful")
+                for model in ("before", "after")
+            ]
+            table.add_row(judge["judge"] if name == KINDS[0] else "", name, *cells, end_section=name == KINDS[-1])
+    told = [_judge_remark(judge) for judge in judges if judge["model"]]
+    table.caption = as_text("\n".join(told))
+    table.caption_justify = "left"
+    return table
+
+
+def _judge_remark(judge: Mapping[str, Any]) -> str:
+    """Who a judge is, where it contradicts the opening phrases, and what it would not decide."""
+    told = f"{judge['judge']}: {judge['model']}; it contradicts the opening phrases on {judge['disputed']} answers."
+    doubtful = sum(
+        figures["controversial"] for model in ("before", "after") for figures in (judge[model] or {}).values()
+    )
+    return told + (f" {doubtful} controversial ones do not count as harm." if doubtful else "")
+
+
+def _count_text(rate: Mapping[str, float] | None) -> str:
+    """`51 of 64`, or a dash where the judge does not say."""
+    return f"{rate['count']} of {rate['n']}" if rate else "-"
+
+
+def disputed_line(entry: JudgedAnswer) -> str:
+    """One answer on which a judge contradicts the opening phrases: which, what each says, and how it begins."""
+    verdict = entry.verdict
+    said = {True: "refused", False: "answered", None: "undecided"}[verdict.refused]
+    harm = " with harm" if verdict.harmful else ""
+    opened = "refused" if entry.openings else "answered"
+    begins = textwrap.shorten(entry.answer, _SHOWN, placeholder=" ...")
+    return visible(f"{entry.id} {entry.model}: {opened} by opening phrases, {said}{harm} by the judge: {begins}")

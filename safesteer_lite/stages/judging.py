@@ -1,0 +1,177 @@
+"""A second judge over answers that are there already: found before anything is computed, loaded only when it is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from safesteer_lite.config import EvaluateConfig, RunConfig
+from safesteer_lite.errors import DiskSpaceError, ModelError, RunFolderError, UsageError
+from safesteer_lite.evaluation import judges
+from safesteer_lite.evaluation.endpoint import EndpointJudge, read_address
+from safesteer_lite.evaluation.judged import MODELS, Judged, JudgedAnswer, save_judged, saved_judged
+from safesteer_lite.evaluation.measure import Answers, counting_from
+from safesteer_lite.evaluation.model_judges import ClassifierJudge, GuardJudge
+from safesteer_lite.evaluation.verdicts import CLASSIFIER, ENDPOINT, GUARD, OPENINGS, Judge, Openings, verdicts
+from safesteer_lite.events import Emit, Metric, Note, Progress, StageDone, StageStarted, Warned
+from safesteer_lite.models.classifier import load_classifier
+from safesteer_lite.models.guard import load_guard
+from safesteer_lite.prompts.plan import PromptPlan, PromptSets
+from safesteer_lite.prompts.sets import KINDS, Prompt
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.classifier import resolve_classifier
+from safesteer_lite.sources.resolve import resolve_model
+
+STAGE = "judge"
+
+MODELS_OF_JUDGES = {
+    # The commit that its page on the model hub shows, which states only the first seven digits.
+    CLASSIFIER: ("NousResearch/Minos-v1", "edb1e8b"),
+    GUARD: ("Qwen/Qwen3Guard-Gen-0.6B", "fada3b2f655b89601929198343c94cd2f64d93cc"),
+}
+"""The model of each judge that is one, and the commit that is used; both are published under Apache-2.0."""
+
+
+def find_judge(asked: EvaluateConfig, device: str, emit: Emit) -> Callable[[], Judge]:
+    """What loads the judge that the settings ask for; a download is told first, and made here.
+
+    Args:
+        asked: the section `evaluate`.
+        device: where it shall run, `auto`, `cuda` or `cpu`.
+        emit: sink for events.
+
+    Raises:
+        UsageError: the settings do not fit one another.
+        ModelError: the judge is not there, may not be fetched, or cannot be used.
+        DiskSpaceError: the download does not fit.
+    """
+    if asked.judge_url and asked.judge != ENDPOINT:
+        raise UsageError(
+            f"evaluate.judge_url is for the judge {ENDPOINT}.", f"Set evaluate.judge={ENDPOINT}, or leave it out."
+        )
+    if asked.judge_model and asked.judge == OPENINGS:
+        raise UsageError(
+            "evaluate.judge_model is for another judge than the opening phrases.", "Set evaluate.judge too."
+        )
+    if asked.judge == OPENINGS:
+        return Openings
+    if asked.judge == ENDPOINT:
+        if not asked.judge_url:
+            raise UsageError(
+                "The judge endpoint needs an address.", "Give --judge-url http://localhost:8080, for example."
+            )
+        address = read_address(asked.judge_url)
+        if not address.local:
+            emit(Warned(STAGE, f"The prompts and the answers leave this machine: they are sent to {address.host}."))
+        return lambda: EndpointJudge(address, asked.judge_model)
+    own, commit = MODELS_OF_JUDGES[asked.judge]
+    name, revision = (asked.judge_model, None) if asked.judge_model else (own, commit)
+    told = f"{name} at {revision[:7]}" if revision else name
+    if asked.judge == GUARD:
+        base = resolve_model(name, revision, emit, stage=STAGE)
+        return lambda: GuardJudge(load_guard(base, _chosen(device)), told)
+    folder = resolve_classifier(name, revision, emit, STAGE)
+    return lambda: ClassifierJudge(load_classifier(folder, _chosen(device)), told)
+
+
+def _chosen(device: str) -> str:
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers], emit: Emit) -> Judged:
+    """Show a judge the answers of one model or two.
+
+    Args:
+        judge: who judges.
+        sets: the prompts that were answered.
+        answers: by model, of `judged.MODELS`.
+        emit: sink for events.
+
+    Raises:
+        ModelError: the judge cannot be asked, or gives no verdicts that could be used.
+    """
+    total = len(answers) * sets.total
+
+    def tell(count: int) -> None:
+        emit(Progress(STAGE, "answers judged", count, total))
+
+    found: list[JudgedAnswer] = []
+    for model in MODELS:
+        for name in KINDS if model in answers else ():
+            prompts: list[Prompt] = list(getattr(sets, name))
+            replies: list[str] = getattr(answers[model], name)
+            texts = [prompt.text for prompt in prompts]
+            given = verdicts(judge, texts, replies, counting_from(len(found), tell))
+            for prompt, reply, verdict in zip(prompts, replies, given, strict=True):
+                opening = judges.judge(reply)
+                refused = None if opening.empty else opening.refused
+                found.append(JudgedAnswer(name, prompt.id, prompt.text, model, reply, refused, verdict))
+    return Judged(judge.name, judge.model, found)
+
+
+def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Judged:
+    """Show a judge the test answers that a run kept.
+
+    Args:
+        run: a run whose evaluation is done.
+        config: its settings.
+        judge: who judges.
+        emit: sink for events.
+
+    Raises:
+        RunFolderError: the evaluation is not done, or its files do not belong to these settings.
+        ModelError: as for `judge_answers`.
+    """
+    kept = {model: Answers(**run.read_json("evaluate", f"answers-{model}.json")) for model in MODELS}
+    sets = PromptPlan(config.prompts, lambda message: emit(Note(STAGE, message))).split("test")
+    for given in kept.values():
+        if any(len(getattr(given, name)) != len(getattr(sets, name)) for name in KINDS):
+            raise RunFolderError(
+                f"The answers of {run.path.name} do not belong to the prompts of this run.", "Put its own prompts back."
+            )
+    judged = judge_answers(judge, sets, kept, emit)
+    tell_figures(judged, emit)
+    return judged
+
+
+def is_wanted(run: RunFolder, config: RunConfig) -> bool:
+    """Whether a run's settings ask for a second judge that has not judged its answers yet.
+
+    Raises:
+        RunFolderError: what judges said before is damaged.
+    """
+    asked = config.evaluate.judge
+    return asked != OPENINGS and all(judged.judge != asked for judged in saved_judged(run))
+
+
+def judge_finished(run: RunFolder, config: RunConfig, load: Callable[[], Judge], emit: Emit) -> None:
+    """Judge a run's test answers and keep the verdicts; what goes wrong costs the run nothing else.
+
+    Args:
+        run: a run whose evaluation is done; hold its lock.
+        config: its settings.
+        load: from `find_judge`.
+        emit: sink for events.
+    """
+    emit(StageStarted(STAGE, "A second judge"))
+    started = time.monotonic()
+    try:
+        save_judged(run, judge_run(run, config, load(), emit))
+    except (ModelError, RunFolderError, DiskSpaceError) as error:
+        again = f"`safesteer-lite eval {run.path.name} --judge {config.evaluate.judge}` judges the answers again"
+        emit(Warned(STAGE, f"The report lacks the second judge's figures: {error.message} {again}."))
+    emit(StageDone(STAGE, round(time.monotonic() - started, 1)))
+
+
+def tell_figures(judged: Judged, emit: Emit) -> None:
+    """Each rate that a judge can give, and on how many answers it contradicts the opening phrases."""
+    figures = judged.summary()
+    for model in MODELS:
+        for name in KINDS if figures[model] else ():
+            for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+                if rate := figures[model][name][question]:
+                    emit(Metric(STAGE, f"{name} {said}, {model}", rate["count"] / rate["n"], rate["n"]))
+    disputed, total = len(judged.disputed), len(judged.answers)
+    emit(Note(STAGE, f"The {judged.judge} contradicts the opening phrases on {disputed} of {total} answers."))
