@@ -15,6 +15,7 @@ from torch import nn
 from safesteer_lite.errors import ModelError, SafeSteerError
 from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.method.memory import is_out_of_memory
+from safesteer_lite.models import attention
 from safesteer_lite.sources.base import Base
 from safesteer_lite.sources.download import quiet_libraries
 
@@ -90,7 +91,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=ATTENTION,
+            attn_implementation=attention.register(),
             device_map={"": device},
             output_loading_info=True,
             **options,

@@ -35,12 +35,14 @@ class Cache(Protocol):
 
 
 class GrowingCache:
-    """transformers' own cache, which the decoder fills as it reads."""
+    """A cache as transformers' decoders fill it, which has room for tokens to come."""
 
     def __init__(self) -> None:
-        from transformers import DynamicCache
+        from transformers import Cache as AnyCache
 
-        self.given = DynamicCache()
+        from safesteer_lite.models.cache_layer import RoomyLayer
+
+        self.given = AnyCache(layer_class_to_replicate=RoomyLayer)
 
     def take(self, output: Any) -> None:
         """Nothing: the decoder has written into it."""
@@ -126,16 +128,21 @@ def generate(
         reader = _Reader(decoder, head, prompts, new_cache())
         reader.repeat(repeats)
         for step in range(max_new_tokens):
-            uniform = None if temperature == 0 else torch.rand(count, generator=generator).to(device)[rows]
+            uniform = None
+            if temperature != 0:
+                uniform = torch.rand(count, generator=generator).to(device, non_blocking=True)[rows]
             chosen = torch.where(running, draw(reader.logits, temperature, uniform), padding)
             tokens[rows, step] = chosen
             mask[rows, step] = running
+            if step + 1 == max_new_tokens:
+                break
             running = running & ~torch.isin(chosen, stop)
             if ended:
                 running = running & ~ended(tokens[rows, : step + 1])
-            if step + 1 == max_new_tokens or not bool(running.any()):
-                break
+            # The only moment at which the host waits for the device.
             keep = running.nonzero().squeeze(-1)
+            if not len(keep):
+                break
             if len(keep) <= (1 - _DROP_SHARE) * len(rows):
                 reader.keep(keep)
                 rows, running, chosen = rows[keep], running[keep], chosen[keep]

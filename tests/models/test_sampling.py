@@ -12,6 +12,7 @@ from safesteer_lite.method import policies
 from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.models import sampling
 from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.attention import GROUPED
 from safesteer_lite.models.sampling import draw
 from tests import tiny
 
@@ -19,7 +20,8 @@ NEW = 16
 
 
 def by_transformers(policy: Policy, batch: Batch, ends: list[int]) -> Tensor:
-    """Greedy continuation by `transformers`, padded with the pad token."""
+    """Greedy continuation by `transformers` with its own attention and cache, padded with the pad token."""
+    policy.model.causal.set_attn_implementation("sdpa")
     tokens: Tensor = policy.model.causal.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -28,6 +30,7 @@ def by_transformers(policy: Policy, batch: Batch, ends: list[int]) -> Tensor:
         eos_token_id=ends,
         pad_token_id=policy.tokenizer.pad_token_id,
     )
+    policy.model.causal.set_attn_implementation(GROUPED)
     return tokens[:, batch.input_ids.shape[1] :]
 
 
@@ -52,7 +55,7 @@ def ends_that_bite(policy: Policy, batch: Batch) -> list[int]:
     return [int(free[0, 1]), int(free[1, 6]), int(free[3, 9])]
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "mistral"])
 def test_greedy_equals_transformers_token_for_token(architecture: str, tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy(architecture, filled=True)
     batch = tiny.prompt_batch(policy)
