@@ -39,21 +39,35 @@ def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor], stack: Exi
     stack.callback(module.register_forward_hook(hook).remove)
 
 
+def _copied_once(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """`vector` on the device and in the dtype of a hidden state, without a copy at every token."""
+    copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(hidden: Tensor) -> Tensor:
+        kind = hidden.device, hidden.dtype
+        if kind not in copies:
+            copies[kind] = vector.to(hidden)
+        return copies[kind]
+
+    return like
+
+
 @contextmanager
 def add(layers: Sequence[nn.Module], layer: int, vector: Tensor) -> Iterator[None]:
     """Add `vector` (width,) to the input of block `layer` at every position (paper, equation of the teacher)."""
+    like = _copied_once(vector)
     with ExitStack() as stack:
-        _on_input(layers[layer], lambda hidden: hidden + vector.to(hidden), stack)
+        _on_input(layers[layer], lambda hidden: hidden + like(hidden), stack)
         yield
 
 
 @contextmanager
 def ablate(layers: Sequence[nn.Module], direction: Tensor) -> Iterator[None]:
     """Project `direction` (width,) out of every block input and every attention and MLP output, to score a candidate."""
-    unit = direction.float() / direction.float().norm()
+    like = _copied_once(direction.float() / direction.float().norm())
 
     def project_out(hidden: Tensor) -> Tensor:
-        axis = unit.to(hidden)
+        axis = like(hidden)
         return hidden - (hidden @ axis).unsqueeze(-1) * axis
 
     with ExitStack() as stack:

@@ -137,9 +137,9 @@ class Policy:
 
     def decode(self, completions: Completions) -> list[str]:
         """Completions as text, without special tokens."""
+        tokens, mask = completions.tokens.cpu(), completions.mask.cpu()
         return [
-            self.tokenizer.decode(row[mask], skip_special_tokens=True)
-            for row, mask in zip(completions.tokens, completions.mask, strict=True)
+            self.tokenizer.decode(row[kept], skip_special_tokens=True) for row, kept in zip(tokens, mask, strict=True)
         ]
 
     def token_ids(self, openings: Sequence[str]) -> Tensor:

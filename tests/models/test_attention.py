@@ -67,7 +67,8 @@ def test_attention_and_its_gradients_are_those_of_expanded_keys(
     additive = None if visible is None else torch.zeros(visible.shape).masked_fill(~visible, LOWEST)
     found = []
     for function in (attention.attend, AttentionInterface()["sdpa"]):
-        output: Tensor = function(Layer(groups), *inputs, additive, scaling=0.3)[0]
+        query, key, value = inputs
+        output: Tensor = function(Layer(groups), query, key, value, additive, scaling=0.3)[0]
         assert output.shape == (rows, queries, key_heads * groups, size) and bool(output.isfinite().all())
         gradients = torch.autograd.grad(output[counted].square().sum(), inputs)
         found.append([output[counted], *gradients])
