@@ -39,12 +39,14 @@ class Decision:
 
     Attributes:
         device: `cuda` or `cpu`.
-        precision: `nf4`, `bf16` or `fp32`.
+        precision: `nf4`, `bf16` (16 bits of either kind) or `fp32`.
         unpack: whether 4-bit weights are expanded once after loading.
-        compute_dtype: `bf16` or `fp32`.
+        compute_dtype: `bf16`, `fp32`, or `fp16` where that is all that a card is fast in: if the model does not stay finite
+            in it, it is loaded in fp32 after all.
         fit: whether the smallest possible work fits the device's free memory.
         reason: one sentence for the user.
         library: what loads and runs the model.
+        card: torch's number of the card; 0 without one.
     """
 
     device: str
@@ -54,6 +56,12 @@ class Decision:
     fit: Fit
     reason: str
     library: Library = Library("plain", "Plain transformers and bitsandbytes.")
+    card: int = 0
+
+    @property
+    def place(self) -> str:
+        """The device as torch names it: `cpu`, `cuda:1`."""
+        return f"cuda:{self.card}" if self.device == "cuda" else self.device
 
 
 def fit(bytes_needed: int, bytes_free: int) -> Fit:
@@ -104,6 +112,8 @@ def choose_library(machine: Machine, device: str, precision: str, requested: str
         why_not = "Unsloth needs a CUDA card"
     elif precision == "fp32":
         why_not = "Unsloth computes in 16 bits"
+    elif machine.gpu is not None and card_dtype(machine.gpu) != "bf16":
+        why_not = "it is used in bf16 only, and this card has no bf16 arithmetic"
     elif version is None:
         why_not = "Unsloth is not installed"
     if requested == "unsloth" and why_not:
@@ -170,8 +180,13 @@ def _choose_device(machine: Machine, shape: ModelShape, requested: str) -> Decis
 _NAMES = {"nf4": "4-bit weights", "bf16": "16-bit weights", "fp32": "32-bit weights"}
 
 
+def card_dtype(gpu: Gpu) -> str:
+    """What a card multiplies matrices fast in: bf16 from Ampere on, fp16 on Volta and Turing, and before them neither."""
+    return "bf16" if gpu.capability >= (8, 0) else "fp16" if gpu.capability >= (7, 0) else "fp32"
+
+
 def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision) -> Decision:
-    compute = "fp32" if precision == "fp32" else "bf16"
+    compute = "fp32" if precision == "fp32" else card_dtype(gpu)
     need = smallest_need(shape, precision, False, compute)
     # CUDA's own context takes about half a gigabyte that the estimate does not know of.
     needed = need.peak_bytes + 500_000_000
@@ -181,9 +196,13 @@ def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision) -> Decisio
     reason = f"{name}: {amounts}."
     if result == "does not fit":
         reason = f"{name} do not fit: {amounts}."
-    elif compute == "bf16" and gpu.capability < (8, 0):
-        reason = f"{name}: {amounts}; slow, because this card has no bf16 arithmetic."
-    return Decision("cuda", precision, False, compute, result, reason)
+    elif compute == "fp16":
+        reason = (
+            f"{name}, computed in fp16 if the model stays finite in it: {amounts}; this card has no bf16 arithmetic."
+        )
+    elif compute != precision and compute == "fp32":
+        reason = f"{name}, computed in fp32: {amounts}; slow, because this card has no fast 16-bit arithmetic."
+    return Decision("cuda", precision, False, compute, result, reason, card=gpu.number)
 
 
 def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, instead: str) -> Decision:

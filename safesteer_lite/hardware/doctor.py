@@ -12,7 +12,7 @@ from safesteer_lite import children
 from safesteer_lite.hardware.backend import choose_library
 from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.limits import read_or_empty
-from safesteer_lite.hardware.machine import PACKAGES, Machine
+from safesteer_lite.hardware.machine import PACKAGES, Machine, has_code_for
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.text import typed_path
 
@@ -43,6 +43,7 @@ def checks(machine: Machine) -> list[Check]:
         _driver_check(machine),
         _torch_build_check(machine),
         _cuda_check(machine),
+        *_other_checks(machine),
         _gpu_memory_check(machine),
         _backend_check(machine),
         _bf16_check(machine),
@@ -143,8 +144,25 @@ def _cuda_check(machine: Machine) -> Check:
     card = machine.gpus[0]
     if machine.cuda_build is None:
         return Check(name, False, f"the {card.name} is not used", "Mend the torch build first: see the line above.")
+    if not has_code_for(machine.cuda_architectures, card.capability):
+        version = ".".join(map(str, card.capability))
+        found = f"this torch has no code for the {card.name}, whose compute capability is {version}"
+        known = ", ".join(machine.cuda_architectures)
+        remedy = (
+            f"Install a torch for an older CUDA if the card is old, for the newest if it is new. This one has {known}."
+        )
+        return Check(name, False, found, remedy)
     found = f"torch for CUDA {machine.cuda_build} cannot use the {card.name} with driver {card.driver or 'unknown'}"
     return Check(name, False, found, "Update the NVIDIA driver, or install torch for an older CUDA.")
+
+
+def _other_checks(machine: Machine) -> list[Check]:
+    """Accelerators that are there and are left alone: nothing here was written for them, or tried on one."""
+    if not machine.others:
+        return []
+    found = f"{', '.join(machine.others)}: not used, because only NVIDIA cards are supported"
+    remedy = "Small models run on the CPU of this machine; larger ones need an NVIDIA card."
+    return [Check("other accelerators", None, found, remedy)]
 
 
 def _gpu_memory_check(machine: Machine) -> Check:

@@ -6,8 +6,9 @@ Sizes are bytes. torch is imported inside functions only, so that `--help` stays
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ class Gpu:
         capability: CUDA compute capability, (major, minor).
         driver: driver version; None where it cannot be read.
         usable: whether the installed torch can compute on it.
+        number: torch's, by which it is asked for: `cuda:1`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Gpu:
     capability: tuple[int, int]
     driver: str | None
     usable: bool
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Machine:
         versions: package name to installed version, None where missing.
         cuda_build: the CUDA version torch was built for; None for a CPU build.
         bf16_fast: whether the device that will compute (`gpu`, else the CPU) has bf16 arithmetic; False where unknown.
+        cuda_architectures: what the installed torch has code for (`sm_86`); empty where it sees no card.
+        others: accelerators that torch could compute on and this program does not use, in words.
     """
 
     system: str
@@ -69,6 +74,8 @@ class Machine:
     versions: Mapping[str, str | None]
     cuda_build: str | None
     bf16_fast: bool
+    cuda_architectures: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def gpu(self) -> Gpu | None:
@@ -90,7 +97,8 @@ def inspect(folder: Path) -> Machine:
     memory = psutil.virtual_memory()
     limit, available = cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")) or (memory.total, memory.total)
     versions = {name: _version(name) for name in PACKAGES}
-    cuda_build, gpus, cpu_bf16 = _torch_facts(_nvidia_smi()) if versions["torch"] else (None, _nvidia_smi(), False)
+    found = _nvidia_smi()
+    facts = _torch_facts(found) if versions["torch"] else _TorchFacts(found)
     machine = Machine(
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
@@ -99,10 +107,12 @@ def inspect(folder: Path) -> Machine:
         ram_total=min(memory.total, limit),
         ram_available=min(memory.available, available),
         disk_free=free_space(folder),
-        gpus=gpus,
+        gpus=facts.gpus,
         versions=versions,
-        cuda_build=cuda_build,
-        bf16_fast=cpu_bf16,
+        cuda_build=facts.cuda_build,
+        bf16_fast=facts.cpu_bf16,
+        cuda_architectures=facts.architectures,
+        others=facts.others,
     )
     if machine.gpu is None:
         return machine
@@ -116,23 +126,83 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _torch_facts(found: tuple[Gpu, ...]) -> tuple[str | None, tuple[Gpu, ...], bool]:
-    """torch's CUDA build, the cards (torch's view where it can use them) and whether the CPU has bf16 arithmetic."""
+@dataclass(frozen=True)
+class _TorchFacts:
+    """What torch knows of this machine; see `Machine`.
+
+    Attributes:
+        gpus: the driver's cards, or torch's view of them where it sees any.
+        cpu_bf16: whether the CPU has bf16 arithmetic.
+    """
+
+    gpus: tuple[Gpu, ...]
+    cuda_build: str | None = None
+    cpu_bf16: bool = False
+    architectures: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+def _torch_facts(found: tuple[Gpu, ...]) -> _TorchFacts:
     try:
         import torch
     except (ImportError, OSError):  # A damaged installation is the doctor's to report, not a reason to crash here.
-        return None, found, False
+        return _TorchFacts(found)
     helpers = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     cpu_bf16 = any(bool(getattr(torch.cpu, name, bool)()) for name in helpers)
-    if not torch.cuda.is_available():
-        return torch.version.cuda, found, cpu_bf16
+    others = _other_accelerators()
+    # A torch for AMD's cards calls them CUDA devices, too.
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return _TorchFacts(found, torch.version.cuda, cpu_bf16, (), others)
     driver = found[0].driver if found else None
+    architectures = tuple(torch.cuda.get_arch_list())
     gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        gpus.append(Gpu(properties.name, total, free, (properties.major, properties.minor), driver, True))
-    return torch.version.cuda, tuple(gpus), cpu_bf16
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        capability = (properties.major, properties.minor)
+        usable = has_code_for(architectures, capability)
+        gpus.append(Gpu(properties.name, total, free, capability, driver, usable, number))
+    return _TorchFacts(tuple(gpus), torch.version.cuda, cpu_bf16, architectures, others)
+
+
+def has_code_for(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a torch that was built for some architectures can compute on a card.
+
+    Machine code (`sm_86`) runs on cards of the same major version that are not older; what the driver compiles itself
+    (`compute_90`) runs on every card that is not older; and the letter of `sm_90a` binds code to one kind of card. So says
+    NVIDIA's CUDA programming guide, under compute capabilities and compatibility.
+
+    Args:
+        architectures: as `torch.cuda.get_arch_list` names them; where it names none, nothing speaks against the card.
+        capability: of the card.
+    """
+    if not architectures:
+        return True
+    for name in architectures:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        if found is None:
+            continue
+        built = (int(found[2]), int(found[3]))
+        if built == capability:
+            return True
+        if not found[4] and built < capability and (found[1] == "compute" or built[0] == capability[0]):
+            return True
+    return False
+
+
+def _other_accelerators() -> tuple[str, ...]:
+    """What torch could compute on besides NVIDIA's cards."""
+    import torch
+
+    found = []
+    if (rocm := getattr(torch.version, "hip", None)) and torch.cuda.is_available():
+        found += [f"{torch.cuda.get_device_name(number)} (ROCm {rocm})" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("Apple's GPU (MPS)")
+    xpu = getattr(torch, "xpu", None)
+    if xpu is not None and xpu.is_available():
+        found += [f"{xpu.get_device_name(number)} (XPU)" for number in range(xpu.device_count())]
+    return tuple(found)
 
 
 _SMI_FIELDS = "name,memory.total,memory.free,compute_cap,driver_version"
@@ -152,13 +222,14 @@ def _nvidia_smi() -> tuple[Gpu, ...]:
 
 def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
     """Cards from `nvidia-smi --query-gpu` lines (memory in MiB); lines that are something else are passed over."""
-    gpus = []
+    gpus: list[Gpu] = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         try:
             name, total, free, capability, driver = cells
             major, minor = (int(part) for part in capability.split("."))
-            gpus.append(Gpu(name, int(total) << 20, int(free) << 20, (major, minor), driver, False))
+            card = Gpu(name, int(total) << 20, int(free) << 20, (major, minor), driver, False, len(gpus))
+            gpus.append(card)
         except ValueError:
             continue
     return tuple(gpus)
@@ -169,6 +240,19 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def use_card(device: str) -> None:
+    """Make a card the one that everything after this means by `cuda`: memory that is asked about, kernels, streams.
+
+    Args:
+        device: `cuda:1`; with `cuda` the card stays as it is, and with `cpu` there is nothing to do.
+    """
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and number:
+        import torch
+
+        torch.cuda.set_device(int(number))
 
 
 def free_cuda_memory() -> int:

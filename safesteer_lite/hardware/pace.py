@@ -149,14 +149,14 @@ def probe(decision: Decision, seconds: float = PROBE_SECONDS) -> float:
     """
     import torch
 
-    dtype = torch.float32 if decision.compute_dtype == "fp32" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(decision.compute_dtype, torch.bfloat16)
     size = 4096 if decision.device == "cuda" else 1024
-    matrix = torch.ones(size, size, dtype=dtype, device=decision.device)
+    matrix = torch.ones(size, size, dtype=dtype, device=decision.place)
 
     def product() -> None:
         matrix @ matrix
         if decision.device == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(matrix.device)
 
     product()
     until, fastest = time.perf_counter() + seconds, float("inf")

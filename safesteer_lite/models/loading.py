@@ -9,11 +9,13 @@ from datetime import date
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError
 from safesteer_lite.hardware.backend import Decision, Library
+from safesteer_lite.hardware.machine import use_card
+from safesteer_lite.method.memory import release
 from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
-from safesteer_lite.models.selfcheck import self_check
+from safesteer_lite.models.selfcheck import self_check, stays_finite
 from safesteer_lite.models.template import ChatTemplate, stop_ids
 from safesteer_lite.sources.base import Base, check_values
 
@@ -38,6 +40,23 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
     check_template(base, day)
     note(decision.reason)
     note(decision.library.reason)
+    policy = _loaded(base, decision, config, day)
+    if decision.compute_dtype == "fp16" and not stays_finite(policy):
+        note(
+            "In fp16 the model computes values that are not numbers, so it is loaded again and computed in fp32: slower."
+        )
+        del policy
+        release()
+        policy = _loaded(base, replace(decision, compute_dtype="fp32"), config, day)
+    for remark in policy.notes:
+        note(remark)
+    passed = self_check(policy)
+    note(f"Self-check: {len(passed)} of {len(passed)} passed ({'; '.join(passed)}).")
+    return policy
+
+
+def _loaded(base: Base, decision: Decision, config: RunConfig, day: date) -> Policy:
+    use_card(decision.place)
     distill, layers = config.distill, base.shape.layers
     adapter = Adapter(distill.rank, distill.lora_alpha, min(layers - 1, round(distill.depth_start * layers)))
     if decision.library.name == "unsloth":
@@ -46,7 +65,7 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
         network, tokenizer = plain.load(
             base,
             precision=decision.precision,
-            device=decision.device,
+            device=decision.place,
             unpack=decision.unpack,
             compute=decision.compute_dtype,
         )
@@ -54,12 +73,7 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
     model.checkpointing = distill.checkpointing == "yes" or (
         distill.checkpointing == "auto" and decision.device == "cuda"
     )
-    policy = Policy(model, config.prompts.prompt_tokens, day)
-    for remark in policy.notes:
-        note(remark)
-    passed = self_check(policy)
-    note(f"Self-check: {len(passed)} of {len(passed)} passed ({'; '.join(passed)}).")
-    return policy
+    return Policy(model, config.prompts.prompt_tokens, day)
 
 
 def check_template(base: Base, day: date | None = None) -> ChatTemplate:

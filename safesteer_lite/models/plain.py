@@ -14,10 +14,13 @@ from torch import nn
 
 from safesteer_lite.errors import ModelError, SafeSteerError
 from safesteer_lite.foreign import forbid_hub_kernels
+from safesteer_lite.hardware.machine import use_card
 from safesteer_lite.method.memory import is_out_of_memory
 from safesteer_lite.models import attention
 from safesteer_lite.sources.base import Base
 from safesteer_lite.sources.download import quiet_libraries
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ATTENTION = "sdpa"
 """torch's own attention, named wherever a model is made: a config.json may ask for one that is code from elsewhere."""
@@ -56,11 +59,11 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
 
     Args:
         base: the model.
-        precision: `nf4` (4-bit NF4, double quantisation, bf16 compute), `bf16` or `fp32`.
-        device: `cuda` or `cpu`.
+        precision: `nf4` (4-bit NF4, double quantisation), `bf16` (16 bits, or what `compute` says) or `fp32`.
+        device: `cpu`, `cuda:0`, ...; `cuda` is the card in use.
         unpack: expand 4-bit weights once after loading. The numbers are the same, each forward is spared the
             unpacking, and 4 times the memory is used; for CPUs.
-        compute: `bf16` or `fp32`, the dtype that 4-bit weights compute in.
+        compute: `bf16`, `fp16` or `fp32`, the dtype of all that is not packed, and the one that is computed in.
 
     Returns:
         The causal language model in evaluation mode, all weights frozen, and its tokenizer.
@@ -74,8 +77,8 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
     getLogger("bitsandbytes").setLevel("ERROR")
     tokenizer = load_tokenizer(base.folder, base.config)
-    wide = precision == "fp32" or (precision == "nf4" and compute == "fp32")
-    dtype = torch.float32 if wide else torch.bfloat16
+    use_card(device)
+    dtype = torch.float32 if precision == "fp32" else _DTYPES[compute]
     options: dict[str, Any] = {"dtype": dtype}
     if precision == "nf4" and not base.is_quantised:
         options["quantization_config"] = BitsAndBytesConfig(

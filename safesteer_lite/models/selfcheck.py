@@ -73,6 +73,14 @@ def self_check(policy: Policy) -> list[str]:
     return passed
 
 
+def stays_finite(policy: Policy) -> bool:
+    """Whether logits and gradients are numbers on an ordinary prompt; fp16 ends at 65,504, and some models go beyond."""
+    parameters = policy.model.parameters_to_train()
+    logits = policies.last_logits(policy.model, policy.encode("Say hello."))
+    gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), parameters, allow_unused=True)
+    return all(bool(value.isfinite().all()) for value in (logits, *gradients) if value is not None)
+
+
 def _check_finite(logits: torch.Tensor) -> None:
     """What is not finite equals nothing, not even itself: every later check would fail for a reason that is none."""
     if not bool(logits.isfinite().all()):

@@ -384,6 +384,7 @@ def memory_line() -> str:
     text = f"RAM {format_bytes(psutil.Process().memory_info().rss)}"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
+        # Each thread has a current card of its own, and the model's is the one that holds something.
+        free, total = torch.cuda.mem_get_info(max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated))
         text += f", VRAM {format_bytes(total - free)} of {format_bytes(total)}"
     return text

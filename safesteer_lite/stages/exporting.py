@@ -182,8 +182,10 @@ def _merged_row(session: Session, folder: Path, request: Request, measured: Meas
     written = open_base(folder)
     decision = decide(replace(session.config.model, precision="bf16"), written.shape, folder)
     # What is decided for training may be too much for a card that could still answer; the reload check used the CPU too.
-    device = "cpu" if decision.fit == "does not fit" else decision.device
-    network, tokenizer = plain.load(written, precision=decision.compute_dtype, device=device, unpack=False)
+    device = "cpu" if decision.fit == "does not fit" else decision.place
+    network, tokenizer = plain.load(
+        written, precision="bf16", device=device, unpack=False, compute=decision.compute_dtype
+    )
     policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
     done = session.progress("answers of the merged weights", measured.sets.total)
     tokens, chunk = session.config.evaluate.answer_tokens, session.config.distill.chunk

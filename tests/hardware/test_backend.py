@@ -11,6 +11,8 @@ from safesteer_lite.hardware.backend import choose_backend, choose_library, fit,
 from safesteer_lite.hardware.machine import Machine
 from tests.hardware.examples import CARD, CPU_MACHINE, GB, LARGE, SMALL
 
+TURING = replace(CARD, capability=(7, 5))
+
 
 def test_cpu_with_fast_bf16_unpacks() -> None:
     decision = choose_backend(CPU_MACHINE, SMALL, "auto")
@@ -54,13 +56,37 @@ def test_a_card_is_used_packed_and_left_when_it_is_too_small() -> None:
     assert (neither.device, neither.fit) == ("cuda", "does not fit")
     broken = replace(machine, gpus=(replace(CARD, usable=False),))
     assert choose_backend(broken, SMALL, "auto").device == "cpu"
-    old = replace(machine, gpus=(replace(CARD, capability=(7, 5)),))
-    assert "slow" in choose_backend(old, SMALL, "auto").reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "compute", "said"),
+    [((8, 6), "bf16", ""), ((7, 5), "fp16", "if the model stays finite"), ((6, 1), "fp32", "slow")],
+)
+def test_a_card_computes_in_what_it_is_fast_in(capability: tuple[int, int], compute: str, said: str) -> None:
+    machine = replace(WITH_UNSLOTH, gpus=(replace(CARD, capability=capability),))
+    for precision in ("auto", "bf16"):
+        decision = choose_backend(machine, SMALL, precision)
+        assert (decision.device, decision.compute_dtype) == ("cuda", compute) and said in decision.reason
+        assert decision.library.name == ("unsloth" if compute == "bf16" else "plain")
+    assert choose_backend(machine, SMALL, "fp32").compute_dtype == "fp32"
+    with_fp32 = smallest_need(SMALL, "bf16", False, "fp32").peak_bytes
+    assert smallest_need(SMALL, "bf16", False, compute).peak_bytes <= with_fp32
+
+
+def test_the_card_with_most_free_memory_is_the_one_that_is_used() -> None:
+    cards = (
+        replace(CARD, memory_free=5 * GB),
+        replace(CARD, number=1),
+        replace(CARD, memory_free=12 * GB, usable=False),
+    )
+    decision = choose_backend(replace(CPU_MACHINE, gpus=cards), SMALL, "auto")
+    assert (decision.device, decision.place) == ("cuda", "cuda:1")
+    assert choose_backend(CPU_MACHINE, SMALL, "auto").place == "cpu"
 
 
 def test_every_reason_is_one_sentence() -> None:
     for fast in (True, False):
-        for gpus in ((), (CARD,), (replace(CARD, memory_free=GB),)):
+        for gpus in ((), (CARD,), (replace(CARD, memory_free=GB),), (TURING,)):
             for available in (GB // 2, 3 * GB, 24 * GB):
                 for requested in ("auto", "nf4", "bf16", "fp32"):
                     for shape in (SMALL, LARGE):

@@ -64,6 +64,23 @@ def test_doctor_tells_the_ways_cuda_fails_apart() -> None:
     assert told(versions={})[1].ok is False
 
 
+def test_doctor_tells_a_card_that_torch_has_no_code_for() -> None:
+    old = replace(CARD, capability=(6, 1), usable=False)
+    machine = replace(CPU_MACHINE, gpus=(old,), cuda_build="13.0", cuda_architectures=("sm_75", "sm_86"), versions={})
+    line = found(machine)["CUDA"]
+    assert line.ok is False and "no code for the a card, whose compute capability is 6.1" in line.found
+    assert "older CUDA" in line.remedy and "sm_75, sm_86" in line.remedy
+
+
+def test_doctor_tells_other_accelerators_and_that_they_are_not_used() -> None:
+    assert "other accelerators" not in found(replace(CPU_MACHINE, versions={}))
+    line = found(replace(CPU_MACHINE, versions={}, others=("Apple's GPU (MPS)", "Arc A770 (XPU)")))[
+        "other accelerators"
+    ]
+    assert line.ok is None and line.found.startswith("Apple's GPU (MPS), Arc A770 (XPU): not used")
+    assert "CPU" in line.remedy
+
+
 def test_every_gated_preset_is_named() -> None:
     line = found(replace(CPU_MACHINE, versions={}))["gated licences"]
     gated = {name for name in KNOWN if name.startswith("meta-llama/")}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
-from safesteer_lite.hardware.machine import Gpu, inspect, parse_nvidia_smi
+from safesteer_lite.hardware.machine import Gpu, has_code_for, inspect, parse_nvidia_smi
 
 
 def test_inspect_sees_this_machine(tmp_path: Path) -> None:
@@ -42,4 +44,69 @@ def test_nvidia_smi_lines() -> None:
         "NVIDIA GeForce RTX 3060, 12288, 11500, 8.6, 570.86.10\nNo devices were found\nold card, 4096, 4000, [N/A], 1\n"
     )
     (gpu,) = parse_nvidia_smi(text)
+    assert [card.number for card in parse_nvidia_smi(text[: text.index("No")] * 2)] == [0, 1]
     assert gpu == Gpu("NVIDIA GeForce RTX 3060", 12288 << 20, 11500 << 20, (8, 6), "570.86.10", False)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        (("sm_75", "sm_80", "sm_86"), (8, 6), True),
+        (("sm_75", "sm_80", "sm_86"), (8, 9), True),
+        (("sm_75", "sm_80", "sm_86"), (7, 0), False),
+        (("sm_75", "sm_80", "sm_86"), (9, 0), False),
+        (("sm_75", "sm_80", "sm_86", "compute_86"), (12, 0), True),
+        (("sm_80", "compute_90"), (8, 0), True),
+        (("compute_90",), (8, 6), False),
+        (("sm_90a",), (9, 0), True),
+        (("sm_90a", "compute_90a"), (10, 0), False),
+        (("sm_100", "sm_120"), (12, 0), True),
+        (("gfx1100",), (8, 6), False),
+        ((), (8, 6), True),
+    ],
+)
+def test_which_cards_a_torch_has_code_for(
+    architectures: tuple[str, ...], capability: tuple[int, int], expected: bool
+) -> None:
+    assert has_code_for(architectures, capability) is expected
+
+
+def plant_cards(monkeypatch: pytest.MonkeyPatch, **version: str | None) -> None:
+    """Let torch see an old card, and two newer ones of which the second has more memory free."""
+    cards = [("GTX 1080", (6, 1), 8 << 30), ("RTX 3060", (8, 6), 3 << 30), ("RTX 3090", (8, 6), 20 << 30)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: cards[number][0])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (cards[number][2], 24 << 30))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda number: SimpleNamespace(name=cards[number][0], major=cards[number][1][0], minor=cards[number][1][1]),
+    )
+    for name, value in version.items():
+        monkeypatch.setattr(torch.version, name, value)
+
+
+def test_cards_are_numbered_as_torch_does_and_judged_by_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_cards(monkeypatch, cuda="12.8", hip=None)
+    machine = inspect(tmp_path)
+    assert [(card.number, card.usable) for card in machine.gpus] == [(0, False), (1, True), (2, True)]
+    assert machine.gpu is not None and (machine.gpu.name, machine.gpu.number) == ("RTX 3090", 2)
+    assert machine.cuda_architectures == ("sm_75", "sm_80", "sm_86") and machine.others == ()
+
+
+def test_cards_of_another_maker_are_told_and_not_taken_for_nvidia_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_cards(monkeypatch, cuda=None, hip="6.2")
+    machine = inspect(tmp_path)
+    assert machine.gpu is None and machine.others[0] == "GTX 1080 (ROCm 6.2)" and len(machine.others) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda number: "Arc A770")
+    assert inspect(tmp_path).others == ("Apple's GPU (MPS)", "Arc A770 (XPU)")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError, UsageError
+from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.models import plain
 from safesteer_lite.models.attention import GROUPED
-from safesteer_lite.models.loading import check_template
+from safesteer_lite.models.loading import check_template, load_policy
 from safesteer_lite.sources.base import open_base
 from tests import tiny
 
@@ -139,3 +143,20 @@ def test_a_model_without_padding_and_end_in_its_tokenizer_still_answers(
     policy = tiny.load_policy(folder, "fp32")
     assert policy.tokenizer.pad_token_id is None
     assert len(policy.answers(list(tiny.PROMPTS), 8, 5)) == len(tiny.PROMPTS)
+
+
+@pytest.mark.parametrize(("factor", "computed"), [(1.0, torch.float16), (1e6, torch.float32)])
+def test_fp16_is_kept_where_the_model_stays_finite_and_given_up_elsewhere(
+    factor: float, computed: torch.dtype, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A residual stream beyond 65,504 is nothing special in bf16, and infinite in fp16."""
+    folder = shutil.copytree(tiny_folder("qwen2"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= factor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    notes: list[str] = []
+    decision = Decision("cpu", "bf16", False, "fp16", "fits", "Tried in fp16.")
+    policy = load_policy(open_base(folder), decision, RunConfig(), date(2026, 1, 1), notes.append)
+    assert policy.model.decoder.embed_tokens.weight.dtype == computed
+    assert any("loaded again" in note for note in notes) == (computed == torch.float32)
+    assert notes[-1].startswith("Self-check:")
