@@ -2,6 +2,9 @@
 
     python -m tests.benchmarks.gpu [--presets NAME ...] [--backends plain unsloth] [--objectives chunked naive]
                                    [--caps 0 6 8 12] [--seconds 540] [--rows FILE]
+    python -m tests.benchmarks.gpu --all [--model FOLDER] [--out FOLDER] [--minutes 20] [--dry-run]
+
+The second form answers everything that the documentation waits for a card to tell: see `tests.benchmarks.first_card`.
 
 Models have the presets' shapes and random NF4 weights, written once to `--models`. Each case runs in a process of its own, in
 the order in which they matter; when `--seconds` are nearly over no further case begins, and what was left out is said. With
@@ -47,6 +50,7 @@ from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.sources.base import open_base
+from tests.benchmarks import first_card
 from tests.benchmarks.common import say
 from tests.benchmarks.random_models import PRESETS, write
 
@@ -311,8 +315,11 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
 
 
 def main() -> None:
-    """Run the cases and print the table; or be one case, or write one model."""
-    options = arguments()
+    """Run the cases and print the table; or answer everything; or be one case, or write one model."""
+    options = parser().parse_args()
+    if options.all:
+        first_card.run(options.out, options.models, options.model, options.minutes, dry=options.dry_run)
+        return
     if options.write:
         write(options.models / options.write, options.write, options.device)
         return
@@ -397,21 +404,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     real = [name for name in PRESETS if name != "tiny"]
-    parser.add_argument("--presets", nargs="+", default=real, choices=list(PRESETS))
-    parser.add_argument("--backends", nargs="+", default=["plain", "unsloth"], choices=["plain", "unsloth"])
-    parser.add_argument("--objectives", nargs="+", default=["chunked", "naive"], choices=["chunked", "naive"])
-    parser.add_argument("--caps", nargs="+", type=int, default=[0, 6, 8, 12], help="gigabytes; 0 is none")
-    parser.add_argument("--seconds", type=float, default=540, help="no case begins that would end later")
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "safesteer-random-models")
-    parser.add_argument("--rows", type=Path, default=None, help="JSON Lines of finished cases")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--case", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--write", default="", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    made.add_argument("--presets", nargs="+", default=real, choices=list(PRESETS))
+    made.add_argument("--backends", nargs="+", default=["plain", "unsloth"], choices=["plain", "unsloth"])
+    made.add_argument("--objectives", nargs="+", default=["chunked", "naive"], choices=["chunked", "naive"])
+    made.add_argument("--caps", nargs="+", type=int, default=[0, 6, 8, 12], help="gigabytes; 0 is none")
+    made.add_argument("--seconds", type=float, default=540, help="no case begins that would end later")
+    made.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "safesteer-random-models")
+    made.add_argument("--rows", type=Path, default=None, help="JSON Lines of finished cases")
+    made.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    made.add_argument("--all", action="store_true", help="everything that the documentation waits for")
+    made.add_argument("--model", type=Path, default=None, help="with --all: the folder of a small instruct model")
+    made.add_argument("--out", type=Path, default=Path("card"), help="with --all: where the page goes (card)")
+    made.add_argument("--minutes", type=float, default=20, help="with --all: for everything (20)")
+    made.add_argument("--dry-run", action="store_true", help="with --all: on the CPU, with a tiny shape")
+    made.add_argument("--case", default="", help=argparse.SUPPRESS)
+    made.add_argument("--write", default="", help=argparse.SUPPRESS)
+    return made
 
 
 if __name__ == "__main__":
