@@ -16,8 +16,8 @@ from safesteer_lite.sources.hub import is_hub_id
 _LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]{0,60}")
 _LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
   refusal that comes late counts as an answer.
-- The prompts are short, English, direct requests. Jailbreaks, other languages, long conversations, tools and the
-  model's abilities were not measured.
+- The prompts are short, English, direct requests. Jailbreaks, other languages, long conversations and tools were not
+  measured.
 - Training removes such refusals again in a few steps. This is no defence against someone who changes the weights.
 - Many harmful requests are still answered: the table says how many."""
 
@@ -37,6 +37,7 @@ class Facts:
         strength: factor on the adapter.
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
         suites: what public suites showed of the run, as its report has them.
+        capability: tasks that base and trained model were measured on, as `evaluation.capability.compare` tells them.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Facts:
     strength: float
     weights: str
     suites: Sequence[Mapping[str, Any]] = ()
+    capability: Sequence[Mapping[str, Any]] = ()
 
 
 def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> str:
@@ -75,6 +77,7 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         f"{facts.answer_tokens} tokens. `adapter` is the model as it was trained; GGUF rows were measured in llama.cpp.",
         _table(rows),
         _told(rows),
+        _abilities(facts),
         *_suites(facts.suites),
         "## Training prompts",
         facts.prompts
@@ -170,3 +173,21 @@ def _suites(suites: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _counted(rate: Mapping[str, Any] | None) -> str:
     return f"{rate['count']} of {rate['n']} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f} %)" if rate else ""
+
+
+def _abilities(facts: Facts) -> str:
+    """What the model can still do: measured before the adapter was merged, so at no other strength than 1."""
+    if not facts.capability or facts.strength != 1:
+        return "The model's abilities were not measured."
+    lines = [
+        "Problems solved, one greedy answer each, by the base and by the model as it was trained; lost and gained are counted "
+        "problem by problem, and p is McNemar's exact test of the two.",
+        "",
+        "| | base | trained | lost | gained | p |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in facts.capability:
+        n, lost, gained = record["n"], len(record["lost"]), len(record["gained"])
+        solved = " | ".join(f"{record[who]['solved']} of {n}" for who in ("base", "hardened"))
+        lines.append(f"| {record['task']} | {solved} | {lost} | {gained} | {p_text(record['p'])} |")
+    return "\n".join(lines)

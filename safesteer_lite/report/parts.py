@@ -9,6 +9,7 @@ from typing import Any
 
 from safesteer_lite.config import SECTIONS, RunConfig
 from safesteer_lite.config.constants import DEPTH_LIMIT
+from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.evaluation.scorecard import Rate, change
 from safesteer_lite.hardware.units import format_bytes, format_duration
 from safesteer_lite.prompts.sets import KINDS
@@ -122,7 +123,7 @@ def capability(source: Source) -> Markup | None:
         n, lost, gained = record["n"], len(record["lost"]), len(record["gained"])
         before, after = (_rate_text(Rate.of(record[who]["solved"], n)) for who in ("base", "hardened"))
         asked = _with_note(record["task"], f"{n} of {record['problems']} problems")
-        rows.append((asked, before, after, str(record["kept"]), str(lost), str(gained), f"{record['p']:.2g}"))
+        rows.append((asked, before, after, str(record["kept"]), str(lost), str(gained), p_text(record["p"])))
     return join([paragraph(told), table(("", "before", "after", "kept", "lost", "gained", "p"), rows)])
 
 

@@ -1,4 +1,4 @@
-"""Tables for a terminal on who else judged, and on public suites."""
+"""Tables for a terminal on who else judged, on public suites and on solved tasks."""
 
 from __future__ import annotations
 
@@ -89,3 +89,32 @@ def disputed_line(entry: JudgedAnswer) -> str:
     opened = "refused" if entry.openings else "answered"
     begins = textwrap.shorten(entry.answer, _SHOWN, placeholder=" ...")
     return visible(f"{entry.id} {entry.model}: {opened} by opening phrases, {said}{harm} by the judge: {begins}")
+
+
+def capability_table(records: Sequence[dict[str, Any]]) -> Table:
+    """What base and hardened model solved, problem by problem.
+
+    Args:
+        records: as `evaluation.capability.compare` makes them.
+    """
+    table = Table(title="Problems solved (95 % Wilson intervals)", title_justify="left", caption_justify="left")
+    for heading in ("task", "n", "base", "hardened", "kept", "lost", "gained", "p"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for record in records:
+        n = record["n"]
+        cells = [record["task"], str(n), _solved_text(record["base"], n)]
+        if record["hardened"]:
+            lost, gained = len(record["lost"]), len(record["gained"])
+            cells += [_solved_text(record["hardened"], n), str(record["kept"]), str(lost), str(gained)]
+            cells.append(p_text(record["p"]))
+        table.add_row(*cells)
+    if any(record["hardened"] for record in records):
+        table.caption = (
+            "p: exact McNemar test of lost against gained; a large one means that chance explains the difference"
+        )
+    return table
+
+
+def _solved_text(share: dict[str, float], n: int) -> str:
+    percent = 100 * share["solved"] / n if n else 0.0
+    return f"{share['solved']} ({percent:.0f} %, {100 * share['low']:.0f} to {100 * share['high']:.0f})"

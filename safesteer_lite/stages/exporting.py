@@ -12,6 +12,7 @@ import torch
 
 from safesteer_lite.config import RunConfig, to_toml
 from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
 from safesteer_lite.evaluation.suite_results import saved_suites
 from safesteer_lite.events import Metric, Progress
@@ -283,9 +284,19 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
         strength=request.strength,
         weights=request.weights,
         suites=[result.summary() for result in saved_suites(session.run)],
+        capability=_solved(session),
     )
     drafts.write_text(draft / "README.md", card.card(facts, record, verify.sums_of(draft)))
     verify.write_sums(draft)
+
+
+def _solved(session: Session) -> list[dict[str, Any]]:
+    """What the run's models were measured to solve; a damaged file of it is no reason to lose an export."""
+    try:
+        return capability.records(session.run)
+    except RunFolderError as error:
+        session.warn(f"The model card does not tell which tasks are solved: {error.message}")
+        return []
 
 
 def _about(session: Session, request: Request) -> dict[str, Any]:

@@ -165,3 +165,21 @@ def test_the_licence_is_read_where_the_base_states_it(tmp_path: Path) -> None:
     assert licence_in(tmp_path) == "llama3.2"
     (tmp_path / "README.md").write_text("# A model\n\nlicense: no\n")
     assert licence_in(tmp_path) == "apache-2.0"
+
+
+def test_the_card_tells_what_was_solved_of_the_model_as_it_was_trained() -> None:
+    record = rows_record(rows(64), {})
+    solved = {
+        "task": "gsm8k",
+        "n": 100,
+        "base": {"solved": 15},
+        "hardened": {"solved": 12},
+        "lost": ["a"] * 5,
+        "gained": ["b"] * 2,
+    }
+    facts = replace(FACTS, capability=[{**solved, "p": 0.453125}])
+    assert "| gsm8k | 15 of 100 | 12 of 100 | 5 | 2 | 0.45 |" in card(facts, record, {})
+    # At another strength, and where nobody measured, nothing is claimed.
+    for other in (FACTS, replace(facts, strength=0.5)):
+        said = card(other, record, {})
+        assert "abilities were not measured" in said and "gsm8k" not in said

@@ -81,7 +81,7 @@ def measure_tasks(
     from safesteer_lite.runs.folder import RunFolder
     from safesteer_lite.shell.commands.shared import open_settings
     from safesteer_lite.shell.console import SafeConsole
-    from safesteer_lite.shell.lines import capability_table
+    from safesteer_lite.shell.tables import capability_table
     from safesteer_lite.stages import capability
     from safesteer_lite.stages.session import Session
 
