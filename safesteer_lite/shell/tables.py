@@ -20,30 +20,30 @@ _SHOWN = 100
 
 def suites_table(suites: Sequence[Mapping[str, Any]]) -> Table:
     """What each suite showed: both questions, by each judge, before and after, with McNemar's exact p."""
-    table = Table(title="Public suites (95 % Wilson intervals)", title_justify="left")
-    for heading in ("suite", "judge"):
-        table.add_column(heading)
+    table = Table(title="Public suites (95 % Wilson intervals)", title_justify="left", caption_justify="left")
+    table.add_column("suite")
     for heading in ("before", "after", "p"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for suite in suites:
+        table.add_row(f"{suite['suite']}, {suite['n']} {suite['kind']} prompts", "", "", "")
         for judge in suite["judges"]:
             for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
                 if figures := judge[question]:
-                    p = figures["paired"] and p_text(figures["paired"]["p"])
-                    rates = [_rate_text(figures[model]) for model in ("before", "after")]
-                    table.add_row(f"{suite['suite']} {said}", judge["judge"], *rates, p or "")
+                    p = p_text(figures["paired"]["p"]) if figures["paired"] else ""
+                    rates = [_share_text(figures[model]) for model in ("before", "after")]
+                    table.add_row(f"  {said}, by {judge['judge']}", *rates, p)
         table.add_section()
-    origins = [f"{suite['suite']}: {suite['n']} {suite['kind']} prompts of {suite['origin']}." for suite in suites]
-    table.caption, table.caption_justify = as_text("\n".join(origins)), "left"
+    origins = [f"{suite['suite']}: {suite['origin']}" for suite in suites]
+    told = "p: exact McNemar test over the same prompts; a large one means that chance explains the difference"
+    table.caption = as_text("\n".join([told, *origins]))
     return table
 
 
-def _rate_text(rate: Mapping[str, float] | None) -> str:
-    """`51 of 64 (80 %, 68 to 88)`."""
+def _share_text(rate: Mapping[str, float] | None) -> str:
+    """`80 % (68-88)`."""
     if not rate:
         return ""
-    share = rate["count"] / rate["n"]
-    return f"{rate['count']} of {rate['n']} ({100 * share:.0f} %, {100 * rate['low']:.0f} to {100 * rate['high']:.0f})"
+    return f"{100 * rate['count'] / rate['n']:.0f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
 
 
 def judges_table(judges: Sequence[Mapping[str, Any]]) -> Table:

@@ -82,7 +82,7 @@ def test_a_second_judge_reads_the_answers_of_a_suite(
     line = ["eval", str(run.path), "--suite-file", f"mine:harmful={harmful}", "--suite-limit", "10"]
     assert main([*line, "--judge", "endpoint", "--judge-url", server.url]) == 0
     told = capsys.readouterr().out
-    assert "mine answered with harm" in " ".join(told.split())
+    assert "mine, 10 harmful prompts" in told and "answered with harm, by endpoint" in told
     (kept,) = saved_suites(run)
     openings, other = kept.judged
     assert len(server.bodies) == 20 == len(openings.answers) == len(other.answers)
