@@ -1,9 +1,12 @@
-"""How the C library treats freed memory."""
+"""How memory is taken and given back: by the C library, and by torch on a card; and the most that was taken at once."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 
 def keep_freed_memory() -> bool:
@@ -26,6 +29,21 @@ def keep_freed_memory() -> bool:
     return all([library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings])
 
 
+def grow_segments() -> bool:
+    """Have torch grow its pieces of a card's memory instead of taking new ones, so that less of it lies idle between tensors.
+
+    To be called before CUDA starts. A user's own setting of torch's allocator stays.
+
+    Returns:
+        Whether it was set; elsewhere than on Linux torch cannot do it.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if sys.platform != "linux" or any(os.environ.get(name) for name in names):
+        return False
+    os.environ[names[0]] = "expandable_segments:True"
+    return True
+
+
 def return_freed_memory() -> bool:
     """Give freed memory back to the system, once: between stages, whose tensors differ in size.
 
@@ -38,3 +56,32 @@ def return_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     return bool(hasattr(library, "malloc_trim") and library.malloc_trim(ctypes.c_size_t(0)))
+
+
+def start_peak() -> None:
+    """Forget the largest memory that this process has held so far, so that `peak` tells of what follows."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux forgets the process's own peak when this is written; elsewhere it stands until the process ends.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Bytes: the largest memory this process has held since `start_peak`, on the card if it used one, else in RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError):  # What `resource` tells below is never forgotten, and begins with the parent's memory.
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    try:
+        import resource
+    except ImportError:  # Windows has no such module; psutil knows the peak there.
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(found if sys.platform == "darwin" else found * 1024)

@@ -159,6 +159,8 @@ def _torch_facts(found: tuple[Gpu, ...]) -> _TorchFacts:
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
+        # What torch keeps for reuse is this process's own to take.
+        free += torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
         capability = (properties.major, properties.minor)
         usable = has_code_for(architectures, capability)
         gpus.append(Gpu(properties.name, total, free, capability, driver, usable, number))
@@ -268,3 +270,24 @@ def free_cuda_memory() -> int:
     # Older versions of torch cannot say what the cap is.
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
     return min(free + reserved - allocated, int(fraction * total) - allocated)
+
+
+def spills_to_ram(system: str) -> bool:
+    """Whether a system's driver moves a card's memory to RAM instead of failing once it is full: Windows, also under WSL.
+
+    Args:
+        system: as `Machine.system` has it.
+    """
+    return system.startswith("Windows") or "microsoft" in system.lower()
+
+
+def cap_cuda_memory() -> None:
+    """Hold this process to what is free on the card where the driver would spill to RAM: every tensor there is slow, and
+    batches that are too large would never be told.
+    """
+    import torch
+
+    if not spills_to_ram(f"{platform.system()} {platform.release()}"):
+        return
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_reserved()) / total))

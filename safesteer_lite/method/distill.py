@@ -19,7 +19,7 @@ from torch import Tensor
 from safesteer_lite.method import policies
 from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_rise
-from safesteer_lite.method.optimizer import MasterAdamW, Optimizing, adamw
+from safesteer_lite.method.optimizer import MasterAdamW
 from safesteer_lite.method.policies import Batch, Completions, LanguageModel, Steering, join, pad_left
 
 
@@ -137,7 +137,6 @@ class Distillation:
         harmless: Sequence[Batch],
         recipe: Recipe,
         refusal_tokens: Tensor | None = None,
-        optimizing: Optimizing = adamw,
     ) -> None:
         """Prepare to train.
 
@@ -149,13 +148,12 @@ class Distillation:
             harmless: anchor prompts, one a batch, unpadded; may be empty when the recipe has no anchors.
             recipe: how.
             refusal_tokens: (n,) int64, tokens that open a refusal; needed where the recipe has a score weight.
-            optimizing: makes the AdamW.
         """
         self.model, self.steer, self.recipe = model, steer, recipe
         self.safety_tokens = safety_tokens.to(model.device)
         self.refusal_tokens = refusal_tokens
         self.harmful, self.harmless = harmful, harmless
-        self.optimizer = MasterAdamW(model.parameters_to_train(), recipe.averaging, optimizing)
+        self.optimizer = MasterAdamW(model.parameters_to_train(), recipe.averaging)
         self.micro_batch = recipe.micro_batch
         self.sampled_at_once = max(recipe.prompts, recipe.anchors)
         self.done = 0

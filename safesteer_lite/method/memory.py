@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,13 +32,19 @@ def fitting(size: int, work: Callable[[int], Result]) -> tuple[Result, int]:
                 raise
         # Only out here, where the exception no longer holds the failed attempt's tensors, is their memory free.
         size = size // 2
+        gc.collect()
         release()
 
 
+# What torch and the libraries under it say in a RuntimeError of no class of its own: CUDA itself, cuBLAS and its sisters, and
+# torch's allocator for the CPU, whose words differ on Windows.
+_SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; for the CPU's, torch has no class of its own."""
+    """Whether an error says that memory ran out, on the card or on the CPU, in any of its forms."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
     )
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-Optimizing = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-"""Makes the optimizer of float32 weights; its rate is set at every step."""
-
-
-def adamw(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's AdamW, whose two moments are float32."""
-    return torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
@@ -24,21 +18,18 @@ class MasterAdamW:
     float32 would cost more time than the frozen bf16 blocks they adapt.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], averaging: float = 0.0, optimizing: Optimizing = adamw
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], averaging: float = 0.0) -> None:
         """Take over the weights.
 
         Args:
             parameters: the adapter's.
             averaging: share of the running average that each step keeps, from 0 (the average is the last step) to below 1.
-            optimizing: makes the AdamW of the float32 copies.
         """
         self.parameters = list(parameters)
         self.averaging, self.steps = averaging, 0
         self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
         self.averages = [master.detach().clone() for master in self.masters] if averaging else []
-        self.optimizer = optimizing(self.masters)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
 
     def zero(self) -> None:
         """Forget the gradients."""
@@ -98,25 +89,21 @@ class MasterAdamW:
         return all(bool(master.isfinite().all()) for master in self.masters)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up a `state` and write the weights into the adapter."""
+        """Take up a `state` and write the weights into the adapter.
+
+        Raises:
+            KeyError: something is missing from it.
+        """
         self.steps = int(tensors["steps"])
         with torch.no_grad():
             for index, average in enumerate(self.averages):
                 average.copy_(tensors[f"{index}.average"])
             for index, master in enumerate(self.masters):
                 master.copy_(tensors[f"{index}.master"])
-                prefix = f"{index}."
-                names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
-                self.optimizer.state[master] = {
-                    name: _restored(name, tensors[prefix + name], master.device)
-                    for name in names
-                    if name not in ("master", "average")
-                }
+                if self.steps:
+                    self.optimizer.state[master] = {
+                        # torch keeps the number of steps on the CPU.
+                        "step": tensors[f"{index}.step"].clone(),
+                        **{name: tensors[f"{index}.{name}"].to(master.device).clone() for name in _MOMENTS},
+                    }
         self.publish(self.masters)
-
-
-def _restored(name: str, value: Tensor, device: torch.device) -> Tensor | int:
-    """A saved entry of an optimizer's state; bitsandbytes counts steps in Python, torch in a float on the CPU."""
-    if name == "step":
-        return value.clone() if value.is_floating_point() else int(value)
-    return value.to(device).clone()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.method.memory import fitting
+from safesteer_lite.method.memory import Result, fitting
 from safesteer_lite.method.policies import Batch, Completions, completion_hidden, pad_left
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Ended, draw
@@ -44,6 +44,8 @@ class Policy:
         self.template = ChatTemplate(model.tokenizer, day)
         self.prompt_tokens = prompt_tokens
         self._prefix, self.template_positions = self._template_around()
+        # Prompts at a time that fitted in memory where fewer than asked for did, by the longest answer.
+        self._fitted: dict[int, int] = {}
 
     @property
     def notes(self) -> list[str]:
@@ -123,7 +125,20 @@ class Policy:
                 done(finished)
             return found
 
-        found, _ = fitting(size, answer)
+        return self.fitting(tokens, size, answer)
+
+    def fitting(self, tokens: int, size: int, work: Callable[[int], Result]) -> Result:
+        """`work(size)`, or with fewer prompts at a time where memory is short, which is remembered for the next call.
+
+        Args:
+            tokens: longest answer; what did not fit for some is not tried again for as many or more.
+            size: prompts at a time.
+            work: must do the same whenever it is called again.
+        """
+        known = [fitted for length, fitted in self._fitted.items() if length <= tokens]
+        found, fitted = fitting(min([size, *known]), work)
+        if fitted < size:
+            self._fitted[tokens] = fitted
         return found
 
     def first_block_ended(self) -> Ended:
@@ -205,8 +220,7 @@ def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size:
         return Reference(pairs, hidden)
 
     with torch.no_grad():
-        found, _ = fitting(size, read)
-    return found
+        return policy.fitting(tokens, size, read)
 
 
 def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 
 from safesteer_lite.errors import ModelError, SafeSteerError
 from safesteer_lite.foreign import forbid_hub_kernels
-from safesteer_lite.hardware.machine import use_card
+from safesteer_lite.hardware.machine import cap_cuda_memory, use_card
 from safesteer_lite.method.memory import is_out_of_memory
 from safesteer_lite.models import attention
 from safesteer_lite.sources.base import Base
@@ -78,6 +78,8 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     getLogger("bitsandbytes").setLevel("ERROR")
     tokenizer = load_tokenizer(base.folder, base.config)
     use_card(device)
+    if device.startswith("cuda"):
+        cap_cuda_memory()
     dtype = torch.float32 if precision == "fp32" else _DTYPES[compute]
     options: dict[str, Any] = {"dtype": dtype}
     if precision == "nf4" and not base.is_quantised:

@@ -15,7 +15,6 @@ null. `suites` lists public suites: `n` prompts of one `kind`, and `judges` with
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from safesteer_lite.config import RunConfig, to_record
@@ -81,18 +80,3 @@ def write(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         write_json(path, record)
     page.write(run, record)
     return record
-
-
-def peak_memory() -> int:
-    """Bytes: the largest memory this process has held, on the GPU if it used one, else in RAM."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows has no such module; psutil knows the peak there.
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
 from safesteer_lite.foreign import forbid_hub_kernels
+from safesteer_lite.hardware.allocator import grow_segments
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands import evaluating, exporting, machine, results, training
 from safesteer_lite.shell.commands.shared import on_terminal, open_settings, run_settings
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     protect()
     forbid_hub_kernels()
+    grow_segments()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.print_completion:
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, OSError) as error:
         return _complain(*_of_the_system(error, options.command), 1)
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        from safesteer_lite.method.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         return _complain(*_of_the_system(error, options.command), 1)
 

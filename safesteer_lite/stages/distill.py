@@ -17,7 +17,6 @@ from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.method.distill import Distillation, Recipe
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, save_adapter, scale_adapter
-from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.durable import write_json
 from safesteer_lite.runs.folder import Publication
@@ -78,7 +77,6 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         [policy.encode(prompt.text) for prompt in anchors],
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
-        optimizing_on(policy.model.device),
     )
     _fit_micro_batch(session, training)
     yardstick, shown = Yardstick(session), ShownAnswers(session, training.recipe)
@@ -131,18 +129,19 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def _fit_micro_batch(session: Session, training: Distillation) -> None:
-    """On a card, begin with as many rollouts a forward as its free memory is reckoned to hold."""
+    """On a card, begin with as many rollouts a forward as its free memory is reckoned to hold, by the longest prompt."""
     config, model = session.config, session.policy.model
     if model.device.type != "cuda":
         return
     shape, free = session.base.shape, free_cuda_memory()
     element = model.decoder.embed_tokens.weight.element_size()
+    longest = max(prompt.input_ids.shape[1] for prompt in (*training.harmful, *training.harmless))
 
     def need(rollouts: int) -> int:
         return training_bytes(
             shape,
             micro_batch=rollouts,
-            tokens=config.prompts.prompt_tokens + config.distill.completion_tokens,
+            tokens=longest + config.distill.completion_tokens,
             completion_tokens=config.distill.completion_tokens,
             chunk=config.distill.chunk,
             rank=config.distill.rank,
@@ -152,7 +151,7 @@ def _fit_micro_batch(session: Session, training: Distillation) -> None:
 
     training.micro_batch = largest_micro_batch(config.distill.micro_batch, free, need)
     session.note(
-        f"{training.micro_batch} rollouts a forward, at most {config.distill.micro_batch}: one of full length takes "
+        f"{training.micro_batch} rollouts a forward, at most {config.distill.micro_batch}: the longest takes "
         f"{format_bytes(need(1))}, {format_bytes(free)} are free."
     )
 

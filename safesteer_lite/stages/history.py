@@ -72,6 +72,8 @@ def restore_step(folder: Path, training: Distillation) -> tuple[History, dict[st
         best = load_file(folder / "best.safetensors")
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunFolderError(f"The saved step in {folder} is damaged: {error}.", hint) from error
-    training.micro_batch = min(history.micro_batch or training.micro_batch, training.micro_batch)
+    # The sizes of the run so far, whatever is free now, because sums round differently in other parts; unless the user has
+    # set a smaller one.
+    training.micro_batch = min(history.micro_batch or training.micro_batch, training.recipe.micro_batch)
     training.sampled_at_once = history.sampled_at_once or training.sampled_at_once
     return history, best

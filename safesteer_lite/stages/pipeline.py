@@ -25,7 +25,7 @@ from safesteer_lite.evaluation.verdicts import OPENINGS
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
 from safesteer_lite.export.rows import keep_rows
 from safesteer_lite.export.weights import merge, shards
-from safesteer_lite.hardware.allocator import keep_freed_memory, return_freed_memory
+from safesteer_lite.hardware import allocator
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.prompts import sets
@@ -235,9 +235,12 @@ def run(
         Interrupted: the user asked to stop; the run can be resumed.
         SafeSteerError: what went wrong and what to do; finished stages stay.
     """
-    keep_freed_memory()
-    with run_folder.lock(), JsonLines(run_folder.events_path) as keep:
-        session = Session(working or config, run_folder, base, tee(keep, emit), "", stop_requested, decision)
+    allocator.keep_freed_memory()
+    with (
+        run_folder.lock(),
+        JsonLines(run_folder.events_path) as keep,
+        Session(working or config, run_folder, base, tee(keep, emit), "", stop_requested, decision) as session,
+    ):
         check_origin(config, run_folder, base)
         load_judge = None
         if last == STAGE_NAMES[-1] and judging.is_wanted(run_folder, config):
@@ -318,7 +321,7 @@ def export_run(
             raise UsageError("--strength scales merged weights only.", "Add --to merged.")
         exporting.copy_adapter(adapter, out)
         return {}
-    keep_freed_memory()
+    allocator.keep_freed_memory()
     session = Session(config, run_folder, base, emit, stage="export")
     session.settle()
     request = exporting.Request(kind, weights, strength, quants, prompts, original)
@@ -349,7 +352,7 @@ def evaluate_model(config: RunConfig, run_folder: RunFolder | None, base: Base, 
     """
     load_judge = judging.find_judge(config.evaluate, config.model.device, emit)
     adapter = run_folder.folder("distill", "adapter") if run_folder else None
-    keep_freed_memory()
+    allocator.keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(config, run_folder or RunFolder(Path(scratch)), base, emit, stage="evaluate")
         if adapter:
@@ -366,9 +369,10 @@ def evaluate_model(config: RunConfig, run_folder: RunFolder | None, base: Base, 
 
 def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
     session.emit(StageStarted(stage.name, stage.title))
-    return_freed_memory()
+    allocator.return_freed_memory()
+    allocator.start_peak()
     started = time.monotonic()
     with session.run.publish(stage.name, number, mark) as publication:
         stage.work(session, publication)
-        publication.result["peak_memory_bytes"] = report.peak_memory()
+        publication.result["peak_memory_bytes"] = allocator.peak()
     session.emit(StageDone(stage.name, round(time.monotonic() - started, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
@@ -15,6 +16,7 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Emit, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
+from safesteer_lite.method.memory import release
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loading import load_policy, settle
@@ -30,7 +32,7 @@ _AGAIN = "Start a new run, or restore the file from a copy."
 
 @dataclass
 class Session:
-    """One run in progress.
+    """One run in progress; as a context manager it gives the loaded model's memory back at the end.
 
     Attributes:
         config: all settings.
@@ -108,8 +110,17 @@ class Session:
             self._policy = load_policy(self.base, self.settle(), self.config, self.day, self.note)
         return self._policy
 
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop_policy()
+
     def drop_policy(self) -> None:
-        """Forget the loaded model, so that its memory can be used for something else."""
+        """Forget the loaded model, and give its memory back."""
         self._policy = None
+        # A model and its adapter refer to each other, so that they outlive the last name for them.
+        gc.collect()
+        release()
         # What is loaded next may be a plain model, which Unsloth's changes to transformers would break.
         unsloth.restore_transformers()

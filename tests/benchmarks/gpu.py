@@ -48,7 +48,6 @@ from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.loaded import PlainModel
-from safesteer_lite.models.optimizer import optimizing_on
 from safesteer_lite.sources.base import open_base
 from tests.benchmarks import first_card
 from tests.benchmarks.common import say
@@ -236,7 +235,6 @@ def step(
         [],
         recipe_for(sizes, first),
         None,
-        optimizing_on(model.device),
     )
     rollouts = stages.measure("sampling", lambda: loop.sample(whole, sizes.rollouts, stream=0))
     repeated, count = whole.repeat(sizes.rollouts), int(rollouts.mask.sum())

@@ -1,11 +1,14 @@
-"""Freed memory stays with the process, counted in page faults."""
+"""Freed memory stays with the process, counted in page faults; the peak is of one stage; torch's allocator is told."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from safesteer_lite.hardware.allocator import grow_segments
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
@@ -56,3 +59,32 @@ print(int(applied and given), kept - resident())
     if not applied:
         pytest.skip("the C library is not glibc")
     assert freed > 48 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
+def test_the_peak_is_that_of_what_follows() -> None:
+    code = """
+from safesteer_lite.hardware.allocator import peak, start_peak
+bytearray(b"x") * (256 << 20)
+first = peak()
+start_peak()
+second = peak()
+bytearray(b"x") * (64 << 20)
+print(first >> 20, second >> 20, peak() >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, nothing, second = map(int, done.stdout.split())
+    assert first > nothing + 200
+    assert 50 < second - nothing < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch grows segments on Linux alone")
+def test_torch_grows_its_pieces_of_a_cards_memory_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert not grow_segments() and os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    assert grow_segments() and os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safesteer_lite.hardware.machine import Gpu, has_code_for, inspect, parse_nvidia_smi
+from safesteer_lite.hardware.machine import Gpu, has_code_for, inspect, parse_nvidia_smi, spills_to_ram
 
 
 def test_inspect_sees_this_machine(tmp_path: Path) -> None:
@@ -110,3 +110,8 @@ def test_cards_of_another_maker_are_told_and_not_taken_for_nvidia_s(
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda number: "Arc A770")
     assert inspect(tmp_path).others == ("Apple's GPU (MPS)", "Arc A770 (XPU)")
+
+
+def test_windows_drivers_move_a_cards_memory_to_ram_and_linux_ones_do_not() -> None:
+    assert spills_to_ram("Windows 11") and spills_to_ram("Linux 5.15.167.4-microsoft-standard-WSL2")
+    assert not spills_to_ram("Linux 6.8.0-49-generic") and not spills_to_ram("Darwin 24.1.0")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
-from safesteer_lite.method.memory import fitting
+from safesteer_lite.method.memory import fitting, is_out_of_memory
 
 TOO_MUCH = 1 << 50
 
@@ -38,3 +40,57 @@ def test_what_never_fits_and_what_is_no_want_of_memory_reach_the_caller() -> Non
     with pytest.raises(RuntimeError, match="shapes"):
         fitting(8, broken)
     assert tried == [8]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+    ],
+)
+def test_want_of_memory_is_known_by_each_of_its_messages(said: str) -> None:
+    def work(size: int) -> int:
+        if size > 1:
+            raise RuntimeError(said)
+        return size
+
+    assert fitting(4, work) == (1, 1)
+
+
+def test_other_failures_of_the_same_libraries_are_no_want_of_memory() -> None:
+    for said in ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", "CUDA error: an illegal memory access was encountered"):
+        assert not is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+class Circle:
+    """Holds memory that reference counting alone never frees."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+        Circle.alive += 1
+
+    def __del__(self) -> None:
+        Circle.alive -= 1
+
+
+def test_what_a_failed_attempt_left_unreachable_is_freed_before_the_next() -> None:
+    def work(size: int) -> int:
+        assert Circle.alive == 0
+        Circle()
+        if size > 1:
+            raise MemoryError
+        return size
+
+    gc.disable()
+    try:
+        assert fitting(4, work) == (1, 1)
+    finally:
+        gc.enable()

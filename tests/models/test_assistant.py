@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method import policies
-from safesteer_lite.method.policies import Batch
+from safesteer_lite.method.policies import Batch, Completions
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, save_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
@@ -50,6 +51,28 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(size: int, 
     expected = [policy.decode(policy.model.generate(policy.encode(text), 6, 0.0, None, 1))[0] for text in tiny.PROMPTS]
     assert answers == expected and len(set(answers)) == len(answers)
     assert progress[-1] == len(tiny.PROMPTS)
+
+
+def test_what_fitted_in_memory_is_remembered_for_answers_as_long_or_longer(
+    tiny_policy: tiny.Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, tried = tiny_policy(), list[tuple[int, int]]()
+    expected = policy.answers(tiny.PROMPTS, 6, 1)
+    generate = policy.model.generate
+
+    def short_of_memory(prompts: Batch, tokens: int, *others: Any) -> Completions:
+        tried.append((len(prompts), tokens))
+        if len(prompts) > 1 and tokens > 2:
+            raise torch.OutOfMemoryError("simulated, for want of a card")
+        return generate(prompts, tokens, *others)
+
+    monkeypatch.setattr(policy.model, "generate", short_of_memory)
+    assert policy.answers(tiny.PROMPTS, 6, 4) == expected
+    assert [size for size, _ in tried] == [4, 2, 1, 1, 1, 1, 1]
+    for tokens, first in ((6, 1), (8, 1), (2, 4)):
+        tried.clear()
+        policy.answers(tiny.PROMPTS, tokens, 4)
+        assert tried[0] == (first, tokens)
 
 
 def test_a_long_prompt_loses_its_middle_and_keeps_the_template(tiny_policy: tiny.Loader) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -42,3 +44,14 @@ def test_what_belongs_to_no_run_bears_today_s_date(model: Path, tmp_path: Path) 
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(RunFolderError):
         _ = Session(planted.settings(model), RunFolder(tmp_path), open_base(model), discard).day
+
+
+def test_a_model_that_is_dropped_gives_its_memory_back(model: Path, tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        with Session(planted.settings(model), RunFolder(tmp_path), open_base(model), discard) as session:
+            weights = weakref.ref(session.policy.model.decoder.embed_tokens.weight)
+            assert weights() is not None
+        assert weights() is None
+    finally:
+        gc.enable()
