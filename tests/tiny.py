@@ -90,7 +90,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(folder: Path, architecture: str, *, layers: int = LAYERS, width: int = WIDTH, seed: int = 0) -> Path:
+def save_model(
+    folder: Path, architecture: str, *, layers: int = LAYERS, width: int = WIDTH, seed: int = 0, tied: bool = False
+) -> Path:
     """Write a random model of `architecture` with its tokenizer, as a downloaded instruct model would lie there.
 
     The weights are ten times larger than at an ordinary start: logits then differ by whole units, so that greedy
@@ -106,7 +108,7 @@ def save_model(folder: Path, architecture: str, *, layers: int = LAYERS, width: 
         head_dim=width // 4,
         max_position_embeddings=256,
         initializer_range=0.2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()

@@ -230,13 +230,25 @@ def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:
     """
     model, total = policy.model, 0.0
     with torch.no_grad():
-        for (batch, completions), known_hidden in zip(reference.batches, reference.hidden, strict=True):
+        for (batch, completions), known in zip(reference.batches, reference.hidden, strict=True):
             states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
-            for known, now in zip(known_hidden.split(chunk), states[completions.mask].split(chunk), strict=True):
-                log_known = model.logits(known).float().log_softmax(-1)
-                log_now = model.logits(now).float().log_softmax(-1)
-                total += float((log_known.exp() * (log_known - log_now)).sum())
+            total += kl_of_states(known, states[completions.mask], model.logits, chunk)
     return max(total, 0.0) / max(reference.positions, 1)
+
+
+def kl_of_states(known: Tensor, now: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> float:
+    """KL(known || now) summed over positions, nats.
+
+    Args:
+        known, now: (positions, width) final hidden states.
+        head: the LM head that both share, (n, width) to (n, vocabulary).
+        chunk: positions whose logits exist at a time.
+    """
+    total = 0.0
+    for before, after in zip(known.split(chunk), now.split(chunk), strict=True):
+        log_known, log_now = head(before).float().log_softmax(-1), head(after).float().log_softmax(-1)
+        total += float((log_known.exp() * (log_known - log_now)).sum())
+    return total
 
 
 class Reply:

@@ -109,6 +109,31 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
     return model.eval(), tokenizer
 
 
+def skeleton(base: Base, dtype: torch.dtype) -> nn.Module:
+    """A model's modules without memory for their weights, in evaluation mode.
+
+    Args:
+        base: the model.
+        dtype: the type that its weights will be given in.
+
+    Raises:
+        ModelError: transformers cannot make it.
+    """
+    forbid_hub_kernels()
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    # Buffers are real: what a model computes for itself, such as the frequencies of its positions, is in no file.
+    with loading(base.folder, "config.json"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            library_config(base.folder, base.config),
+            attn_implementation=ATTENTION,
+            trust_remote_code=False,
+            dtype=dtype,
+        )
+    return model.requires_grad_(False).eval()
+
+
 def library_config(folder: Path, config: Mapping[str, Any]) -> Any:
     """A model's config.json, as it was read and checked, in the form that transformers wants.
 

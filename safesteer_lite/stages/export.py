@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.config.constants import CHECK_PROMPTS
@@ -18,15 +15,13 @@ from safesteer_lite.export.rehearsal import rehearse
 from safesteer_lite.export.weights import merge, verify
 from safesteer_lite.export.weights.base import Weights
 from safesteer_lite.export.weights.original import describe_original
+from safesteer_lite.export.weights.reload import compare_reloaded
 from safesteer_lite.export.weights.verify import FailedCheck
-from safesteer_lite.method.policies import Batch, Completions
-from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
-from safesteer_lite.models.assistant import Policy, Reference, kl_to_reference, reference_answers
-from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.models.assistant import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.sources.base import Base, open_base
+from safesteer_lite.sources.base import Base
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # Greedy answers of the reload check, in tokens.
@@ -35,15 +30,6 @@ _CHECK_TOKENS = 32
 KL_LIMITS = {"dequantised": 0.05, "original": 0.5}
 """Nats a token by which merged weights may differ from the trained policy. The dequantised base is what was trained, so
 only rounding to 16 bits remains; original weights differ from it by the whole quantisation error of the base."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the trained policy answers, to compare merged weights with."""
-
-    prompts: list[str]
-    answers: list[str]
-    reference: Reference
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -79,6 +65,7 @@ def merged(
         FailedCheck: they are written, and failed a check; the caller keeps them aside or removes them.
     """
     trained = trained_answers(session, adapter, strength)
+    prompts = sum(len(batch) for batch, _ in trained.batches)
     precision = session.config.model.precision
     quantised = precision == "nf4" or session.base.is_quantised
     weights, reason = weights_to_take(session.config, session.base, weights, original)
@@ -96,7 +83,7 @@ def merged(
         progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
     )
     report = verify.check_files(out, session.base.folder)
-    kl, same = reload_check(session, out, trained)
+    kl, same = compare_reloaded(out, trained, session.config.distill.chunk)
     limit = KL_LIMITS[weights if quantised else "dequantised"]
     if not kl <= limit:
         raise FailedCheck(
@@ -104,10 +91,10 @@ def merged(
             "Try `export --weights dequantised`, which merges into exactly what was trained.",
         )
     verify.write_sums(out)
-    session.emit(Metric(session.stage, "KL of merged to trained", kl, trained.reference.positions))
+    session.emit(Metric(session.stage, "KL of merged to trained", kl, trained.positions))
     session.note(
-        f"Merged into the {weights} weights ({report.dtype}, {report.parameters / 1e6:.1f} million): {same} of "
-        f"{len(trained.prompts)} greedy answers are the same as the trained model's, KL {kl:.4f} nats a token."
+        f"Merged into the {weights} weights ({report.dtype}, {report.parameters / 1e6:.1f} million): along "
+        f"{same} of {prompts} of the trained model's answers they find the same words likeliest, KL {kl:.4f} nats a token."
     )
     return {
         "weights": weights,
@@ -115,7 +102,7 @@ def merged(
         "kl_to_trained": kl,
         "kl_limit": limit,
         "same_answers": same,
-        "check_prompts": len(trained.prompts),
+        "check_prompts": prompts,
         "dtype": report.dtype,
         "parameters": report.parameters,
         "files": list(result.files),
@@ -168,33 +155,11 @@ def _reopen(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def trained_answers(session: Session, adapter: Path, strength: float) -> Trained:
+def trained_answers(session: Session, adapter: Path, strength: float) -> Reference:
     """Greedy answers of the trained policy, its adapter scaled by `strength`, to harmful and harmless prompts."""
     policy = session.policy
     read_adapter(policy.model, adapter)
     scale_adapter(policy.model, strength)
     sets, half = session.prompts.split("selection"), CHECK_PROMPTS // 2
     prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[: CHECK_PROMPTS - half]
-    answers = policy.answers(prompts, _CHECK_TOKENS, ANSWER_BATCH)
-    return Trained(prompts, answers, reference_answers(policy, prompts, _CHECK_TOKENS, ANSWER_BATCH))
-
-
-def reload_check(session: Session, folder: Path, trained: Trained) -> tuple[float, int]:
-    """Load what was written as a user would, and compare: KL in nats a token, and how many answers are the same."""
-    reference = on_cpu(trained.reference)
-    # The head must be able to read the reference's hidden states, so both compute in the same type.
-    precision = "fp32" if any(states.dtype == torch.float32 for states in reference.hidden) else "bf16"
-    network, tokenizer = plain.load(open_base(folder), precision=precision, device="cpu", unpack=False)
-    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
-    answers = policy.answers(trained.prompts, _CHECK_TOKENS, ANSWER_BATCH)
-    kl = kl_to_reference(policy, reference, session.config.distill.chunk)
-    return kl, sum(now == then for now, then in zip(answers, trained.answers, strict=True))
-
-
-def on_cpu(reference: Reference) -> Reference:
-    """A reference that was measured on any device, to compare with on the CPU."""
-    pairs = [
-        (Batch(batch.input_ids.cpu(), batch.attention_mask.cpu()), Completions(rows.tokens.cpu(), rows.mask.cpu()))
-        for batch, rows in reference.batches
-    ]
-    return Reference(pairs, [states.cpu() for states in reference.hidden])
+    return reference_answers(policy, prompts, _CHECK_TOKENS, ANSWER_BATCH)

@@ -61,11 +61,12 @@ def stronger(real: Merge, base: Path, adapter: Path, out: Path, **settings: Any)
 
 
 def transposed(real: Merge, base: Path, adapter: Path, out: Path, **settings: Any) -> Any:
-    """One square matrix of 28 the wrong way round."""
+    """Two square matrices of 28 the wrong way round."""
     result = real(base, adapter, out, **settings)
     weights = load_file(out / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    save_file({**weights, name: weights[name].T.contiguous()}, out / "model.safetensors", metadata={"format": "pt"})
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
+        weights[name] = weights[name].T.contiguous()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return result
 
 
