@@ -137,13 +137,31 @@ def decide(settings: ModelConfig, shape: ModelShape, folder: Path) -> Decision:
         ModelError: the settings ask for a device that is not there.
         UsageError: they ask for a library that cannot be used here.
     """
-    machine = inspect(folder)
-    if settings.device == "cuda" and machine.gpu is None:
-        raise ModelError("There is no usable CUDA device.", "Set model.device=cpu, or see `safesteer-lite doctor`.")
-    if settings.device == "cpu":
-        machine = replace(machine, gpus=())
+    machine = _machine_with(settings.device, folder)
     decision = choose_backend(machine, shape, settings.precision, settings.backend)
     return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
+
+
+def find_place(device: str, folder: Path) -> str:
+    """Where a small model beside the policy runs: `cpu`, or the card with most free memory, as `cuda:1`.
+
+    Args:
+        device: `auto`, `cuda` or `cpu`.
+        folder: where the run goes.
+
+    Raises:
+        ModelError: the device is not there.
+    """
+    card = _machine_with(device, folder).gpu
+    return f"cuda:{card.number}" if card else "cpu"
+
+
+def _machine_with(device: str, folder: Path) -> Machine:
+    """The machine as the settings want it to be used: without its cards where they say `cpu`."""
+    machine = inspect(folder)
+    if device == "cuda" and machine.gpu is None:
+        raise ModelError("There is no usable CUDA device.", "Set model.device=cpu, or see `safesteer-lite doctor`.")
+    return replace(machine, gpus=()) if device == "cpu" else machine
 
 
 def choose_backend(machine: Machine, shape: ModelShape, requested: str, library: str = "auto") -> Decision:

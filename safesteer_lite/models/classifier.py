@@ -68,7 +68,7 @@ def load_classifier(folder: Path, device: str) -> RefusalClassifier:
 
     Args:
         folder: where it lies.
-        device: `cuda` or `cpu`.
+        device: `cpu` or a card, as `cuda:0`.
 
     Raises:
         ModelError: it cannot be loaded, or its labels are not a refusal and its opposite.

@@ -116,5 +116,5 @@ def load_guard(base: Base, device: str) -> Guard:
     Raises:
         ModelError: it cannot be loaded, or its chat template cannot be used.
     """
-    precision = "bf16" if device == "cuda" else "fp32"
+    precision = "bf16" if device.startswith("cuda") else "fp32"
     return Guard(*plain.load(base, precision=precision, device=device, unpack=False))

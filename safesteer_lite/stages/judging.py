@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from safesteer_lite.config import EvaluateConfig, RunConfig
 from safesteer_lite.errors import DiskSpaceError, ModelError, RunFolderError, UsageError
@@ -14,6 +15,7 @@ from safesteer_lite.evaluation.measure import Answers, counting_from
 from safesteer_lite.evaluation.model_judges import ClassifierJudge, GuardJudge
 from safesteer_lite.evaluation.verdicts import CLASSIFIER, ENDPOINT, GUARD, OPENINGS, Judge, Openings, verdicts
 from safesteer_lite.events import Emit, Metric, Note, Progress, StageDone, StageStarted, Warned
+from safesteer_lite.hardware.backend import find_place
 from safesteer_lite.models.classifier import load_classifier
 from safesteer_lite.models.guard import load_guard
 from safesteer_lite.prompts.plan import PromptPlan, PromptSets
@@ -69,15 +71,9 @@ def find_judge(asked: EvaluateConfig, device: str, emit: Emit) -> Callable[[], J
     told = f"{name} at {revision[:7]}" if revision else name
     if asked.judge == GUARD:
         base = resolve_model(name, revision, emit, stage=STAGE)
-        return lambda: GuardJudge(load_guard(base, _chosen(device)), told)
+        return lambda: GuardJudge(load_guard(base, find_place(device, Path.cwd())), told)
     folder = resolve_classifier(name, revision, emit, STAGE)
-    return lambda: ClassifierJudge(load_classifier(folder, _chosen(device)), told)
-
-
-def _chosen(device: str) -> str:
-    import torch
-
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return lambda: ClassifierJudge(load_classifier(folder, find_place(device, Path.cwd())), told)
 
 
 def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers], emit: Emit) -> Judged:

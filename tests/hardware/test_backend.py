@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from safesteer_lite.errors import UsageError
-from safesteer_lite.hardware.backend import choose_backend, choose_library, fit, smallest_need
+from safesteer_lite.errors import ModelError, UsageError
+from safesteer_lite.hardware.backend import choose_backend, choose_library, find_place, fit, smallest_need
 from safesteer_lite.hardware.machine import Machine
 from tests.hardware.examples import CARD, CPU_MACHINE, GB, LARGE, SMALL
+from tests.hardware.test_machine import plant_cards
 
 TURING = replace(CARD, capability=(7, 5))
 
@@ -82,6 +84,15 @@ def test_the_card_with_most_free_memory_is_the_one_that_is_used() -> None:
     decision = choose_backend(replace(CPU_MACHINE, gpus=cards), SMALL, "auto")
     assert (decision.device, decision.place) == ("cuda", "cuda:1")
     assert choose_backend(CPU_MACHINE, SMALL, "auto").place == "cpu"
+
+
+def test_what_runs_beside_the_policy_goes_to_the_same_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_cards(monkeypatch, cuda=None, hip="6.2")
+    assert find_place("auto", tmp_path) == "cpu", "a card of another maker was taken"
+    with pytest.raises(ModelError, match="no usable CUDA device"):
+        find_place("cuda", tmp_path)
+    plant_cards(monkeypatch, cuda="12.8", hip=None)
+    assert [find_place(device, tmp_path) for device in ("auto", "cuda", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
 
 
 def test_every_reason_is_one_sentence() -> None:
