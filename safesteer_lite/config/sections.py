@@ -129,6 +129,18 @@ class DistillConfig:
         "docs/method.md, anchors",
         ("even", "pooled"),
     )
+    twins: int = _expert(
+        0,
+        "harmless prompts in the form of the harmful training prompts, among the anchors",
+        "docs/method.md, anchors",
+        bounds=Bounds(0, 100_000),
+    )
+    contexts: float = _expert(
+        0.0,
+        "share of the training prompts and anchors that is asked in a context",
+        "docs/method.md, anchors",
+        bounds=Bounds(0, 1),
+    )
     anchor_objective: str = _expert("rest-bucket", "loss on anchors", "docs/method.md, safety tokens", _OBJECTIVES)
     anchor_weight: float = _expert(16.0, "factor on their loss", "docs/method.md, anchors", bounds=_FACTOR)
     score_weight: float = _expert(

@@ -16,6 +16,7 @@ from safesteer_lite.method.policies import Batch, Completions, Residual, base
 from safesteer_lite.models.adapter import freeze_reading
 from safesteer_lite.models.assistant import Done, Policy, ignore
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.prompts.contexts import Conversation
 
 # Activations of harmless text that a second moment is taken of, at most: the inverse is taken in a space of at most this
 # many dimensions. The rows in docs/research/log.md used this many; no other number was tried.
@@ -60,7 +61,12 @@ class _Read:
 
 @torch.no_grad()
 def read_discriminants(
-    policy: Policy, harmful: Sequence[str], harmless: Sequence[str], ridge: float, size: int, done: Done = ignore
+    policy: Policy,
+    harmful: Sequence[str | Conversation],
+    harmless: Sequence[str | Conversation],
+    ridge: float,
+    size: int,
+    done: Done = ignore,
 ) -> None:
     """Set every A matrix of the adapter to reading directions and freeze it, so that only B is trained.
 
@@ -127,7 +133,7 @@ def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Tex
             module.get_parameter("lora_A.default.weight").copy_(directions)
 
 
-def _texts(policy: Policy, prompts: Sequence[str], size: int) -> list[_Text]:
+def _texts(policy: Policy, prompts: Sequence[str | Conversation], size: int) -> list[_Text]:
     """The prompts with the first words of the base's answers, at the first adapted block."""
     model, texts = policy.model, []
     words = max(0, model.rank - policy.template_positions)

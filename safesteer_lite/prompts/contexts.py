@@ -29,6 +29,9 @@ CONTEXTS: dict[ContextName, str] = {
 BEGUN: frozenset[ContextName] = frozenset({"agreed", "steps"})
 """Contexts in which the answer has begun, so that the model can only turn back."""
 
+TRAINED: tuple[ContextName, ...] = ("system", "turns", "role")
+"""Contexts that prompts are trained in."""
+
 CONTEXT_SPLITS = ("train", "selection", "test")
 
 _PROMPT = "{prompt}"
@@ -108,6 +111,27 @@ def contexts(name: ContextName, split: str) -> tuple[Context, ...]:
 def asked_in(prompts: Sequence[str], drawn: Sequence[Context]) -> list[Conversation]:
     """Each prompt in one of the contexts, which take turns, so that all of them are used about equally often."""
     return [drawn[place % len(drawn)].around(prompt) for place, prompt in enumerate(prompts)]
+
+
+def partly_in_contexts(prompts: Sequence[str], share: float, *, system: bool) -> list[str | Conversation]:
+    """The prompts to train with, an evenly spread share of them in contexts of the training split.
+
+    Args:
+        prompts: as they are.
+        share: of them that is asked in a context, 0 to 1; the kinds of contexts take turns, and so do those of a kind.
+        system: whether the model's chat template has a place for a system prompt; without it there is none.
+    """
+    drawn = [contexts(name, "train") for name in TRAINED if system or name != "system"]
+    asked: list[str | Conversation] = []
+    count = 0
+    for place, prompt in enumerate(prompts):
+        if int((place + 1) * share) == int(place * share):
+            asked.append(prompt)
+            continue
+        turn, kind = divmod(count, len(drawn))
+        asked.append(drawn[kind][turn % len(drawn[kind])].around(prompt))
+        count += 1
+    return asked
 
 
 @cache

@@ -55,7 +55,7 @@ class PromptPlan:
             PromptError: a file is missing or malformed, or a split is.
         """
         measured = [prompts for name in ("selection", "test") for prompts in vars(self.split(name)).values()]
-        return list(dict.fromkeys(chain(*measured, *self.direction(), self.anchors(), self.training())))
+        return list(dict.fromkeys(chain(*measured, *self.direction(), *self.anchors(), self.training())))
 
     def split(self, name: str) -> PromptSets:
         """The prompts to measure on: the `selection` or `test` split."""
@@ -76,10 +76,14 @@ class PromptPlan:
         count = self._settings.direction
         return self._take("harmful", "direction", count), self._take("harmless", "direction", count)
 
-    def anchors(self) -> list[Prompt]:
-        """Harmless prompts on which the student is held to the base: the direction's, and borderline ones for contrast."""
-        contrast = self._settings.contrast
-        return self.direction()[1] + (self._take("borderline", "train", contrast) if contrast else [])
+    def anchors(self, twins: int = 0) -> list[list[Prompt]]:
+        """Harmless prompts on which the student is held to the base, by kind: the direction's, borderline ones, and twins.
+
+        Args:
+            twins: how many of the prompts that have the form of the harmful training prompts.
+        """
+        wanted: list[tuple[Kind, int]] = [("borderline", self._settings.contrast), ("twin", twins)]
+        return [self.direction()[1], *(self._take(kind, "train", count) for kind, count in wanted if count)]
 
     def training(self) -> list[Prompt]:
         """The harmful prompts to train on: bundled, or the user's without what the evaluation sets hold.

@@ -28,9 +28,12 @@ COLUMNS = ("instruction", "prompt", "text")
 NEAR_DUPLICATE = 0.6
 """Jaccard similarity of content words from which two prompts count as the same request."""
 
-Kind = Literal["harmful", "harmless", "borderline", "critical"]
+Kind = Literal["harmful", "harmless", "borderline", "critical", "twin"]
 KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
 """In the order in which they are told."""
+
+_OPTIONAL = ("critical", "twin")
+"""Kinds that a folder of prompts need not have."""
 
 # More of a value than any table has room for.
 _SHOWN_LENGTH = 1000
@@ -109,14 +112,14 @@ def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "
     """One split of one kind of prompts.
 
     Args:
-        kind: `harmful`, `harmless`, `borderline` (harmless requests in alarming words) or `critical` (requests for help
-            in danger, where a refusal does harm).
+        kind: `harmful`, `harmless`, `borderline` (harmless requests in alarming words), `critical` (requests for help
+            in danger, where a refusal does harm) or `twin` (harmless requests in the words of the harmful ones of its place).
         split: `direction`, `selection`, `train` or `test`; borderline has no `direction`, critical only
-            `selection` and `test`.
+            `selection` and `test`, twin only `train`.
         limit: at most so many prompts, spread evenly over the categories; None for the whole split.
         folder: where `harmful.jsonl`, `harmless.jsonl` and `borderline.jsonl` lie, each line with `prompt` and `split`
             and perhaps `id`, `category` and `language`; empty for the ones that ship with the package. Where it has no
-            `critical.jsonl`, the bundled one is taken.
+            `critical.jsonl` or `twin.jsonl`, the bundled one is taken.
 
     Raises:
         PromptError: there is no such split, the limit is below 1, or a file of `folder` is missing or malformed.
@@ -138,8 +141,8 @@ def data_files(folder: str = "") -> list[Path]:
     bundled = Path(str(files("safesteer_lite") / "data"))
     place = Path(folder) if folder else bundled
     own = [place / f"{kind}.jsonl" for kind in sorted(get_args(Kind))]
-    # Help in danger is measured even where somebody who brings prompts of another kind did not think of it.
-    return [bundled / path.name if path.stem == "critical" and not path.exists() else path for path in own]
+    # Help in danger is measured, and twins are anchors, even where somebody who brings other prompts did not think of them.
+    return [bundled / path.name if path.stem in _OPTIONAL and not path.exists() else path for path in own]
 
 
 def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:

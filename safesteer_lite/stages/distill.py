@@ -73,8 +73,8 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
         policy.model,
         load_steering(session),
         load_tokens(session),
-        [policy.encode(prompt.text) for prompt in session.prompts.training()],
-        [policy.encode(prompt.text) for prompt in anchors],
+        [policy.encode(asked) for asked in session.asked(session.prompts.training())],
+        [policy.encode(asked) for asked in session.asked(anchors)],
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
     )
@@ -114,14 +114,12 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
 
 
 def drawn_anchors(session: Session) -> list[Prompt]:
-    """What steps draw anchors from. In an `even` mix the smaller kind is repeated until it is about as many as the larger."""
-    anchors = session.prompts.anchors()
-    everyday = session.prompts.direction()[1]
-    borderline = anchors[len(everyday) :]
-    if session.config.distill.anchor_mix == "pooled" or not everyday or not borderline:
-        return anchors
-    fewer, more = sorted((everyday, borderline), key=len)
-    return fewer * round(len(more) / len(fewer)) + more
+    """What steps draw anchors from. In an `even` mix each kind is repeated until it is about as many as the largest."""
+    kinds = session.prompts.anchors(session.config.distill.twins)
+    if session.config.distill.anchor_mix == "pooled":
+        return [prompt for kind in kinds for prompt in kind]
+    most = max(len(kind) for kind in kinds)
+    return [prompt for kind in kinds for prompt in kind * round(most / len(kind))]
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -128,8 +128,8 @@ def _value(config: RunConfig, name: str) -> object:
 def prompts_fingerprint(config: RunConfig) -> str:
     """SHA-256 over the bundled prompts, or the user's own files.
 
-    The bundled requests for help in danger do not count: nothing is trained on them, and runs that were made before there were
-    any can still be exported.
+    The bundled requests for help in danger do not count, nor do the twins where none are asked for: nothing is trained on them,
+    and runs that were made before there were any can still be exported.
 
     Raises:
         PromptError: a file cannot be read.
@@ -138,7 +138,8 @@ def prompts_fingerprint(config: RunConfig) -> str:
     own = [Path(config.prompts.training)] if config.prompts.training else []
     bundled = sets.data_files()
     for path in [*sets.data_files(config.prompts.folder), *own]:
-        if path.stem == "critical" and path in bundled:
+        unused = path.stem == "critical" or (path.stem == "twin" and not config.distill.twins)
+        if unused and path in bundled:
             continue
         try:
             digest.update(read_bytes(path, LARGEST_JSON))

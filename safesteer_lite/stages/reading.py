@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.models.adapter import freeze_reading, load_adapter
 from safesteer_lite.models.reading import read_discriminants
-from safesteer_lite.prompts.plan import texts
+from safesteer_lite.prompts.contexts import Conversation
+from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # Prompts of a kind that are read, at most: each takes memory, and the bundled sets have fewer.
@@ -26,10 +27,11 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
         freeze_reading(policy.model)
         return
     blocks = len(policy.model.layers) - policy.model.first_adapter_layer
-    harmful = _read_of(session, "harmful", texts(session.prompts.training()) + texts(session.prompts.direction()[0]))
+    harmful = session.asked(_read_of(session, "harmful", session.prompts.training() + session.prompts.direction()[0]))
     if settings.reading_prompts == "answered":
         harmful = _answered(session, harmful)
-    harmless = _read_of(session, "harmless", texts(session.prompts.anchors()))
+    anchors = [prompt for kind in session.prompts.anchors(session.config.distill.twins) for prompt in kind]
+    harmless = session.asked(_read_of(session, "harmless", anchors))
     done = session.progress("reading directions of blocks", blocks)
     read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
     session.note(
@@ -38,7 +40,7 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
     )
 
 
-def _read_of(session: Session, kind: str, prompts: list[str]) -> list[str]:
+def _read_of(session: Session, kind: str, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts that reading directions are taken from: all, or evenly spread ones of a large file of the user's own."""
     if len(prompts) <= _READ:
         return prompts
@@ -46,13 +48,13 @@ def _read_of(session: Session, kind: str, prompts: list[str]) -> list[str]:
     return [prompts[place * len(prompts) // _READ] for place in range(_READ)]
 
 
-def _answered(session: Session, harmful: list[str]) -> list[str]:
+def _answered(session: Session, harmful: list[str | Conversation]) -> list[str | Conversation]:
     """The harmful prompts that the base answers, which are what training has to change; all, where those are too few."""
     policy = session.policy
     done = session.progress("harmful prompts answered", len(harmful))
     with policy.model.adapters_off():
         answers = policy.answers(harmful, session.config.evaluate.selection_tokens, ANSWER_BATCH, done)
-    answered = [text for text, answer in zip(harmful, answers, strict=True) if not judge(answer).refused]
+    answered = [asked for asked, answer in zip(harmful, answers, strict=True) if not judge(answer).refused]
     if len(answered) < session.config.direction.minimum_prompts:
         session.note(f"The base answers only {len(answered)} of {len(harmful)} harmful prompts: all of them are read.")
         return harmful

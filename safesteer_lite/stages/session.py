@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -20,7 +20,9 @@ from safesteer_lite.method.memory import release
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loading import load_policy, settle
-from safesteer_lite.prompts.plan import PromptPlan
+from safesteer_lite.prompts.contexts import Conversation, partly_in_contexts
+from safesteer_lite.prompts.plan import PromptPlan, texts
+from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import Base
 
@@ -115,6 +117,11 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.drop_policy()
+
+    def asked(self, prompts: Sequence[Prompt]) -> list[str | Conversation]:
+        """What is asked of the model when it trains: the prompts, a share of them in contexts (`distill.contexts`)."""
+        share = self.config.distill.contexts
+        return partly_in_contexts(texts(prompts), share, system=self.policy.template.knows_system)
 
     def drop_policy(self) -> None:
         """Forget the loaded model, and give its memory back."""

@@ -14,10 +14,11 @@ import argparse
 import inspect
 import json
 import math
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ import torch
 from safetensors.torch import save_file
 
 from safesteer_lite import config
+from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.events import Event, Metric, Note, Warned, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.prompts.contexts import CONTEXTS, ContextName, asked_in, contexts
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.durable import write_atomically
 from safesteer_lite.runs.folder import Checkpoints, RunFolder
+from safesteer_lite.runs.manifest import manifest_bytes
 from safesteer_lite.shell.commands.shared import DEMO_PRESET
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.demo import demo_model
@@ -44,7 +49,7 @@ from tests import REPOSITORY
 from tests.benchmarks.common import say
 
 RECORDS = REPOSITORY / "docs" / "research" / "tradeoff.jsonl"
-UPSTREAM, SHARED = "tokens", "direction"
+UPSTREAM, SHARED = "tokens", ("baseline", "direction")
 TEXT_MODULES = ("argparse", "collections", "csv", "datetime", "json", "random", "string", "textwrap")
 """Modules of the standard library whose documentation is the harmless text that perplexity is taken on."""
 
@@ -82,12 +87,22 @@ def say_event(event: Event) -> None:
 def upstream(settings: config.RunConfig, model: Path, work: Path) -> RunFolder:
     """A run folder in which everything before distillation is done with these settings.
 
-    Rows that share the direction share the folder; where their safety tokens differ, the vote is taken again.
+    Rows that differ in their safety tokens alone share what comes before: a folder that has it is copied.
     """
     base = open_base(model)
-    name = pipeline.stage_fingerprints(settings, base.fingerprint)[SHARED][:16]
+    wanted = pipeline.stage_fingerprints(settings, base.fingerprint)
+    name = wanted[UPSTREAM][:16]
     places = sorted(work.glob(f"{name}-*"))
     run = run_folders.open_run(places[0]) if places else run_folders.create(work, name)
+    if not places:
+        for known in map(run_folders.open_run, sorted(path.parent for path in work.glob("*/manifest.json"))):
+            shared = {stage: record for stage, record in known.manifest.stages.items() if stage in SHARED}
+            if all(stage in shared and shared[stage].fingerprint == wanted[stage] for stage in SHARED):
+                for record in shared.values():
+                    shutil.copytree(known.path / record.folder, run.path / record.folder)
+                manifest = manifest_bytes(replace(run.manifest, stages=shared))
+                write_atomically(run.path / "manifest.json", manifest)
+                break
     pipeline.run(settings, run, base, say_event, last=UPSTREAM)
     return run
 
@@ -130,9 +145,9 @@ def openings_mass(policy: Policy, prompts: list[str], openings: tuple[str, ...])
 class Bench:
     """Measures one loaded policy against its base."""
 
-    def __init__(self, session: Session, split: str, tokens: int) -> None:
+    def __init__(self, session: Session, split: str, tokens: int, contexts_asked: tuple[ContextName, ...] = ()) -> None:
         """Measure the base, or read what an earlier row measured of it."""
-        self.session, self.tokens = session, tokens
+        self.session, self.tokens, self.contexts = session, tokens, contexts_asked
         self.sets = session.prompts.split(split)
         self.text = harmless_text(session.policy)
         policy = session.policy
@@ -140,7 +155,7 @@ class Bench:
             self.reference = reference_answers(
                 policy, texts(self.sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH
             )
-            known = session.run.path / f"base-{split}-{tokens}.json"
+            known = session.run.path / f"base-{split}-{tokens}{'-'.join(['', *contexts_asked])}.json"
             if not known.is_file():
                 known.write_text(json.dumps(self.measure()), encoding="utf-8")
         self.base: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
@@ -152,10 +167,21 @@ class Bench:
         openings = self.session.config.direction.refusal_openings
         return {
             **card.to_record(),
+            "contexts": {name: self.in_context(name) for name in self.contexts},
             "nats": log_perplexity(policy, self.text, chunk),
             "openings": {name: openings_mass(policy, sets.texts(name), openings) for name in vars(sets)},
             "answers": vars(answers),
         }
+
+    def in_context(self, name: ContextName) -> dict[str, list[int]]:
+        """Refused and asked of every third harmful and harmless and every other borderline prompt, in test contexts."""
+        drawn = contexts(name, "test")
+        found: dict[str, list[int]] = {}
+        for kind in KINDS:
+            prompts = self.sets.texts(kind)[:: 2 if kind == "borderline" else 3]
+            answers = self.session.policy.answers(asked_in(prompts, drawn), self.tokens, ANSWER_BATCH)
+            found[kind] = [sum(judge(answer).refused for answer in answers), len(answers)]
+        return found
 
 
 @dataclass(frozen=True)
@@ -168,6 +194,7 @@ class Place:
         split: what is measured.
         tokens: longest answer.
         work: where run folders, adapters and answers lie.
+        contexts: what some of the prompts are asked in besides.
     """
 
     model: Path
@@ -175,6 +202,7 @@ class Place:
     split: str
     tokens: int
     work: Path
+    contexts: tuple[ContextName, ...] = ()
 
 
 def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
@@ -187,7 +215,7 @@ def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
     settings = config.build(layers)
     run = upstream(settings, place.model, place.work)
     session = Session(settings, run, open_base(place.model), say_event, stage="distill")
-    bench = Bench(session, place.split, place.tokens)
+    bench = Bench(session, place.split, place.tokens, place.contexts)
     with tempfile.TemporaryDirectory() as scratch:
         training, history, best = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))
     with training.optimizer.averaged():
@@ -232,6 +260,7 @@ def figures(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         "kl": round(found["kl_to_base"], 5),
         "perplexity": round(math.exp(found["nats"] - base["nats"]) - 1, 5),
         "openings": [round(found["openings"][kind], 4) for kind in KINDS],
+        **({"contexts": found["contexts"]} if found["contexts"] else {}),
     }
 
 
@@ -240,6 +269,10 @@ def line(record: dict[str, Any], side: str) -> str:
     found = record[side]
     rates = " / ".join(f"{found[kind][0]:3} of {found[kind][1]}" for kind in KINDS)
     mass = " / ".join(f"{share:.2f}" for share in found["openings"])
+    rates += "".join(
+        f"; {name} " + " / ".join(str(counts[kind][0]) for kind in KINDS)
+        for name, counts in found.get("contexts", {}).items()
+    )
     name = "base" if side == "base" else f"{record['measured']} (step {record['step']} x {record['strength']:g})"
     return f"  {name:24} {rates}   KL {found['kl']:.4f}   perplexity {found['perplexity']:+.2%}   openings {mass}"
 
@@ -254,13 +287,16 @@ def main() -> None:
     parser.add_argument("--prompts", default="", help="a prompt folder; the bundled prompts without it")
     parser.add_argument("--model", type=Path, help="a model folder; the demo's model without it")
     parser.add_argument("--tokens", type=int, default=32, help="tokens an answer")
+    parser.add_argument(
+        "--contexts", nargs="*", default=[], choices=list(CONTEXTS), help="ask some prompts in these too"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/tradeoff"))
     parser.add_argument("--results", type=Path, default=RECORDS)
     options = parser.parse_args()
     keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)
     model = options.model or demo_model(discard)
-    place = Place(model, options.prompts, options.split, options.tokens, options.work)
+    place = Place(model, options.prompts, options.split, options.tokens, options.work, tuple(options.contexts))
     known = [json.loads(text) for text in options.results.read_text().splitlines()] if options.results.exists() else []
     done = [{key: entry[key] for key in ("row", "seed", *mark(place))} for entry in known]
     for row in read_grid(options.grid):

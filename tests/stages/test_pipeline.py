@@ -299,25 +299,33 @@ def test_reading_directions_come_from_the_harmful_prompts_that_the_base_answers(
 
 
 @pytest.mark.parametrize(
-    ("mix", "everyday", "contrast", "times"),
+    ("mix", "counts", "times"),
     [
-        ("pooled", 4, 12, (1, 1)),
-        ("even", 4, 12, (3, 1)),
-        ("even", 28, 10, (1, 3)),
-        ("even", 12, 12, (1, 1)),
-        ("even", 12, 0, (1, 0)),
+        ("pooled", (4, 12, 6), (1, 1, 1)),
+        ("even", (4, 12, 0), (3, 1)),
+        ("even", (28, 10, 0), (1, 3)),
+        ("even", (12, 12, 0), (1, 1)),
+        ("even", (12, 0, 0), (1,)),
+        ("even", (4, 12, 6), (3, 1, 2)),
     ],
 )
-def test_an_even_mix_draws_everyday_and_borderline_anchors_equally_often(
-    mix: str, everyday: int, contrast: int, times: tuple[int, int], run: RunFolder, model: Path
+def test_an_even_mix_draws_each_kind_of_anchors_equally_often(
+    mix: str, counts: tuple[int, int, int], times: tuple[int, ...], run: RunFolder, model: Path
 ) -> None:
-    change = {"distill.anchor_mix": mix, "prompts.direction": everyday, "prompts.contrast": contrast}
+    everyday, contrast, twins = counts
+    change = {
+        "distill.anchor_mix": mix,
+        "prompts.direction": everyday,
+        "prompts.contrast": contrast,
+        "distill.twins": twins,
+    }
     session = Session(planted.settings(model, change), run, open_base(model), discard, "distill")
     anchors = Counter(prompt.text for prompt in distill.drawn_anchors(session))
-    assert {anchors[prompt.text] for prompt in session.prompts.direction()[1]} == {times[0]}
-    borderline = session.prompts.anchors()[everyday:]
-    assert len(borderline) == contrast and all(anchors[prompt.text] == times[1] for prompt in borderline)
-    assert len(anchors) == everyday + contrast
+    kinds = session.prompts.anchors(twins)
+    assert [len(kind) for kind in kinds] == [count for count in counts if count]
+    assert tuple(anchors[kind[0].text] for kind in kinds) == times
+    assert all(anchors[prompt.text] == often for kind, often in zip(kinds, times, strict=True) for prompt in kind)
+    assert len(anchors) == sum(counts)
 
 
 def test_merged_weights_load_with_plain_transformers_and_answer_like_the_adapter(done: RunFolder, model: Path) -> None:
