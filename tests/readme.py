@@ -14,6 +14,7 @@ from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.evaluation.suites import SUITES
 from safesteer_lite.hardware.known import KNOWN, fit_table
+from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.picture import picture
 from tests import REPOSITORY as ROOT
@@ -84,7 +85,10 @@ def not_shown(lines: list[str], shown: str) -> list[str]:
 def presets_on_cards() -> str:
     """Which of the presets fit which cards, the smallest first; the demo's model runs without one."""
     names = {str(config.preset_values(name)["model.name"]) for name in config.preset_names() if "demo" not in name}
-    return fit_table(sorted(names, key=lambda name: KNOWN[name].size))
+    demands = {
+        recipe: Demand.of(config.build([(recipe, config.recipe_values(recipe, ""))])) for recipe in config.RECIPES
+    }
+    return fit_table(sorted(names, key=lambda name: KNOWN[name].size), demands)
 
 
 def settings_table() -> str:

@@ -91,24 +91,34 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(
-    folder: Path, architecture: str, *, layers: int = LAYERS, width: int = WIDTH, seed: int = 0, tied: bool = False
+    folder: Path,
+    architecture: str,
+    *,
+    layers: int = LAYERS,
+    width: int = WIDTH,
+    seed: int = 0,
+    tied: bool = False,
+    **sizes: int,
 ) -> Path:
     """Write a random model of `architecture` with its tokenizer, as a downloaded instruct model would lie there.
 
     The weights are ten times larger than at an ordinary start: logits then differ by whole units, so that greedy
-    answers vary and a wrong position or mask shows.
+    answers vary and a wrong position or mask shows. `sizes` are further ones, as config.json calls them.
     """
+    usual = {
+        "vocab_size": VOCABULARY,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+    }
     config = _CONFIGS[architecture](
-        vocab_size=VOCABULARY,
         hidden_size=width,
-        intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=width // 4,
         max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=tied,
+        **{**usual, **sizes},
     )
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()

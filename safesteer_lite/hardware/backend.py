@@ -10,6 +10,7 @@ from safesteer_lite.config import ModelConfig
 from safesteer_lite.errors import ModelError, UsageError
 from safesteer_lite.hardware.machine import Gpu, Machine, inspect
 from safesteer_lite.hardware.need import Need, Precision, estimate
+from safesteer_lite.hardware.peaks import LITE, Demand
 from safesteer_lite.hardware.shape import ModelShape
 from safesteer_lite.hardware.units import format_bytes
 
@@ -72,28 +73,41 @@ def fit(bytes_needed: int, bytes_free: int) -> Fit:
 
 
 def smallest_need(
-    shape: ModelShape, precision: Precision, unpacked: bool, compute_dtype: str, completion_tokens: int = 0
+    shape: ModelShape, precision: Precision, unpacked: bool, compute_dtype: str, demand: Demand = LITE
 ) -> Need:
     """The need of the least work that batch sizes can be reduced to: what decides whether a model can run at all.
 
     Args:
         shape: the model.
         precision, unpacked, compute_dtype: as `estimate` takes them.
-        completion_tokens: of a rollout, where those are longer than the answers that are measured.
+        demand: what the run's settings ask for.
     """
     return estimate(
         shape,
         precision=precision,
         unpacked=unpacked,
-        rank=16,
-        rollouts=8,
+        demand=demand,
+        sequences=8,
         prompt_tokens=128,
-        completion_tokens=max(128, completion_tokens),
         micro_batch=1,
-        chunk=64,
         compute_dtype=compute_dtype,
         checkpointing=True,
     )
+
+
+def require_fit(decision: Decision) -> Decision:
+    """A decision, if the model fits.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if decision.fit == "does not fit":
+        raise ModelError(
+            f"The model does not fit this machine. {decision.reason}",
+            "Close other programs, choose a smaller model (`safesteer-lite presets`), or ask for less: --recipe lite, or a "
+            "lower distill.completion_tokens.",
+        )
+    return decision
 
 
 def choose_library(machine: Machine, device: str, precision: str, requested: str) -> Library:
@@ -125,20 +139,21 @@ def choose_library(machine: Machine, device: str, precision: str, requested: str
     return Library("unsloth", f"Unsloth {version}, if it passes its checks.")
 
 
-def decide(settings: ModelConfig, shape: ModelShape, folder: Path) -> Decision:
+def decide(settings: ModelConfig, shape: ModelShape, folder: Path, demand: Demand = LITE) -> Decision:
     """How a model will be loaded on this machine; cheap, so that a run is refused before its folder is made.
 
     Args:
         settings: the section `model`.
         shape: the model.
         folder: where the run goes.
+        demand: what the other settings ask for.
 
     Raises:
         ModelError: the settings ask for a device that is not there.
         UsageError: they ask for a library that cannot be used here.
     """
     machine = _machine_with(settings.device, folder)
-    decision = choose_backend(machine, shape, settings.precision, settings.backend)
+    decision = choose_backend(machine, shape, settings.precision, settings.backend, demand)
     return decision if settings.unpack == "auto" else replace(decision, unpack=settings.unpack == "yes")
 
 
@@ -164,7 +179,9 @@ def _machine_with(device: str, folder: Path) -> Machine:
     return replace(machine, gpus=()) if device == "cpu" else machine
 
 
-def choose_backend(machine: Machine, shape: ModelShape, requested: str, library: str = "auto") -> Decision:
+def choose_backend(
+    machine: Machine, shape: ModelShape, requested: str, library: str = "auto", demand: Demand = LITE
+) -> Decision:
     """Device, precision, compute dtype and library for a model on this machine.
 
     Args:
@@ -172,26 +189,27 @@ def choose_backend(machine: Machine, shape: ModelShape, requested: str, library:
         shape: the model.
         requested: `auto` (4-bit), `nf4`, `bf16` or `fp32`.
         library: `auto`, `plain` or `unsloth`.
+        demand: what the run's settings ask for.
 
     Raises:
         UsageError: `requested` is none of these, or Unsloth is asked for where it cannot be.
     """
-    decision = _choose_device(machine, shape, requested)
+    decision = _choose_device(machine, shape, requested, demand)
     return replace(decision, library=choose_library(machine, decision.device, decision.precision, library))
 
 
-def _choose_device(machine: Machine, shape: ModelShape, requested: str) -> Decision:
+def _choose_device(machine: Machine, shape: ModelShape, requested: str, demand: Demand) -> Decision:
     if requested not in ("auto", *get_args(Precision)):
         raise UsageError(f"There is no precision {requested!r}.", "Use auto, nf4, bf16 or fp32.")
     precision: Precision = "nf4" if requested == "auto" else requested  # type: ignore[assignment]
     gpu = machine.gpu
     if gpu is None:
-        return _choose_on_cpu(machine, shape, precision, "")
-    on_gpu = _choose_on_gpu(gpu, shape, precision)
+        return _choose_on_cpu(machine, shape, precision, demand, "")
+    on_gpu = _choose_on_gpu(gpu, shape, precision, demand)
     if on_gpu.fit != "does not fit":
         return on_gpu
     instead = f", because {format_bytes(gpu.memory_free)} free on the {gpu.name} are too little"
-    on_cpu = _choose_on_cpu(machine, shape, precision, instead)
+    on_cpu = _choose_on_cpu(machine, shape, precision, demand, instead)
     return on_gpu if on_cpu.fit == "does not fit" else on_cpu
 
 
@@ -203,9 +221,9 @@ def card_dtype(gpu: Gpu) -> str:
     return "bf16" if gpu.capability >= (8, 0) else "fp16" if gpu.capability >= (7, 0) else "fp32"
 
 
-def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision) -> Decision:
+def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision, demand: Demand) -> Decision:
     compute = "fp32" if precision == "fp32" else card_dtype(gpu)
-    need = smallest_need(shape, precision, False, compute)
+    need = smallest_need(shape, precision, False, compute, demand)
     # CUDA's own context takes about half a gigabyte that the estimate does not know of.
     needed = need.peak_bytes + 500_000_000
     result = fit(needed, gpu.memory_free)
@@ -223,11 +241,11 @@ def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision) -> Decisio
     return Decision("cuda", precision, False, compute, result, reason, card=gpu.number)
 
 
-def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, instead: str) -> Decision:
+def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, demand: Demand, instead: str) -> Decision:
     """Unpacked where memory allows, in fp32 where the CPU has no bf16 arithmetic and memory allows that too."""
     dtypes = ["fp32"] if precision == "fp32" else ["bf16"] if machine.bf16_fast else ["fp32", "bf16"]
     for compute in dtypes:
-        need = smallest_need(shape, precision, precision == "nf4", compute)
+        need = smallest_need(shape, precision, precision == "nf4", compute, demand)
         if need.peak_bytes > _UNPACK_SHARE * machine.ram_available:
             continue
         where = f"on the CPU{instead}"
@@ -240,7 +258,7 @@ def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, in
         reason += f", {format_bytes(need.weights_bytes)} of memory."
         return Decision("cpu", precision, precision == "nf4", compute, "fits", reason)
     compute = dtypes[-1]
-    needed = smallest_need(shape, precision, False, compute).peak_bytes
+    needed = smallest_need(shape, precision, False, compute, demand).peak_bytes
     result = fit(needed, machine.ram_available)
     name = _NAMES[precision] + (" left packed" if precision == "nf4" else "")
     amounts = f"{format_bytes(needed)} needed, {format_bytes(machine.ram_available)} available"

@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from safesteer_lite.hardware.backend import Decision, Fit, choose_backend, fit, smallest_need
 from safesteer_lite.hardware.machine import Gpu, Machine
+from safesteer_lite.hardware.peaks import LITE, Demand
 from safesteer_lite.hardware.shape import ModelShape, parameters
 
 
@@ -92,7 +93,7 @@ class Outlook:
 
 
 def outlook(
-    machine: Machine, shape: ModelShape, precision: str = "nf4", download: int = 0, completion_tokens: int = 0
+    machine: Machine, shape: ModelShape, precision: str = "nf4", download: int = 0, demand: Demand = LITE
 ) -> Outlook:
     """Whether a model fits the device's free memory and the disk.
 
@@ -101,10 +102,10 @@ def outlook(
         shape: the model.
         precision: as `choose_backend` takes it.
         download: bytes still to come, besides what the run writes.
-        completion_tokens: of a rollout, for what the stages take.
+        demand: what the run's settings ask for.
     """
-    decision = choose_backend(machine, shape, precision)
-    need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype, completion_tokens)
+    decision = choose_backend(machine, shape, precision, demand=demand)
+    need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype, demand)
     # The estimate counts the published weights too, which a local model has on the disk already.
     on_disk = need.disk_bytes - 2 * parameters(shape) + download
     result, reason = decision.fit, decision.reason
@@ -114,26 +115,31 @@ def outlook(
     return Outlook(decision, result, reason, need.memory_bytes, on_disk)
 
 
-def fit_table(names: Sequence[str], gigabytes: Sequence[int] = (8, 12, 16, 24)) -> str:
+def fit_table(names: Sequence[str], demands: Mapping[str, Demand], gigabytes: Sequence[int] = (8, 12, 16, 24)) -> str:
     """A Markdown table: which of the known models fit which cards, 4-bit, with 0.6 GB of a card taken by the desktop.
 
     Args:
         names: keys of `KNOWN`.
+        demands: what each recipe asks for, by its name.
         gigabytes: sizes of cards, as their makers count them (1 GB = 2^30 bytes).
     """
     lines = [
-        "| model | download | " + " | ".join(f"{size} GB card" for size in gigabytes) + " |",
-        "| --- " * (len(gigabytes) + 2) + "|",
+        "| model | download | recipe | at least | " + " | ".join(f"{size} GB card" for size in gigabytes) + " |",
+        "| --- " * (len(gigabytes) + 4) + "|",
     ]
     for name in names:
         model = KNOWN[name]
-        fits = [_on_card(model.shape, size) for size in gigabytes]
-        lines.append(f"| {name} | {model.size / 1e9:.1f} GB | " + " | ".join(fits) + " |")
+        for recipe, demand in demands.items():
+            least = smallest_need(model.shape, "nf4", False, "bf16", demand).peak_bytes
+            fits = [_on_card(model.shape, size, demand) for size in gigabytes]
+            lines.append(
+                f"| {name} | {model.size / 1e9:.1f} GB | `{recipe}` | {least / 1e9:.1f} GB | " + " | ".join(fits) + " |"
+            )
     return "\n".join(lines)
 
 
-def _on_card(shape: ModelShape, gigabytes: int) -> str:
+def _on_card(shape: ModelShape, gigabytes: int, demand: Demand) -> str:
     total = gigabytes << 30
     card = Gpu(f"{gigabytes} GB card", total, total - 600_000_000, (8, 6), None, True)
     machine = Machine("", "3.11.0", "", 8, 1, 1, 10**12, (card,), {}, "12.8", True)
-    return choose_backend(machine, shape, "nf4").fit
+    return choose_backend(machine, shape, "nf4", demand=demand).fit

@@ -13,7 +13,8 @@ from safesteer_lite.errors import Interrupted, TrainingError
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import free_cuda_memory
-from safesteer_lite.hardware.need import largest_micro_batch, training_bytes
+from safesteer_lite.hardware.need import largest_micro_batch
+from safesteer_lite.hardware.peaks import Demand, training_bytes
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.method.distill import Distillation, Recipe
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, save_adapter, scale_adapter
@@ -138,11 +139,10 @@ def _fit_micro_batch(session: Session, training: Distillation) -> None:
     def need(rollouts: int) -> int:
         return training_bytes(
             shape,
+            Demand.of(config),
             micro_batch=rollouts,
             tokens=longest + config.distill.completion_tokens,
             completion_tokens=config.distill.completion_tokens,
-            chunk=config.distill.chunk,
-            rank=config.distill.rank,
             element=element,
             checkpointing=model.checkpointing,
         )

@@ -16,6 +16,7 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Emit, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
+from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.method.memory import release
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.assistant import Policy
@@ -101,7 +102,7 @@ class Session:
     def settle(self) -> Decision:
         """How the base is loaded. Decided once: a stage's numbers must not depend on how much memory was free just then."""
         if self.decision is None:
-            found = decide(self.config.model, self.base.shape, self.run.path)
+            found = decide(self.config.model, self.base.shape, self.run.path, Demand.of(self.config))
             self.decision = settle(self.base, found, self.config)
         return self.decision
 

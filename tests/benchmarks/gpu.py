@@ -39,7 +39,8 @@ from torch import Tensor
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.machine import free_cuda_memory
-from safesteer_lite.hardware.need import cache_bytes, estimate, largest_micro_batch, training_bytes, weights_bytes
+from safesteer_lite.hardware.need import estimate, largest_micro_batch, weights_bytes
+from safesteer_lite.hardware.peaks import Demand, cache_bytes, training_bytes
 from safesteer_lite.hardware.shape import linear_parameters
 from safesteer_lite.method import directions, objective, policies, tokens
 from safesteer_lite.method.distill import Distillation, Recipe
@@ -213,15 +214,23 @@ def step(
     """Rollouts and one update, with what they reach of their floors."""
     shape, length = PRESETS[name][1], sizes.prompt + sizes.completion
     whole = random_prompts(sizes.prompts, sizes, model.device)
+    demand = Demand(
+        rank=_RANK,
+        depth_start=0.0,
+        reading=False,
+        averaging=False,
+        full_loss=True,
+        rollouts=sizes.rollouts,
+        completion_tokens=sizes.completion,
+    )
 
     def need(rollouts: int) -> int:
         return training_bytes(
             shape,
+            demand,
             micro_batch=rollouts,
             tokens=length,
             completion_tokens=sizes.completion,
-            chunk=64,
-            rank=_RANK,
             element=2,
             checkpointing=True,
         )
@@ -253,12 +262,10 @@ def step(
         shape,
         precision="nf4",
         unpacked=False,
-        rank=_RANK,
-        rollouts=sizes.rollouts * loop.sampled_at_once,
+        demand=demand,
+        sequences=sizes.rollouts * loop.sampled_at_once,
         prompt_tokens=sizes.prompt,
-        completion_tokens=sizes.completion,
         micro_batch=loop.micro_batch,
-        chunk=64,
         checkpointing=True,
     )
     return {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safesteer_lite import config
-from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
+from safesteer_lite.errors import Interrupted, ModelError, SafeSteerError, UsageError
 from safesteer_lite.shell.commands.shared import (
     DEMO_PRESET,
     base_of_run,
@@ -25,6 +25,7 @@ from safesteer_lite.shell.commands.shared import (
 )
 from safesteer_lite.shell.interrupts import stop_on_interrupt
 from safesteer_lite.shell.streams import complain, tell_json
+from safesteer_lite.text import typed_path
 
 if TYPE_CHECKING:
     from safesteer_lite.config import RunConfig
@@ -57,6 +58,7 @@ def demo_command(options: argparse.Namespace) -> int:
 def resume_command(options: argparse.Namespace) -> int:
     """`resume`: the named run, or the newest unfinished one."""
     from safesteer_lite.hardware.backend import decide
+    from safesteer_lite.hardware.peaks import Demand
     from safesteer_lite.models.loading import settle
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.runs.listing import list_runs
@@ -80,7 +82,7 @@ def resume_command(options: argparse.Namespace) -> int:
     emit = sink(options)
     emit(_of_recipe(settings))
     base = base_of_run(folder, settings, options.base, emit)
-    decision = settle(base, decide(settings.model, base.shape, folder.path), settings)
+    decision = settle(base, decide(settings.model, base.shape, folder.path, Demand.of(settings)), settings)
     working = config.build([(str(folder.config_path), settings_of(folder)), ("flag", changes)])
     return _work(options, settings, folder, base, decision, emit, working)
 
@@ -98,8 +100,9 @@ _LARGE_BYTES = 4_000_000_000
 def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
     from safesteer_lite.events import Note
-    from safesteer_lite.hardware.backend import decide
+    from safesteer_lite.hardware.backend import decide, require_fit
     from safesteer_lite.hardware.machine import package_versions
+    from safesteer_lite.hardware.peaks import Demand
     from safesteer_lite.models.loading import check_template, settle
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
@@ -111,8 +114,10 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     PromptPlan(settings.prompts).check()
     emit = sink(options)
     emit(_of_recipe(settings))
+    _check_before_download(settings)
     base = resolve(settings, emit)
-    decision = settle(base, decide(settings.model, base.shape, Path.cwd()), settings)
+    fitting = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
+    decision = settle(base, fitting, settings)
     check_template(base)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
@@ -131,6 +136,25 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
         made_from=origin(settings, base),
     )
     return _work(options, settings, folder, base, decision, emit)
+
+
+def _check_before_download(settings: RunConfig) -> None:
+    """Refuse a model that does not fit by its config.json alone, before its weights are fetched.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    from safesteer_lite.hardware.backend import decide, require_fit
+    from safesteer_lite.hardware.peaks import Demand
+    from safesteer_lite.sources.preview import look
+
+    if typed_path(settings.model.name).is_dir():
+        return
+    try:
+        found = look(settings.model.name, settings.model.revision or None)
+    except ModelError:
+        return  # Whoever fetches it tells what is wrong with it.
+    require_fit(decide(settings.model, found.shape, Path.cwd(), Demand.of(settings)))
 
 
 def _work(

@@ -17,6 +17,7 @@ from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.figures import known_of
 from safesteer_lite.hardware.known import KNOWN, Outlook, outlook
 from safesteer_lite.hardware.machine import Machine
+from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.hardware.shape import parameters
 from safesteer_lite.hardware.units import format_bytes, format_estimate
 from safesteer_lite.prompts.sets import preview
@@ -63,7 +64,7 @@ class Questions:
             chosen.shape,
             settings.model.precision,
             chosen.download_bytes,
-            settings.distill.completion_tokens,
+            Demand.of(settings),
         )
 
     def ask_model(self) -> None:

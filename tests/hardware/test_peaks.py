@@ -1,0 +1,238 @@
+"""The memory of each piece of work, counted on the real code: every formula within a tenth of the bytes that are alive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safesteer_lite.hardware.peaks import (
+    Demand,
+    adapted_layers,
+    adapter_bytes,
+    block_bytes,
+    cache_bytes,
+    kept_block_bytes,
+    kl_bytes,
+    sampling_bytes,
+    solving_bytes,
+    training_bytes,
+    vote_bytes,
+)
+from safesteer_lite.hardware.shape import ModelShape, shape_from_config
+from safesteer_lite.method.discriminant import RunningMean, reading_directions
+from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.method.policies import Batch, Steering, last_logits
+from safesteer_lite.method.tokens import VotePositions, vote
+from safesteer_lite.models import plain
+from safesteer_lite.models.adapter import Adapter, freeze_reading, with_adapter
+from safesteer_lite.models.assistant import kl_of_states
+from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.sources.base import open_base
+from tests import tiny
+from tests.live_bytes import LiveBytes
+
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"width": 128, "intermediate": 448, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 3000},
+    "large": {"width": 256, "intermediate": 704, "layers": 6, "heads": 8, "kv_heads": 4, "vocabulary": 5000},
+}
+DEMAND = Demand(rank=4, depth_start=0.34, completion_tokens=24, chunk=32)
+TENTH = 0.1
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A model of random weights, and its shape."""
+
+    model: PlainModel
+    shape: ModelShape
+
+    @property
+    def first(self) -> int:
+        """The lowest block with an adapter."""
+        return self.shape.layers - adapted_layers(self.shape, DEMAND)
+
+
+@pytest.fixture(
+    scope="module", params=[(size, precision) for size in SIZES for precision in ("bf16", "nf4")], ids="-".join
+)
+def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sized:
+    """Loaded as a run loads it, in each size, plain and packed."""
+    size, precision = request.param
+    folder = tmp_path_factory.mktemp("model")
+    numbers = SIZES[size]
+    tiny.save_model(
+        folder,
+        "qwen2",
+        layers=numbers["layers"],
+        width=numbers["width"],
+        intermediate_size=numbers["intermediate"],
+        num_attention_heads=numbers["heads"],
+        num_key_value_heads=numbers["kv_heads"],
+        head_dim=numbers["width"] // numbers["heads"],
+        vocab_size=numbers["vocabulary"],
+    )
+    shape = shape_from_config(json.loads((folder / "config.json").read_text()))
+    network, tokenizer = plain.load(open_base(folder), precision=precision, device="cpu", unpack=False)
+    adapter = Adapter(DEMAND.rank, 2 * DEMAND.rank, shape.layers - adapted_layers(shape, DEMAND))
+    model = with_adapter(network, tokenizer, adapter, 0)
+    model.checkpointing = True
+    return Sized(model, shape)
+
+
+def batch(rows: int, tokens: int, ceiling: int = 300) -> Batch:
+    """Prompts of random tokens, of which one is shorter, as there always is one."""
+    ids = torch.randint(5, ceiling, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    return Batch(ids, mask)
+
+
+def counted(work: Callable[[], object]) -> int:
+    """The most bytes that were alive at once."""
+    with LiveBytes() as live:
+        work()
+    return live.peak
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [(60, 4), (12, 40)], ids=["prompts", "answers"])
+def test_sampling(sized: Sized, prompt: int, completion: int) -> None:
+    """Where the prompts take most, and where the cache does."""
+    generator = torch.Generator().manual_seed(0)
+    with sized.model.adapters_off():
+        found = counted(lambda: sized.model.generate(batch(8, prompt), completion, 1.0, generator, 1))
+    assert sampling_bytes(sized.shape, 8, prompt, completion, 2) == pytest.approx(found, rel=TENTH)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_one_forward(sized: Sized, adapted: bool) -> None:
+    with torch.no_grad():
+        if adapted:
+            found = counted(lambda: last_logits(sized.model, batch(8, 60)))
+        else:
+            with sized.model.adapters_off():
+                found = counted(lambda: last_logits(sized.model, batch(8, 60)))
+    assert block_bytes(sized.shape, 8, 60, 2, adapted=adapted) == pytest.approx(found, rel=TENTH)
+
+
+def test_one_block_whose_linear_layers_inputs_are_kept(sized: Sized) -> None:
+    kept: list[Tensor] = []
+    modules = sized.model.adapted_modules(sized.first)
+    hooks = [module.register_forward_pre_hook(lambda _, given: kept.append(given[0])) for module in modules]
+    with torch.no_grad(), sized.model.adapters_off():
+        found = counted(lambda: sized.model.advance(sized.model.start(batch(8, 60)), sized.first + 1))
+    for hook in hooks:
+        hook.remove()
+    assert kept_block_bytes(sized.shape, 8, 60, 2) == pytest.approx(found, rel=TENTH)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(400, 200), (200, 700)])
+def test_solving_for_reading_directions(tokens: int, width: int) -> None:
+    mean, ends = RunningMean(), torch.randn(4, 2, width)
+    mean.add(ends)
+    read = torch.randn(tokens, width).bfloat16()
+    # As it arrives, and then as it is worked on.
+    found = counted(lambda: reading_directions([ends + 1], mean.value, read.clone().float(), 0.1))
+    assert solving_bytes(tokens, width) == pytest.approx(found, rel=TENTH)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "chunk", "checkpointing"),
+    [("full", 4, 32, True), ("rest-bucket", 4, 32, True), ("full", 8, 1, True), ("full", 8, 1, False)],
+)
+def test_a_training_step(sized: Sized, objective: Any, rows: int, chunk: int, checkpointing: bool) -> None:
+    """Where the logits of a chunk take most, where a block in backward does, and where all blocks do."""
+    sized.model.checkpointing = checkpointing
+    demand = replace(DEMAND, chunk=chunk, full_loss=objective == "full")
+    loop, prompts = training(sized, objective, chunk), batch(rows, 40)
+    answers = tiny.fixed_completions(rows, prompts.input_ids.device, DEMAND.completion_tokens)
+    found = counted(lambda: loop.backward(prompts, answers, steered=True))
+    formula = training_bytes(
+        sized.shape,
+        demand,
+        micro_batch=rows,
+        tokens=40 + DEMAND.completion_tokens,
+        completion_tokens=DEMAND.completion_tokens,
+        element=2,
+        checkpointing=checkpointing,
+    )
+    assert formula == pytest.approx(found, rel=TENTH)
+
+
+def test_the_adapter_and_its_optimizer(sized: Sized) -> None:
+    freeze_reading(sized.model)
+    weights = [value for name, value in sized.model.network.named_parameters() if "lora_" in name]
+
+    def update() -> None:
+        loop = training(sized, "full", 32)
+        # On a card torch updates all weights together.
+        loop.optimizer.optimizer.param_groups[0]["foreach"] = True
+        for _ in range(2):
+            loop.optimizer.add([torch.ones_like(parameter) for parameter in loop.optimizer.parameters])
+        loop.optimizer.step(1e-3, 1.0)
+
+    found = counted(update) + sum(value.nbytes for value in weights)
+    assert adapter_bytes(sized.shape, DEMAND, 2) == pytest.approx(found, rel=TENTH)
+
+
+def test_the_kl_and_the_vote(sized: Sized) -> None:
+    states = torch.randn(2, 64, sized.shape.width, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = counted(lambda: kl_of_states(states[0], states[1], sized.model.logits, 32))
+    assert kl_bytes(sized.shape, DEMAND) == pytest.approx(found, rel=TENTH)
+    positions = VotePositions(states[0], states[1], torch.zeros(64, dtype=torch.long))
+    found = counted(
+        lambda: vote(
+            [positions],
+            sized.model.logits,
+            by="mass",
+            excluded=frozenset({0}),
+            minimum_probability=0.0,
+            ballots=20,
+            count=10,
+            chunk=32,
+        )
+    )
+    assert vote_bytes(sized.shape, DEMAND) == pytest.approx(found, rel=TENTH)
+
+
+def test_the_cache(sized: Sized) -> None:
+    from transformers import DynamicCache
+
+    cache, prompts = DynamicCache(), batch(2, 7)
+    with torch.no_grad():
+        sized.model.decoder(input_ids=prompts.input_ids, past_key_values=cache, use_cache=True)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(sized.shape, 2, 7, 2) == real
+
+
+def training(sized: Sized, objective: Any, chunk: int) -> Distillation:
+    """A loop over nothing."""
+    recipe = Recipe(
+        objective=objective,
+        top_k=8,
+        steps=2,
+        prompts=1,
+        rollouts=1,
+        completion_tokens=DEMAND.completion_tokens,
+        temperature=1.0,
+        anchors=0,
+        anchor_objective="full",
+        anchor_weight=1.0,
+        score_weight=0.0,
+        half_life=0.0,
+        averaging=0.8,
+        learning_rate=1e-3,
+        warmup=0.0,
+        gradient_clip=1.0,
+        micro_batch=8,
+        chunk=chunk,
+        seed=0,
+    )
+    steer = Steering(sized.shape.layers - 1, torch.zeros(sized.shape.width))
+    return Distillation(sized.model, steer, torch.arange(20, 70), [], [], recipe)
