@@ -23,7 +23,8 @@ from safesteer_lite.sources.download import quiet_libraries
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ATTENTION = "sdpa"
-"""torch's own attention, named wherever a model is made: a config.json may ask for one that is code from elsewhere."""
+"""torch's own attention, named where a model does without `attention.GROUPED`: a config.json may ask for one that is code
+from elsewhere."""
 
 
 def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
