@@ -22,6 +22,8 @@ from safesteer_lite.runs.durable import parse_json, read_bytes
 
 _LARGEST_FILE = 64 << 20
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# Where an answer says that this is its number: behind the data set's own mark, or in the box of a formula.
+_MARKED = re.compile(rf"(?:####|\\boxed\{{)[^\w\n.-]*({_NUMBER.pattern})")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,9 @@ class NumberProblem(Problem):
     number: Decimal
 
     def solved_by(self, answer: str) -> bool:
-        """Whether the answer's number, the first behind its last `####`, else its last one, is the right one."""
-        marked = answer.rpartition("####")
-        found = _NUMBER.findall(marked[2])
-        if not found:
-            return False
-        return _decimal(found[0] if marked[1] else found[-1]) == self.number
+        """Whether the answer's number is the right one: the last that is marked as such, else the last of all."""
+        found = _MARKED.findall(answer) or _NUMBER.findall(answer)
+        return bool(found) and _decimal(found[-1]) == self.number
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,8 @@ def _program_problem(record: Mapping[str, Any], place: int) -> Problem:
 
 def _number_problem(record: Mapping[str, Any], place: int) -> Problem:
     question = str(record["question"])
-    asked = f'{question}\n\nThink step by step. End with one line "#### N", where N is the number that answers the question.'
+    # No mark is asked for: a small model wrote it first, with nothing behind it.
+    asked = f"{question}\n\nThink step by step, and end with the number that answers the question."
     return NumberProblem(f"GSM8K/{place}", asked, _decimal(str(record["answer"]).rpartition("####")[2].strip()))
 
 

@@ -20,7 +20,10 @@ def test_problems_are_read_in_order_and_asked_in_this_project_s_words(tmp_path: 
     assert [problem.id for problem in programs.problems] == ["Test/0", "Test/1"]
     assert [problem.id for problem in numbers.problems] == ["GSM8K/0", "GSM8K/1", "GSM8K/2"]
     assert DOUBLE["prompt"] in programs.problems[0].prompt and "code block" in programs.problems[0].prompt
-    assert numbers.problems[2].prompt.startswith("What is 2 plus 1,000?\n") and '"#### N"' in numbers.problems[2].prompt
+    assert (
+        numbers.problems[2].prompt.startswith("What is 2 plus 1,000?\n")
+        and "step by step" in numbers.problems[2].prompt
+    )
     assert programs.runs_programs and not numbers.runs_programs
     first = numbers.problems[0]
     assert isinstance(first, NumberProblem) and first.number == Decimal(1000)
@@ -42,7 +45,13 @@ NUMBERS = [
     ("#### 12\n#### 1000 apples", True),
     ("1000 at first, then 12.", False),
     ("#### none\n", False),
-    ("1000 #### ", False),
+    ("#### N\n1. First\n2. Then it is 1000", True),
+    ("It is \\(\\boxed{1000}\\), for 7 days.", True),
+    ("\\boxed{\\$1,000.00} a day, 3 times", True),
+    ("\\boxed{$1,000} a day, 3 times", True),
+    ("\\boxed{12}, no: \\boxed{1000}.", True),
+    ("#### -1000", False),
+    ("1000 #### ", True),
     ("-1000", False),
     ("1000.5", False),
     ("a thousand", False),
