@@ -267,7 +267,7 @@ def test_a_kill_at_any_call_leaves_a_run_that_opens_and_can_be_redone() -> None:
         # A fresh process forks the children, since this one may have threads by now.
         driver = multiprocessing.get_context("spawn").Process(target=play_with_kills, args=(Path(folder),))
         driver.start()
-        driver.join(timeout=120)
+        driver.join(timeout=600)
         assert driver.exitcode == 0
         assert int((Path(folder) / "kills").read_text()) > 100
 
