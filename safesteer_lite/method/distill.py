@@ -204,15 +204,18 @@ class Distillation:
 
     def sample(self, prompts: Batch, repeats: int, stream: int) -> Completions:
         """Rollouts of all prompts, at once or, where memory is short, part by part."""
-        recipe = self.recipe
+        recipe, rows = self.recipe, len(prompts) * repeats
+        # Each rollout has its own numbers, so that they are the same in whatever parts they are sampled.
+        drawn = torch.rand(recipe.completion_tokens, rows, generator=generator_at(self.done, recipe.seed, stream))
 
         def sample(size: int) -> Completions:
-            generator = generator_at(self.done, recipe.seed, stream)
-            parts = [prompts.rows(start, start + size) for start in range(0, len(prompts), size)]
+            parts = zip(range(0, len(prompts), size), drawn.split(size * repeats, dim=1), strict=True)
             return join(
                 [
-                    self.model.generate(part, recipe.completion_tokens, recipe.temperature, generator, repeats)
-                    for part in parts
+                    self.model.generate(
+                        prompts.rows(start, start + size), recipe.completion_tokens, recipe.temperature, own, repeats
+                    )
+                    for start, own in parts
                 ]
             )
 

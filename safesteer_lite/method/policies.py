@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from safesteer_lite.method import steering
 
+Chance = torch.Generator | Tensor | None
+"""Where the numbers of a sampling come from: a CPU generator, or (tokens, rows) float32 in [0, 1) that were drawn before, so
+that they do not depend on how many rows are sampled at a time; None where nothing is drawn."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -176,7 +180,7 @@ class LanguageModel(Protocol):
         """Inside, the model is the base."""
 
     def generate(
-        self, prompts: Batch, max_new_tokens: int, temperature: float, generator: torch.Generator | None, repeats: int
+        self, prompts: Batch, max_new_tokens: int, temperature: float, chance: Chance, repeats: int
     ) -> Completions:
         """Sample `repeats` completions a prompt (copies side by side); temperature 0 is greedy."""
 

@@ -99,7 +99,7 @@ class Guard:
             pad_left([Batch(tensor, torch.ones_like(tensor)) for tensor in tensors]),
             max_new_tokens=_TOKENS,
             temperature=0.0,
-            generator=None,
+            chance=None,
             repeats=1,
             end_of_turn=self._ends,
             padding=min(self._ends),

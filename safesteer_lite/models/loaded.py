@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from safesteer_lite.method.policies import Batch, Completions, Residual
+from safesteer_lite.method.policies import Batch, Chance, Completions, Residual
 from safesteer_lite.models import sampling
 from safesteer_lite.models.sampling import Cache, Ended, GrowingCache, mask_behind, positions
 from safesteer_lite.models.template import stop_ids
@@ -216,7 +216,7 @@ class PlainModel:
         prompts: Batch,
         max_new_tokens: int,
         temperature: float,
-        generator: torch.Generator | None,
+        chance: Chance,
         repeats: int,
         ended: Ended | None = None,
     ) -> Completions:
@@ -227,7 +227,7 @@ class PlainModel:
             prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            generator=generator,
+            chance=chance,
             repeats=repeats,
             end_of_turn=self._end_of_turn,
             # Any token will do: what stands behind the end of an answer is never read.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from safesteer_lite.method.policies import Batch, Completions
+from safesteer_lite.method.policies import Batch, Chance, Completions
 
 Ended = Callable[[Tensor], Tensor]
 """Which answers are complete before they end themselves: (rows, tokens so far) int64 to (rows,) bool."""
@@ -94,7 +94,7 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float,
-    generator: torch.Generator | None,
+    chance: Chance,
     repeats: int,
     end_of_turn: frozenset[int],
     padding: int,
@@ -109,7 +109,7 @@ def generate(
         prompts: left-padded.
         max_new_tokens: tokens at most.
         temperature: 0 is greedy.
-        generator: CPU generator; the numbers drawn do not depend on which rows have ended.
+        chance: where random numbers come from; they do not depend on which rows have ended.
         repeats: completions a prompt.
         end_of_turn: ids that end an answer; the id itself is kept.
         padding: id written after the end.
@@ -130,7 +130,8 @@ def generate(
         for step in range(max_new_tokens):
             uniform = None
             if temperature != 0:
-                uniform = torch.rand(count, generator=generator).to(device, non_blocking=True)[rows]
+                drawn = chance[step] if isinstance(chance, Tensor) else torch.rand(count, generator=chance)
+                uniform = drawn.to(device, non_blocking=True)[rows]
             chosen = torch.where(running, draw(reader.logits, temperature, uniform), padding)
             tokens[rows, step] = chosen
             mask[rows, step] = running

@@ -42,7 +42,7 @@ def ours(policy: Policy, batch: Batch, ends: frozenset[int], temperature: float 
         batch,
         max_new_tokens=NEW,
         temperature=temperature,
-        generator=torch.Generator().manual_seed(4),
+        chance=torch.Generator().manual_seed(4),
         repeats=repeats,
         end_of_turn=ends,
         padding=policy.tokenizer.pad_token_id,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from safesteer_lite.errors import SelfCheckError
-from safesteer_lite.method.policies import Batch, Completions, Residual
+from safesteer_lite.method.policies import Batch, Chance, Completions, Residual
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Ended
@@ -37,13 +37,13 @@ class SamplesElsewhere(PlainModel):
         prompts: Batch,
         max_new_tokens: int,
         temperature: float,
-        generator: torch.Generator | None,
+        chance: Chance,
         repeats: int,
         ended: Ended | None = None,
     ) -> Completions:
         own, self.decoder = self.decoder, self.other_decoder()
         try:
-            return super().generate(prompts, max_new_tokens, temperature, generator, repeats, ended)
+            return super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended)
         finally:
             self.decoder = own
 
