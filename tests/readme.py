@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite import config
-from safesteer_lite.evaluation.scorecard import Rate
+from safesteer_lite.evaluation.scorecard import Rate, kinds_of
 from safesteer_lite.evaluation.suites import SUITES
 from safesteer_lite.hardware.known import KNOWN, fit_table
 from safesteer_lite.hardware.peaks import Demand
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.picture import picture
 from tests import REPOSITORY as ROOT
 from tests.test_structure import FLOOR_OF
@@ -185,12 +184,11 @@ def demo() -> dict[str, Any]:
 
 def demo_table() -> str:
     """The demo's refusals before and after, with their intervals."""
-    lines = [
-        "| | harmful refused | borderline refused | harmless refused | KL, nats a token |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for side, card in demo()["scorecard"].items():
-        rates = [Rate.of(card[kind]["refused"], card[kind]["n"]) for kind in KINDS]
+    cards = demo()["scorecard"]
+    headings = [f"{kind} refused" for kind in kinds_of(cards["after"])]
+    lines = [f"| | {' | '.join(headings)} | KL, nats a token |", f"| ---{' | ---' * (len(headings) + 1)} |"]
+    for side, card in cards.items():
+        rates = [Rate.of(card[kind]["refused"], card[kind]["n"]) for kind in kinds_of(card)]
         told = [f"{rate.refused} of {rate.n} ({100 * rate.low:.0f} to {100 * rate.high:.0f} %)" for rate in rates]
         lines.append(f"| {side} | {' | '.join(told)} | {card['kl_to_base']:.4g} |")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from safesteer_lite import __version__, config
+from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.events import Metric, Sample, StageStarted
 from safesteer_lite.report.picture import picture
 from safesteer_lite.shell.arguments import build_parser
@@ -23,7 +24,6 @@ from tests import REPOSITORY as ROOT
 from tests.readme import (
     CITATION,
     DOCS,
-    KINDS,
     PACKAGE,
     PARTS,
     PICTURE,
@@ -159,7 +159,7 @@ def test_the_picture_and_the_words_beneath_it_are_the_demos() -> None:
     record, text = demo(), README.read_text(encoding="utf-8")
     assert PICTURE.read_text(encoding="utf-8") == picture(record) + "\n"
     shown = "".join(ElementTree.parse(PICTURE).getroot().itertext())
-    for kind in KINDS:
+    for kind in kinds_of(record["scorecard"]["after"]):
         before, after = (record["scorecard"][side][kind] for side in ("before", "after"))
         assert f"{before['refused']} of {before['n']}" in shown and f"{after['refused']} of {after['n']}" in shown
         assert f"{kind} {before['refused']} to {after['refused']} of {after['n']}" in text

@@ -22,6 +22,7 @@ QUICK: Values = {
     "prompts.borderline_test": 20,
     "distill.steps": 4,
     "evaluate.answer_tokens": 32,
+    "evaluate.contexts": [],
 }
 """What `demo --quick` changes: it shows that everything works, and rates from so few prompts say little more."""
 

@@ -10,6 +10,8 @@ from safesteer_lite.config.setting import Bounds, setting
 
 RECIPES = ("lite", "paper")
 """Ways to distil, each a file of its own beside the presets; the first is the default."""
+CONTEXTS = ("system", "turns", "role", "agreed", "steps")
+"""Ways of asking a test prompt besides asking it plainly (`prompts/contexts.py`)."""
 _OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
 _expert = partial(setting, expert=True)
 
@@ -163,7 +165,7 @@ class DistillConfig:
     )
     adapter_strengths: tuple[float, ...] = _expert(
         (0.5, 2.0, 3.0),
-        "factors on the last adapter, tried too; of equally good ones the last is kept",
+        "factors on the last adapter, tried too",
         "docs/method.md, the adapter's strength",
         bounds=Bounds(0, 3, above=True),
         entries=Bounds(0, 20),
@@ -221,6 +223,17 @@ class EvaluateConfig:
     answer_tokens: int = setting(
         150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals", bounds=_TOKENS
     )
+    contexts: tuple[str, ...] = setting(
+        CONTEXTS,
+        "contexts in which test prompts are asked too; empty for none",
+        "docs/method.md, contexts",
+        CONTEXTS,
+        entries=Bounds(0, len(CONTEXTS)),
+    )
+    context_prompts: int = _expert(
+        12, "test prompts of each kind in each context, at most", "docs/method.md, contexts", bounds=_PROMPTS
+    )
+    context_tokens: int = _expert(48, "tokens an answer in a context", "docs/method.md, contexts", bounds=_TOKENS)
     kl_tokens: int = _expert(
         48, "tokens of a harmless answer", "docs/method.md, what is measured: over whole answers", bounds=_TOKENS
     )

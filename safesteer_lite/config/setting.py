@@ -59,7 +59,7 @@ def setting(
         default: its value where nothing else is said.
         unit: what it counts.
         source: where its default comes from.
-        choices: the words that it accepts; empty for any.
+        choices: the words that it accepts, or that each entry of a list may be; empty for any.
         bounds: of a number, or of each number of a list.
         entries: how many entries a list may have.
         expert: whether hardly anybody wants to change it, so that it is shown only where all settings are asked for.
@@ -85,13 +85,15 @@ def converted(raw: Any, item: Field[Any]) -> Any:
     Raises:
         ValueError: it is no such value; the message says what is expected.
     """
-    default = item.default
+    default, choices = item.default, item.metadata["choices"]
     if isinstance(default, (int, float)):
         return _number(raw, type(default), item.metadata["bounds"])
     if isinstance(default, tuple):
-        return _list(raw, type(default[0]), item.metadata["bounds"], item.metadata["entries"])
+        entries = _list(raw, type(default[0]), item.metadata["bounds"], item.metadata["entries"])
+        if unknown := [entry for entry in entries if choices and entry not in choices]:
+            raise ValueError(f"expected some of {', '.join(choices)}, got {_shown(unknown[0])}")
+        return entries
     text = _text(raw)
-    choices = item.metadata["choices"]
     if choices and text not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}, got {_shown(raw)}")
     return text

@@ -6,8 +6,8 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.judged import MODELS, JudgedAnswer, saved_judged
 from safesteer_lite.evaluation.judges import judge
-from safesteer_lite.evaluation.scorecard import Flip
-from safesteer_lite.prompts.sets import KINDS, prompt_set
+from safesteer_lite.evaluation.scorecard import Flip, kinds_of
+from safesteer_lite.prompts.plan import PromptPlan
 from safesteer_lite.runs.folder import RunFolder
 
 
@@ -22,10 +22,11 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
         RunFolderError: the evaluation is not done, or its files do not belong to these settings.
     """
     before, after = (run.read_json("evaluate", f"answers-{when}.json") for when in ("before", "after"))
-    sizes = {"harmful": config.prompts.test, "borderline": config.prompts.borderline_test}
+    sets = PromptPlan(config.prompts).split("test")
     groups: dict[str, list[Flip]] = {}
-    for kind in KINDS:
-        prompts = prompt_set(kind, "test", sizes.get(kind, config.prompts.test), config.prompts.folder)
+    # Runs of the first versions have no critical prompts.
+    for kind in kinds_of(before):
+        prompts = sets.of(kind)
         if not len(prompts) == len(before[kind]) == len(after[kind]):
             raise RunFolderError(
                 f"The answers of {run.path.name} do not belong to the prompts of this run.", "Put its own prompts back."
@@ -62,11 +63,13 @@ _STILL, _LOST = "harmful, still answered", "harmful, answered now though refused
 _ORDER = (
     _STILL,
     _LOST,
+    "critical, refused now",
     "harmless, refused now",
     "borderline, refused now",
     "harmful, refused now",
     "harmless, no longer refused",
     "borderline, no longer refused",
+    "critical, no longer refused",
 )
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.evaluation.scorecard import Scorecard, takes_over
+from safesteer_lite.evaluation import choice
+from safesteer_lite.evaluation.choice import Candidate
+from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.runs.folder import RunFolder
 
@@ -21,12 +23,14 @@ class Point:
     Attributes:
         strength: factor on the adapter; 0 is the base, 1 the trained model.
         card: what was measured on the selection split.
-        score: the trade-off, points; the base scores 0.
+        score: the counted trade-off, points; the base scores 0.
+        separation: the smooth score, nats; the base scores 0; None where it was not measured, as in the first versions.
     """
 
     strength: float
     card: Scorecard
     score: float
+    separation: float | None = None
 
     @classmethod
     def from_record(cls, record: Any) -> Point:
@@ -36,7 +40,9 @@ class Point:
             ValueError: it is none.
         """
         try:
-            point = cls(float(record["strength"]), Scorecard.from_record(record), float(record["score"]))
+            strength, card, score = float(record["strength"]), Scorecard.from_record(record), float(record["score"])
+            apart = record.get("separation")
+            point = cls(strength, card, score, None if apart is None else float(apart))
         except (KeyError, TypeError) as error:
             raise ValueError(f"a strength lacks what was measured ({error})") from error
         if point.card.kl_to_base is None:
@@ -46,16 +52,21 @@ class Point:
 
 def best(points: Sequence[Point]) -> Point:
     """The point that the search after training would keep of these, weakest first."""
-    found = points[0]
-    for point in points[1:]:
-        if takes_over(point.score, found.score):
-            found = point
-    return found
+    near = choice.one_answer(points[0].card)
+    return points[choice.best([Candidate(point.score, point.separation) for point in points], near)]
 
 
 def to_records(points: Sequence[Point]) -> list[dict[str, Any]]:
     """The points as plain records, in their order."""
-    return [{"strength": point.strength, "score": point.score, **point.card.to_record()} for point in points]
+    return [
+        {
+            "strength": point.strength,
+            "score": point.score,
+            "separation": point.separation,
+            **point.card.to_record(),
+        }
+        for point in points
+    ]
 
 
 def save_points(run: RunFolder, points: Sequence[Point]) -> None:

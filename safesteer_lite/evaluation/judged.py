@@ -100,7 +100,8 @@ class Judged:
         and how many of all answers are `disputed`."""
         told: dict[str, Any] = {"judge": self.judge, "model": self.model}
         for model in MODELS:
-            told[model] = {name: self._figures(model, name) for name in KINDS} if self._of(model) else None
+            asked = {answer.set for answer in self._of(model)}
+            told[model] = {name: self._figures(model, name) for name in KINDS if name in asked} or None
         return told | {"disputed": len(self.disputed)}
 
     def openings(self) -> Judged:

@@ -1,16 +1,22 @@
-"""Measure a loaded model: refusal rates on three prompt sets, and KL to the base over whole harmless answers."""
+"""Measure a loaded model: refusal rates by kind of prompt, refusal scores, and KL to the base over whole harmless answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.evaluation import judges
-from safesteer_lite.evaluation.scorecard import Flip, Rate, Scorecard, flips, rate
+from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
+from safesteer_lite.method.directions import refusal_score
+from safesteer_lite.method.memory import fitting
+from safesteer_lite.method.policies import last_logits
 from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference
 from safesteer_lite.prompts.plan import PromptSets
-from safesteer_lite.prompts.sets import KINDS, Prompt
+from safesteer_lite.prompts.sets import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,18 @@ class Answers:
     harmful: list[str]
     borderline: list[str]
     harmless: list[str]
+    critical: list[str] = field(default_factory=list)
+
+    def of(self, kind: Kind) -> list[str]:
+        """The answers to one kind of prompts."""
+        found: list[str] = getattr(self, kind)
+        return found
 
 
 def collect_answers(
     policy: Policy, prompts: PromptSets, tokens: int, size: int, done: Callable[[int], None] = ignore
 ) -> Answers:
-    """Greedy answers to all three sets.
+    """Greedy answers to all kinds of prompts.
 
     Args:
         policy: the model; whichever policy is on answers.
@@ -50,8 +62,8 @@ def counting_from(start: int, done: Callable[[int], None]) -> Callable[[int], No
 
 def scorecard(answers: Answers, kl: float | None, kl_n: int) -> Scorecard:
     """Judge the answers. `kl` is in nats a token and rests on `kl_n` answers."""
-    rates = {name: rate([judges.judge(answer) for answer in getattr(answers, name)]) for name in KINDS}
-    return Scorecard(rates["harmful"], rates["borderline"], rates["harmless"], kl, kl_n)
+    rates = {name: rate([judges.judge(answer) for answer in answers.of(name)]) for name in KINDS}
+    return Scorecard.of_rates(rates, kl, kl_n)
 
 
 def require_answers(card: Scorecard, tokens: int) -> None:
@@ -65,7 +77,7 @@ def require_answers(card: Scorecard, tokens: int) -> None:
         ModelError: more than half of the answers to one set were empty, or ended inside a thought.
     """
     for name in KINDS:
-        rate: Rate = getattr(card, name)
+        rate = card.of(name)
         if rate.empty > rate.n:
             raise ModelError(
                 f"Of {rate.n + rate.empty} answers to {name} prompts {rate.empty} are empty, or are still thinking after "
@@ -89,11 +101,36 @@ def measure(
     return scorecard(answers, kl, len(prompts.harmless) if reference else 0), answers
 
 
+def refusal_scores(policy: Policy, prompts: PromptSets, openings: Tensor, size: int) -> dict[Kind, float]:
+    """The mean refusal score of each kind of prompts: how likely the first token of an answer opens a refusal, log-odds.
+
+    It takes one forward, and moves where no answer has changed sides yet.
+
+    Args:
+        policy: the model; whichever policy is on is read.
+        prompts: one split; kinds without prompts are left out.
+        openings: token ids that open a refusal, (n,) int64.
+        size: prompts at a time, or fewer where memory is short.
+    """
+
+    return {name: _mean_score(policy, texts, openings, size) for name in KINDS if (texts := prompts.texts(name))}
+
+
+def _mean_score(policy: Policy, texts: list[str], openings: Tensor, size: int) -> float:
+    def mean(size: int) -> float:
+        batches = [batch for _, batch in policy.batches(texts, size)]
+        return float(torch.cat([refusal_score(last_logits(policy.model, batch), openings) for batch in batches]).mean())
+
+    with torch.no_grad():
+        found, _ = fitting(size, mean)
+    return found
+
+
 def all_flips(prompts: PromptSets, before: Answers, after: Answers) -> list[Flip]:
     """Every prompt on which the two models differ in refusing."""
     found: list[Flip] = []
     for name in KINDS:
-        entries: Sequence[Prompt] = getattr(prompts, name)
+        entries = prompts.of(name)
         ids, texts = [prompt.id for prompt in entries], [prompt.text for prompt in entries]
-        found += flips(name, ids, texts, getattr(before, name), getattr(after, name))
+        found += flips(name, ids, texts, before.of(name), after.of(name))
     return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from safesteer_lite.evaluation.contexts import sections
 from safesteer_lite.evaluation.paired import p_text
+from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.hub import is_hub_id
@@ -17,7 +19,8 @@ _LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]{0,60}")
 _LIMITS = """- Refusals are counted by opening phrases in English. An answer that is not refused need not be harmful, and a
   refusal that comes late counts as an answer.
 - The prompts are short, English, direct requests. Jailbreaks, other languages, long conversations and tools were not
-  measured.
+  measured; contexts only as far as a table above shows them.
+- Critical prompts ask for help in danger: a refusal of one may do harm.
 - Training removes such refusals again in a few steps. This is no defence against someone who changes the weights.
 - Many harmful requests are still answered: the table says how many."""
 
@@ -38,6 +41,9 @@ class Facts:
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
         suites: what public suites showed of the run, as its report has them.
         capability: tasks that base and trained model were measured on, as `evaluation.capability.compare` tells them.
+        scorecard: `before` and `after` as the run measured them; empty where it has no such figures.
+        contexts: the same by context; empty where nothing was asked in any.
+        context_tokens: tokens of each answer in a context, at most.
     """
 
     title: str
@@ -51,6 +57,9 @@ class Facts:
     weights: str
     suites: Sequence[Mapping[str, Any]] = ()
     capability: Sequence[Mapping[str, Any]] = ()
+    scorecard: Mapping[str, Any] = field(default_factory=dict)
+    contexts: Mapping[str, Any] = field(default_factory=dict)
+    context_tokens: int = 0
 
 
 def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> str:
@@ -77,6 +86,7 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         f"{facts.answer_tokens} tokens. `adapter` is the model as it was trained; GGUF rows were measured in llama.cpp.",
         _table(rows),
         _told(rows),
+        _contexts(facts),
         _abilities(facts),
         *_suites(facts.suites),
         "## Training prompts",
@@ -112,7 +122,7 @@ def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for name in KINDS
         for row in files
-        if row[name]["n"]
+        if name in row and row[name]["n"]
     ]
     known: dict[str, Any] = {}
     if is_hub_id(facts.base):
@@ -131,11 +141,28 @@ def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| | size | harmful refused | borderline refused | harmless refused |", "| --- | --- | --- | --- | --- |"]
+    kinds = kinds_of(rows[0])
+    lines = [f"| | size | {' | '.join(f'{name} refused' for name in kinds)} |", f"| --- | ---{' | ---' * len(kinds)} |"]
     for row in rows:
-        rates = " | ".join(_rate(row[name]) for name in KINDS)
+        rates = " | ".join(_rate(row[name]) for name in kinds)
         lines.append(f"| {row['artifact']} | {format_bytes(row['size']) if row['size'] else ''} | {rates} |")
     return "\n".join(lines)
+
+
+def _contexts(facts: Facts) -> str:
+    """Refusals before and after, asked plainly and in each context, in one table; empty where none were asked."""
+    if not facts.contexts:
+        return ""
+    lines = ["| asked | prompts | before | after |", "| --- | --- | --- | --- |"]
+    for section in sections(facts.scorecard, facts.contexts):
+        for kind, before, after in section.rows:
+            lines.append(f"| {section.title} | {kind} | {_rate(before)} | {_rate(after)} |")
+    told = (
+        "The trained model and its base, asked plainly and in contexts that it was not trained in. An answer that was begun for "
+        "the model counts as refused if the model turns back. Answers in contexts have at most "
+        f"{facts.context_tokens} tokens."
+    )
+    return "\n\n".join([told, "\n".join(lines)])
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

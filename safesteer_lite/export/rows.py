@@ -210,7 +210,7 @@ def _check(record: dict[str, Any], kinds: Mapping[str, type]) -> None:
 
 
 def _way(record: Mapping[str, Any]) -> tuple[object, ...]:
-    counts = [record["artifacts"][0][name]["n"] for name in KINDS]
+    counts = [record["artifacts"][0].get(name, {"n": 0})["n"] for name in KINDS]
     return (*(record[name] for name in _SAME), *counts)
 
 

@@ -24,6 +24,10 @@ _DECODE, _TRAIN = 2.3, 3.4
 # The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all.
 _PROMPT_TOKENS = 19
 
+# The mean that a bundled test context adds to a prompt, counted in the same way, and the bundled requests for help in danger.
+_CONTEXT_TOKENS = 24
+_CRITICAL_SELECTION, _CRITICAL_TEST = 20, 40
+
 # From the events of the demo (docs/research/log.md, seed 0): loading and self-check before the first answer, and the whole
 # export, which is spent on reading and writing weights, for each parameter.
 _LOADING_SECONDS = 8.0
@@ -56,13 +60,14 @@ def effort_values(name: str) -> Values:
     `quick` takes few steps and measures on few prompts. `thorough` trains as `standard` does, for more training did not make
     a better model: 24 steps at a higher rate, and three times the prompts a step, refused more of everything
     (docs/research/log.md, "more training, more refusals"). It scores every direction, which gave the choice that the
-    shortlist gives (one model, one seed), and judges answers of 256 tokens, in which a late refusal is seen.
+    shortlist gives (one model, one seed), judges answers of 256 tokens, in which a late refusal is seen, and asks every test
+    prompt in every context.
 
     Args:
         name: a key of `EFFORTS`.
     """
     if name == "thorough":
-        return {"direction.shortlist": 0, "evaluate.answer_tokens": 256}
+        return {"direction.shortlist": 0, "evaluate.answer_tokens": 256, "evaluate.context_prompts": 100}
     return {} if name == "standard" else dict(config.QUICK)
 
 
@@ -94,7 +99,9 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     """
     sets, direction, tokens = settings.prompts, settings.direction, settings.tokens
     distill, evaluate = settings.distill, settings.evaluate
-    selection = _answers(2 * sets.selection + sets.borderline_selection, evaluate.selection_tokens)
+    chosen_by = 2 * sets.selection + sets.borderline_selection + min(sets.borderline_selection, _CRITICAL_SELECTION)
+    tested = 2 * sets.test + sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
+    selection = _answers(chosen_by, evaluate.selection_tokens)
     candidates = direction.shortlist or _ALL_CANDIDATES
     read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection
     voting = sets.direction + sets.selection if tokens.voters == "harmless" else sets.train
@@ -111,8 +118,9 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
         "distill": (_answers(rows, distill.completion_tokens) + trained) * distill.steps
         + _answers(answered, evaluate.selection_tokens)
         + _reference(sets.selection, evaluate.kl_tokens)
-        + (selection + _along(sets.selection, evaluate.kl_tokens)) * measured,
-        "evaluate": _answers(2 * sets.test + sets.borderline_test, evaluate.answer_tokens) * 2
+        + _along(chosen_by, 0)
+        + (selection + _along(chosen_by, 0) + _along(sets.selection, evaluate.kl_tokens)) * measured,
+        "evaluate": (_answers(tested, evaluate.answer_tokens) + _in_contexts(settings)) * 2
         + _reference(sets.test, evaluate.kl_tokens)
         + _along(sets.test, evaluate.kl_tokens),
     }
@@ -122,6 +130,14 @@ def _answers(count: int, tokens: int) -> Work:
     """Reading prompts and answering them, in whole batches."""
     batches = -(-count // _ANSWER_BATCH)
     return Work(count * (_PROMPT_TOKENS + tokens * _DECODE), batches * tokens)
+
+
+def _in_contexts(settings: RunConfig) -> Work:
+    """Test prompts asked in contexts, with what those add to a prompt."""
+    sets, evaluate = settings.prompts, settings.evaluate
+    few = evaluate.context_prompts
+    asked = len(evaluate.contexts) * (2 * min(few, sets.test) + min(few, sets.borderline_test))
+    return _answers(asked, evaluate.context_tokens) + Work(asked * _CONTEXT_TOKENS)
 
 
 def _continued(count: int, places: int) -> Work:

@@ -15,16 +15,17 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from safesteer_lite.errors import PromptError
+from safesteer_lite.prompts.sets import Kind, Prompt
 
 ContextName = Literal["system", "turns", "role", "agreed", "steps"]
 CONTEXTS: dict[ContextName, str] = {
-    "system": "under a system prompt",
-    "turns": "after earlier turns",
-    "role": "in a role play",
-    "agreed": "answer begun with a yes",
-    "steps": "answer begun with steps",
+    "system": "system prompt",
+    "turns": "earlier turns",
+    "role": "role play",
+    "agreed": "begun with a yes",
+    "steps": "begun with steps",
 }
-"""Every kind of context with what it is called for a reader, in the order in which they are told."""
+"""Every kind of context with its name in tables, in the order in which they are told."""
 
 BEGUN: frozenset[ContextName] = frozenset({"agreed", "steps"})
 """Contexts in which the answer has begun, so that the model can only turn back."""
@@ -106,6 +107,43 @@ def contexts(name: ContextName, split: str) -> tuple[Context, ...]:
             f"There are {', '.join(CONTEXTS)}, each with the splits {', '.join(CONTEXT_SPLITS)}.",
         )
     return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt in one context.
+
+    Attributes:
+        context: the kind of context.
+        kind: the kind of prompt.
+        prompt: the prompt by itself.
+        conversation: what the model is asked.
+    """
+
+    context: ContextName
+    kind: Kind
+    prompt: Prompt
+    conversation: Conversation
+
+
+def questions(
+    prompts: Mapping[Kind, Sequence[Prompt]], names: Sequence[ContextName], split: str = "test"
+) -> list[Question]:
+    """Every prompt in every kind of context, each in one of the contexts of that kind.
+
+    Args:
+        prompts: by kind.
+        names: keys of `CONTEXTS`.
+        split: which contexts; see `contexts`.
+    """
+    return [
+        Question(name, kind, prompt, conversation)
+        for name in names
+        for kind, entries in prompts.items()
+        for prompt, conversation in zip(
+            entries, asked_in([entry.text for entry in entries], contexts(name, split)), strict=True
+        )
+    ]
 
 
 def asked_in(prompts: Sequence[str], drawn: Sequence[Context]) -> list[Conversation]:

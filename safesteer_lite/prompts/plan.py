@@ -10,7 +10,7 @@ from pathlib import Path
 from safesteer_lite.config import PromptsConfig
 from safesteer_lite.errors import PromptError
 from safesteer_lite.prompts import sets
-from safesteer_lite.prompts.sets import Kind, Prompt
+from safesteer_lite.prompts.sets import KINDS, Kind, Prompt
 
 
 def _say_nothing(message: str) -> None:
@@ -24,15 +24,25 @@ class PromptSets:
     harmful: Sequence[Prompt]
     borderline: Sequence[Prompt]
     harmless: Sequence[Prompt]
+    critical: Sequence[Prompt] = ()
 
-    def texts(self, name: str) -> list[str]:
-        """The prompts of one set, as text."""
-        return texts(getattr(self, name))
+    def of(self, kind: Kind) -> Sequence[Prompt]:
+        """The prompts of one kind."""
+        found: Sequence[Prompt] = getattr(self, kind)
+        return found
+
+    def texts(self, kind: Kind) -> list[str]:
+        """The prompts of one kind, as text."""
+        return texts(self.of(kind))
+
+    def first(self, count: int) -> PromptSets:
+        """At most so many of each kind, spread evenly over the categories."""
+        return PromptSets(**{kind: self.of(kind)[:count] for kind in KINDS})
 
     @property
     def total(self) -> int:
         """How many prompts there are."""
-        return len(self.harmful) + len(self.borderline) + len(self.harmless)
+        return sum(len(self.of(kind)) for kind in KINDS)
 
 
 class PromptPlan:
@@ -58,7 +68,7 @@ class PromptPlan:
         return list(dict.fromkeys(chain(*measured, *self.direction(), *self.anchors(), self.training())))
 
     def split(self, name: str) -> PromptSets:
-        """The prompts to measure on: the `selection` or `test` split."""
+        """The prompts to measure on: the `selection` or `test` split; of the critical ones at most as many as borderline ones."""
         limits = self._settings
         common, borderline = (
             (limits.selection, limits.borderline_selection)
@@ -69,6 +79,8 @@ class PromptPlan:
             self._take("harmful", name, common),
             self._take("borderline", name, borderline),
             self._take("harmless", name, common),
+            # Of other splits, which folders of one's own may have, nothing more is known.
+            self._take("critical", name, borderline) if name in ("selection", "test") else (),
         )
 
     def direction(self) -> tuple[list[Prompt], list[Prompt]]:

@@ -29,7 +29,7 @@ NEAR_DUPLICATE = 0.6
 """Jaccard similarity of content words from which two prompts count as the same request."""
 
 Kind = Literal["harmful", "harmless", "borderline", "critical", "twin"]
-KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
+KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless", "critical")
 """In the order in which they are told."""
 
 _OPTIONAL = ("critical", "twin")

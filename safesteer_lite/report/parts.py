@@ -9,15 +9,20 @@ from typing import Any
 
 from safesteer_lite.config import SECTIONS, RunConfig
 from safesteer_lite.config.constants import DEPTH_LIMIT
+from safesteer_lite.evaluation.contexts import sections
 from safesteer_lite.evaluation.paired import p_text
-from safesteer_lite.evaluation.scorecard import Rate, change
+from safesteer_lite.evaluation.scorecard import Rate, change, kinds_of
 from safesteer_lite.hardware.units import format_bytes, format_duration
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.charts import Comparison, Point, Series, bar, heat_map, interval_chart, line_chart
 from safesteer_lite.report.markup import Markup, element, figure, folded, join, paragraph, table
 from safesteer_lite.report.source import Source, json_lines, plain_json, separation_scores
 
-_WANTED = {"harmful": "more is safer", "borderline": "less is better", "harmless": "less is better"}
+_WANTED = {
+    "harmful": "more is safer",
+    "borderline": "less is better",
+    "harmless": "less is better",
+    "critical": "help in danger; a refusal may do harm",
+}
 _TOKENS_SHOWN = 15
 
 
@@ -49,19 +54,22 @@ def scorecard(source: Source) -> Markup | None:
     card = source.record["scorecard"]
     if not card:
         return None
+    plainly, *in_contexts = sections(card, source.record.get("contexts"))
     rows: list[tuple[object, ...]] = []
     comparisons = []
-    for name in KINDS:
-        before, after = _rate(card["before"][name]), _rate(card["after"][name])
-        rise = change(before, after)
-        moved = _unbroken(f"{rise.points:+.0f} points") + " " + _unbroken(f"({rise.low:+.0f} to {rise.high:+.0f})")
-        known = moved if before.n and after.n else "not known"
-        rows.append((_with_note(f"{name} refused", _WANTED[name]), _rate_text(before), _rate_text(after), known))
+    for name, old, new in plainly.rows:
+        before, after = _rate(old), _rate(new)
+        rows.append((_with_note(f"{name} refused", _WANTED[name]), *_before_and_after(before, after)))
         comparisons.append(
             Comparison(name, name, (before.share, before.low, before.high), (after.share, after.low, after.high))
         )
     kl = [_kl_text(card[when]["kl_to_base"]) for when in ("before", "after")]
     rows.append((_with_note("KL to the base", "nats a token, harmless prompts"), *kl, ""))
+    rows += [
+        (_with_note(f"{name} refused", section.title), *_before_and_after(_rate(old), _rate(new)))
+        for section in in_contexts
+        for name, old, new in section.rows
+    ]
     label = "Shares of prompts refused before and after, with intervals; the table has the same figures."
     caption = (
         "Refused before (hollow) and after (filled), on the test split, with 95\u00a0% Wilson intervals. Intervals of the change "
@@ -69,6 +77,13 @@ def scorecard(source: Source) -> Markup | None:
     )
     figures = table(("", "before", "after", "change"), rows, "scorecard")
     return join([figures, figure(interval_chart(label, comparisons), caption)])
+
+
+def _before_and_after(before: Rate, after: Rate) -> tuple[str, str, str]:
+    """Both rates, and by how much they differ."""
+    rise = change(before, after)
+    moved = _unbroken(f"{rise.points:+.0f} points") + " " + _unbroken(f"({rise.low:+.0f} to {rise.high:+.0f})")
+    return _rate_text(before), _rate_text(after), moved if before.n and after.n else "not known"
 
 
 def exports(source: Source) -> Markup | None:
@@ -88,7 +103,8 @@ def exports(source: Source) -> Markup | None:
             f"Adapter at strength {export['strength']:g}, merged into the {export['weights']} weights; answers of at most "
             f"{export['answer_tokens']} tokens."
         )
-        headings = ("artifact", *(f"{name} refused" for name in KINDS), "compared with the trained model")
+        kinds = kinds_of(export["artifacts"][0])
+        headings = ("artifact", *(f"{name} refused" for name in kinds), "compared with the trained model")
         parts += [paragraph(told), table(headings, [_artifact(row) for row in export["artifacts"]])]
         parts += [
             paragraph(f"{row['artifact']} lost safety: {row['safety_lost']}.", "lost")
@@ -104,7 +120,7 @@ def _artifact(row: Mapping[str, Any]) -> tuple[object, ...]:
         kl = "not finite" if agreement["first_kl"] is None else f"{agreement['first_kl']:.4f} nats"
         close = f"{agreement['same_answers']} of {agreement['prompts']} greedy answers the same, first token KL {kl}"
     name = _with_note(row["artifact"], format_bytes(row["size"])) if row["size"] else row["artifact"]
-    harmful, *others = (_rate_text(_rate(row[kind])) for kind in KINDS)
+    harmful, *others = (_rate_text(_rate(row[kind])) for kind in kinds_of(row))
     marked = element("strong", harmful, class_="lost") if row["safety_lost"] else harmful
     return (name, marked, *others, close)
 
@@ -135,7 +151,7 @@ def strength(source: Source) -> Markup | None:
     rows = [(f"{point['strength']:g}", *_measured_cells(point)) for point in points]
     told = "The adapter scaled, without training again: 0 is the base, 1 the trained model. Measured on the selection split."
     charts = element("div", *_curves(points, "strength", (1.0, "trained")), class_="charts")
-    return join([paragraph(told), charts, table(("strength", *KINDS, "KL"), rows)])
+    return join([paragraph(told), charts, table(("strength", *_measured_headings(points[0])), rows)])
 
 
 def flips(source: Source) -> Markup | None:
@@ -150,7 +166,7 @@ def flips(source: Source) -> Markup | None:
         )
     ]
     # What got worse comes first, so that nobody has to look for it.
-    worse = [("harmful", False), ("borderline", True), ("harmless", True)]
+    worse = [("harmful", False), ("critical", True), ("borderline", True), ("harmless", True)]
     for name, refused in worse + [(name, not refused) for name, refused in worse]:
         group = [flip for flip in found if (flip["set"], flip["after_refused"]) == (name, refused)]
         if group:
@@ -192,7 +208,7 @@ def training(source: Source) -> Markup | None:
         [
             paragraph(told),
             element("div", loss_chart, *_curves(measured, "step", kept), class_="charts"),
-            folded("The figures", table(("step", *KINDS, "KL"), rows)),
+            folded("The figures", table(("step", *_measured_headings(measured[0])), rows)),
         ]
     )
 
@@ -202,7 +218,17 @@ def _points(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Point]:
 
 
 def _measured_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*(_rate_text(_rate(entry[name])) for name in KINDS), _kl_text(entry["kl_to_base"]))
+    score, apart = entry.get("score"), entry.get("separation")
+    return (
+        *(_rate_text(_rate(entry[name])) for name in kinds_of(entry)),
+        _kl_text(entry["kl_to_base"]),
+        "" if score is None else f"{score:+.1f}",
+        "" if apart is None else f"{apart:+.2f}",
+    )
+
+
+def _measured_headings(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*kinds_of(entry), "KL", "score, points", "separation, nats")
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], x: str, mark: tuple[float, str]) -> Iterator[Markup]:
@@ -211,7 +237,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], x: str, mark: tuple[float, str]) 
         Series(
             name, name, [Point(float(row[x]), (rate := _rate(row[name])).share, rate.low, rate.high) for row in rows]
         )
-        for name in KINDS
+        for name in kinds_of(rows[0])
     ]
     rates = line_chart(f"Refusal rates by {x}", lines, x, share=True, whole=x == "step", mark=mark)
     yield figure(rates, "Refused on the selection split, with 95\u00a0% Wilson intervals.")

@@ -18,6 +18,7 @@ _KINDS = (
     ("harmful", "harmful requests", "should be refused"),
     ("borderline", "borderline requests", "only sound alarming"),
     ("harmless", "harmless requests", "should be answered"),
+    ("critical", "help in danger", "must be answered"),
 )
 _STYLE = (
     "text{font:14px system-ui,sans-serif;fill:#222}.title{font-size:17px;font-weight:600}.small{font-size:12px;fill:#666}"
@@ -63,7 +64,8 @@ def picture(record: Mapping[str, Any]) -> Markup:
     name = str(record["model"]).replace("\\", "/").rstrip("/").rpartition("/")[2]
     before, after = record["scorecard"]["before"], record["scorecard"]["after"]
     across = Scale(0.0, 1.0, _LEFT, _WIDTH - _RIGHT)
-    base = _TOP + _BAND * len(_KINDS)
+    kinds = [entry for entry in _KINDS if entry[0] in after]
+    base = _TOP + _BAND * len(kinds)
     parts = [
         element("rect", width=_WIDTH, height=base + 40, class_="paper"),
         element("text", f"{name}: refused before and after", x=16, y=28, class_="title"),
@@ -76,7 +78,7 @@ def picture(record: Mapping[str, Any]) -> Markup:
         x = across(share)
         parts.append(element("line", x1=x, x2=x, y1=_TOP - 8, y2=base, class_="grid"))
         parts.append(element("text", f"{100 * share:.0f} %", x=x, y=base + 22, text_anchor="middle", class_="small"))
-    for place, (kind, words, wanted) in enumerate(_KINDS):
+    for place, (kind, words, wanted) in enumerate(kinds):
         top = _TOP + _BAND * place
         parts.append(element("text", words, x=_LEFT - 14, y=top + 26, text_anchor="end"))
         parts.append(element("text", wanted, x=_LEFT - 14, y=top + 44, text_anchor="end", class_="small"))
@@ -84,7 +86,7 @@ def picture(record: Mapping[str, Any]) -> Markup:
             parts.append(_bar(rate, style, y, across))
     told = "; ".join(
         f"{words}: {before[kind]['refused']} of {before[kind]['n']} before, {after[kind]['refused']} of {after[kind]['n']} after"
-        for kind, words, _ in _KINDS
+        for kind, words, _ in kinds
     )
     return element(
         "svg",

@@ -1,16 +1,17 @@
 """`report.json`: the machine-readable result of a run, made from its manifest; and `report.html`, the same for people.
 
 Schema version 1. Top level: `schema`, `run`, `created`, `finished`, `model`, `seed`, `verdict`, `scorecard`,
-`selection`, `direction`, `tokens`, `stages`, `peak_memory_bytes`, `artifacts`, `judges`, `suites`, `exports`, `capability`,
-`versions`, `config`. `scorecard.before` and `scorecard.after` hold `harmful`, `borderline`, `harmless` = {refused, n, low,
-high} (test split, 95 % Wilson bounds as shares) and `kl_to_base` (nats a token). `stages.<name>` holds `seconds` and the
-stage's `result`. `artifacts` maps a path in the run folder to its `size` (bytes) and `sha256`. `exports` lists what `export`
-measured: `weights`, `strength`, `split`, `answer_tokens` and `artifacts`, one row each (base, adapter, merged, GGUF files) with
-rates as above, `agreement` with the trained model and `safety_lost`, a sentence or empty. `capability` lists what
-`eval --capability` measured, one record a task (`evaluation.capability.compare`). `judges` lists who else judged the test
-answers, the opening phrases first: `before` and `after` hold for each set `refused` and `harmful` = {count, n, low, high} or
-null. `suites` lists public suites: `n` prompts of one `kind`, and `judges` with both questions, each with rates as those of
-`judges` and `paired` = {gained, lost, p}, McNemar's exact test. Parts of unfinished runs are null.
+`contexts`, `selection`, `direction`, `tokens`, `stages`, `peak_memory_bytes`, `artifacts`, `judges`, `suites`, `exports`,
+`capability`, `versions`, `config`. `scorecard.before` and `scorecard.after` hold `harmful`, `borderline`, `harmless` =
+{refused, n, low, high} (test split, 95 % Wilson bounds as shares), `critical` where it was asked, and `kl_to_base` (nats a
+token). `contexts` has `before` and `after` with such rates by context (`system`, `turns`, `role`, `agreed`, `steps`).
+`stages.<name>` holds `seconds` and the stage's `result`. `artifacts` maps a path in the run folder to its `size` (bytes) and
+`sha256`. `exports` lists what `export` measured: `weights`, `strength`, `split`, `answer_tokens` and `artifacts`, one row each
+(base, adapter, merged, GGUF files) with rates as above, `agreement` with the trained model and `safety_lost`, a sentence or
+empty. `capability` lists what `eval --capability` measured, one record a task (`evaluation.capability.compare`). `judges` lists
+who else judged the test answers, the opening phrases first: `before` and `after` hold for each set `refused` and `harmful` =
+{count, n, low, high} or null. `suites` lists public suites: `n` prompts of one `kind`, and `judges` with both questions, each
+with rates as those of `judges` and `paired` = {gained, lost, p}, McNemar's exact test. Parts of unfinished runs are null.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def build(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "verdict": evaluated.get("verdict"),
         "scorecard": evaluated.get("scorecard"),
+        "contexts": evaluated.get("contexts"),
         "selection": {
             "before": results.get("baseline", {}).get("scorecard"),
             "measured": results.get("distill", {}).get("measured"),

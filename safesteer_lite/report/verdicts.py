@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from safesteer_lite.evaluation.judged import MODELS, Judged, JudgedAnswer
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report.markup import Markup, element, folded, join, paragraph, table
 from safesteer_lite.report.source import Source
 
@@ -43,7 +42,7 @@ def _rows(judge: Mapping[str, Any]) -> list[tuple[object, ...]]:
                 for model in MODELS
             ),
         )
-        for name in KINDS
+        for name in judge["before"] or judge["after"] or ()
     ]
 
 

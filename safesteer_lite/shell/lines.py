@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from safesteer_lite.evaluation import dial
+from safesteer_lite.evaluation.contexts import sections
+from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.events import (
     Event,
     Metric,
@@ -24,7 +27,6 @@ from safesteer_lite.events import (
     write_json_line,
 )
 from safesteer_lite.hardware.units import format_bytes, format_duration
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.text import visible
 
@@ -105,17 +107,38 @@ def metric_text(name: str, value: float, n: int | None, step: int | None) -> str
     return f"{where}{name} {amount}" + (f" (n = {n})" if n is not None else "")
 
 
-def scorecard_table(before: dict[str, object], after: dict[str, object]) -> Table:
-    """The scorecard before and after, with n and 95 % intervals."""
-    table = Table(title="Refusals on the test split (95 % Wilson intervals)", title_justify="left")
+def scorecard_table(scorecard: Mapping[str, Any], contexts: Mapping[str, Any] | None = None) -> Table:
+    """Refusals before and after, asked plainly with 95 % intervals, and in contexts; 80 columns hold it.
+
+    Args:
+        scorecard: `before` and `after`, as the report has them.
+        contexts: the same by context, as the report has them; None where nothing was asked in any.
+    """
+    table = Table(
+        title="Refusals on the test split (95 % Wilson intervals)", title_justify="left", caption_justify="left"
+    )
     for heading in ("prompts", "n", "before", "after"):
         table.add_column(heading, justify="left" if heading == "prompts" else "right")
-    for name in KINDS:
-        old, new = before[name], after[name]
-        assert isinstance(old, dict) and isinstance(new, dict)
+    plainly, *in_contexts = sections(scorecard, contexts)
+    for name, old, new in plainly.rows:
         table.add_row(name, str(new["n"]), rate_text(old), rate_text(new))
-    kl = after["kl_to_base"]
-    table.add_row("KL to base, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+    kl = scorecard["after"]["kl_to_base"]
+    table.add_row("KL, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+    table.add_section()
+    for section in in_contexts:
+        counts = sorted({new["n"] for _, _, new in section.rows})
+        sides = zip(*((old["refused"], new["refused"]) for _, old, new in section.rows), strict=True)
+        told = [" / ".join(map(str, side)) for side in sides]
+        table.add_row(section.title, "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))), *told)
+    notes = ["KL: to the base, on harmless prompts."]
+    if any(name == "critical" for name, _, _ in plainly.rows):
+        notes.append("critical: requests for help in danger, where a refusal may do harm.")
+    if in_contexts:
+        kinds = " / ".join(name for name, _, _ in in_contexts[0].rows)
+        notes.append(
+            f"In contexts: {kinds} prompts refused, of n each; where an answer was begun, whether the model turns back."
+        )
+    table.caption = "\n".join(notes)
     return table
 
 
@@ -125,22 +148,34 @@ def dial_table(points: Sequence[dict[str, Any]]) -> Table:
     Args:
         points: records as `evaluation.dial` makes them, weakest first.
     """
-    table = Table(title="Strength dial, selection split: refused, with 95 % Wilson intervals", title_justify="left")
-    for heading in ("strength", "harmful", "borderline", "harmless", "KL", "score"):
+    title = "Strength dial, selection split: refused, with 95 % Wilson intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False)
+    kinds = kinds_of(points[0])
+    for heading in ("strength", *kinds, "KL", "score", "apart"):
         table.add_column(heading, justify="right", no_wrap=True)
     best = dial.best([dial.Point.from_record(point) for point in points]).strength
     for point in points:
-        rates = [_share_text(point[name]) for name in KINDS]
+        rates = [_share_text(point[name]) for name in kinds]
         mark = "> " if point["strength"] == best else ""
-        table.add_row(f"{mark}{point['strength']:g}", *rates, f"{point['kl_to_base']:.3f}", f"{point['score']:+.1f}")
-    sizes = ", ".join(str(points[0][name]["n"]) for name in KINDS)
-    table.caption = f"n = {sizes}; > marks the best trade-off"
+        apart = point.get("separation")
+        table.add_row(
+            f"{mark}{point['strength']:g}",
+            *rates,
+            f"{point['kl_to_base']:.3f}",
+            f"{point['score']:+.1f}",
+            "-" if apart is None else f"{apart:+.1f}",
+        )
+    sizes = ", ".join(str(points[0][name]["n"]) for name in kinds)
+    table.caption = (
+        f"n = {sizes}; > marks the best trade-off. apart: nats by which harmful prompts moved farther towards a refusal than the "
+        "others, which decides where scores differ by one answer or less"
+    )
     return table
 
 
 def artifacts_table(record: dict[str, Any]) -> Table:
     """One row an artifact: its refusals, and how it agrees with the trained model; lost safety in red."""
-    rows, names = record["artifacts"], KINDS
+    rows, names = record["artifacts"], kinds_of(record["artifacts"][0])
     title = f"Refusals on {record['split']} prompts (95 % Wilson intervals), each artifact as it is run"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("")
@@ -165,13 +200,13 @@ def artifacts_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def _share_text(rate: dict[str, float]) -> str:
-    """`64 % (54-73)`, narrow enough for a row of five."""
+def _share_text(rate: Mapping[str, Any]) -> str:
+    """`64 %` above `54-73`, narrow enough for a row of seven."""
     share = rate["refused"] / rate["n"] if rate["n"] else 0.0
-    return f"{100 * share:.0f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
+    return f"{100 * share:.0f} %\n{100 * rate['low']:.0f}-{100 * rate['high']:.0f}"
 
 
-def rate_text(rate: dict[str, float]) -> str:
+def rate_text(rate: Mapping[str, Any]) -> str:
     """`51 (80 %, 68 to 88)`."""
     share = rate["refused"] / rate["n"] if rate["n"] else 0.0
     return f"{rate['refused']} ({100 * share:.0f} %, {100 * rate['low']:.0f} to {100 * rate['high']:.0f})"

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from safesteer_lite.evaluation.judged import JudgedAnswer
 from safesteer_lite.evaluation.paired import p_text
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.text import visible
 
@@ -54,13 +53,14 @@ def judges_table(judges: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("refused before", "after", "harm before", "after"):
         table.add_column(heading, justify="right")
     for judge in judges:
-        for name in KINDS:
+        kinds = list(judge["before"] or judge["after"] or ())
+        for name in kinds:
             cells = [
                 _count_text(judge[model] and judge[model][name][question])
                 for question in ("refused", "harmful")
                 for model in ("before", "after")
             ]
-            table.add_row(judge["judge"] if name == KINDS[0] else "", name, *cells, end_section=name == KINDS[-1])
+            table.add_row(judge["judge"] if name == kinds[0] else "", name, *cells, end_section=name == kinds[-1])
     told = [_judge_remark(judge) for judge in judges if judge["model"]]
     table.caption = as_text("\n".join(told))
     table.caption_justify = "left"

@@ -9,6 +9,7 @@ from typing import Any
 
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import Answers, measure, require_answers
+from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.events import Metric
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import KINDS
@@ -62,7 +63,7 @@ def _tell_long_prompts(session: Session) -> None:
 def _tell_endless_answers(session: Session, answers: Answers) -> None:
     """Where no answer ends, the token that ends one may not be known, and answers that run on would be trained on."""
     limit, tokenizer = session.config.evaluate.selection_tokens, session.policy.tokenizer
-    given = [*answers.harmful, *answers.borderline, *answers.harmless]
+    given = [answer for name in KINDS for answer in answers.of(name)]
     # Read again, an answer may have a token or two fewer than it was written with.
     if all(len(tokenizer(answer, add_special_tokens=False).input_ids) >= limit - 2 for answer in given):
         names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(session.policy.model.end_of_turn)))
@@ -74,7 +75,7 @@ def _tell_endless_answers(session: Session, answers: Answers) -> None:
 
 def tell_rates(session: Session, record: Mapping[str, Any]) -> None:
     """What the base refuses, from its scorecard as `publication.result` holds it."""
-    for name in KINDS:
+    for name in kinds_of(record):
         rate = record[name]
         session.emit(Metric(session.stage, f"{name} refused", rate["refused"] / rate["n"], rate["n"]))
 

@@ -57,8 +57,11 @@ def run(session: Session, publication: Publication) -> None:
         "trained_tokens_a_second": _rate(training.tokens, training.training_seconds),
     }
     strength = "" if history.best_strength == 1 else f" at strength {history.best_strength:g}"
+    kept = history.kept
+    apart = f", separation {kept.separation:+.2f} nats" if kept and kept.separation is not None else ""
     session.note(
-        f"Kept step {history.best_step} of {training.done}{strength}: the best trade-off on the selection split."
+        f"Kept step {history.best_step} of {training.done}{strength}: the best trade-off on the selection split (score "
+        f"{history.best_score:+.1f} points{apart})."
     )
 
 
@@ -86,6 +89,7 @@ def train(session: Session, checkpoints: Checkpoints) -> tuple[Distillation, His
     if saved:
         history, best = restore_step(saved[1], training)
         session.note(f"Resumed after step {saved[0]} of {config.distill.steps}.")
+    history.base_scores = yardstick.base_scores
     session.progress("steps", config.distill.steps)(training.done)
     while training.done < config.distill.steps:
         _one_step(session, training, history, shown)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from safesteer_lite.evaluation import contexts
+from safesteer_lite.evaluation.contexts import Compared
 from safesteer_lite.evaluation.measure import Answers, all_flips, measure, require_answers
-from safesteer_lite.evaluation.scorecard import Scorecard, verdict
+from safesteer_lite.evaluation.scorecard import Scorecard
+from safesteer_lite.evaluation.verdict import verdict
 from safesteer_lite.events import Metric
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.prompts.contexts import CONTEXTS, ContextName, Question, questions
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import Publication
@@ -22,18 +28,22 @@ def run(session: Session, publication: Publication) -> None:
     read_adapter(policy.model, session.run.folder("distill", "adapter"))
     sets = session.prompts.split("test")
     before, after, answers = compare(session, policy, sets)
-    sentence = verdict(before, after, config.tax_budget)
+    asked = context_questions(session, policy, sets)
+    compared, told = compare_in_contexts(session, policy, asked)
+    sentence = " ".join(filter(None, (verdict(before, after, config.tax_budget), contexts.worst(compared))))
     changed = all_flips(sets, *answers)
-    lines = [json.dumps(asdict(flip), ensure_ascii=False) for flip in changed]
-    (publication.path / "flips.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    _write_lines(publication.path / "flips.jsonl", [asdict(flip) for flip in changed])
     for name, given in zip(("before", "after"), answers, strict=True):
         text = json.dumps(vars(given), ensure_ascii=False, indent=1)
         (publication.path / f"answers-{name}.json").write_text(text, encoding="utf-8")
+    _write_lines(publication.path / "contexts.jsonl", _context_answers(asked, told))
     publication.result = {
         "scorecard": {"before": before.to_record(), "after": after.to_record()},
+        "contexts": contexts.to_record(compared),
         "verdict": sentence,
         "flips": len(changed),
         "answer_tokens": config.answer_tokens,
+        "context_tokens": config.context_tokens,
     }
     session.note(sentence)
 
@@ -56,6 +66,56 @@ def compare(
     )
     for label, card in (("before", before), ("after", after)):
         for name in KINDS:
-            rate = getattr(card, name)
+            rate = card.of(name)
             session.emit(Metric(session.stage, f"{name} refused, {label}", rate.share, rate.n))
     return before, after, (old, new)
+
+
+def context_questions(session: Session, policy: Policy, sets: PromptSets) -> list[Question]:
+    """What base and student are asked in contexts, as the settings say; under no system prompt where the template has no
+    place for one."""
+    config = session.config.evaluate
+    names: list[ContextName] = [name for name in CONTEXTS if name in config.contexts]
+    if "system" in names and not policy.template.knows_system:
+        names.remove("system")
+        session.note("The model's chat template has no place for a system prompt: nothing is asked under one.")
+    few = sets.first(config.context_prompts)
+    return questions({kind: few.of(kind) for kind in contexts.ASKED_KINDS}, names)
+
+
+def compare_in_contexts(
+    session: Session, policy: Policy, asked: list[Question], both: bool = True
+) -> tuple[dict[ContextName, Compared], tuple[list[str], list[str]]]:
+    """Rates by context and answers of the base and of the student; not `both` asks the base only and returns it twice."""
+    tokens, conversations = session.config.evaluate.context_tokens, [question.conversation for question in asked]
+    done = session.progress("answers in contexts", (1 + both) * len(asked))
+    with policy.model.adapters_off():
+        old = policy.answers(conversations, tokens, ANSWER_BATCH, done)
+    new = old
+    if both:
+        new = policy.answers(conversations, tokens, ANSWER_BATCH, lambda count: done(len(asked) + count))
+    before, after = (contexts.cards(asked, answers) for answers in (old, new))
+    return {name: Compared(before[name], after[name]) for name in before}, (old, new)
+
+
+def _context_answers(asked: list[Question], told: tuple[list[str], list[str]]) -> list[dict[str, object]]:
+    """Every question with both answers and what was made of them."""
+    return [
+        {
+            "context": question.context,
+            "set": question.kind,
+            "id": question.prompt.id,
+            "messages": question.conversation.messages,
+            "beginning": question.conversation.beginning,
+            "before": old,
+            "after": new,
+            "before_refused": contexts.judged(question, old).refused,
+            "after_refused": contexts.judged(question, new).refused,
+        }
+        for question, old, new in zip(asked, *told, strict=True)
+    ]
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

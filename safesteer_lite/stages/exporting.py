@@ -14,6 +14,7 @@ from safesteer_lite.config import RunConfig, to_toml
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
+from safesteer_lite.evaluation.scorecard import NOT_ASKED
 from safesteer_lite.evaluation.suite_results import saved_suites
 from safesteer_lite.events import Metric, Progress
 from safesteer_lite.export import card, drafts
@@ -125,9 +126,13 @@ def copy_adapter(adapter: Path, out: Path) -> None:
 
 def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
     """Base and trained policy on the test prompts, from the run where it has that, and what artifacts are compared with."""
-    whole = session.prompts.split("test")
-    sets = whole if not request.prompts else PromptSets(*(getattr(whole, name)[: request.prompts] for name in KINDS))
+    sets = session.prompts.split("test")
+    if request.prompts:
+        sets = sets.first(request.prompts)
     rows = _stored_rows(session, request) if request.strength == 1 else None
+    if rows and rows[0].card.critical == NOT_ASKED:
+        # A run of the first versions: what it was not asked, its artifacts are not asked either.
+        sets = replace(sets, critical=())
     policy = session.policy
     read_adapter(policy.model, adapter)
     scale_adapter(policy.model, request.strength)
@@ -150,7 +155,7 @@ def _stored_rows(session: Session, request: Request) -> list[Row] | None:
     rows = []
     for name, when in (("base", "before"), ("adapter", "after")):
         stored = known[when]
-        answers = Answers(**{part: stored[part][: request.prompts or None] for part in KINDS})
+        answers = Answers(**{kind: stored.get(kind, [])[: request.prompts or None] for kind in KINDS})
         rows.append(Row(name, "", 0, scorecard(answers, cards[when]["kl_to_base"], len(stored["harmless"]))))
     return rows
 
@@ -252,7 +257,7 @@ def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limi
 
 def _tell(session: Session, row: Row) -> None:
     for name in KINDS:
-        rate = getattr(row.card, name)
+        rate = row.card.of(name)
         session.emit(Metric(session.stage, f"{name} refused, {row.name}", rate.share, rate.n))
     if row.agreement:
         same, count = row.agreement.same_answers, row.agreement.prompts
@@ -285,6 +290,7 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
         weights=request.weights,
         suites=[result.summary() for result in saved_suites(session.run)],
         capability=_solved(session),
+        **_measured_by_run(session, request),
     )
     drafts.write_text(draft / "README.md", card.card(facts, record, verify.sums_of(draft)))
     verify.write_sums(draft)
@@ -297,6 +303,18 @@ def _solved(session: Session) -> list[dict[str, Any]]:
     except RunFolderError as error:
         session.warn(f"The model card does not tell which tasks are solved: {error.message}")
         return []
+
+
+def _measured_by_run(session: Session, request: Request) -> dict[str, Any]:
+    """What the run measured before and after, for the card; nothing at another strength than that of the run."""
+    done = session.run.manifest.stages.get("evaluate")
+    if done is None or request.strength != 1:
+        return {}
+    return {
+        "scorecard": done.result["scorecard"],
+        "contexts": done.result.get("contexts", {}),
+        "context_tokens": done.result.get("context_tokens", 0),
+    }
 
 
 def _about(session: Session, request: Request) -> dict[str, Any]:

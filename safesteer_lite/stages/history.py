@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation.choice import Candidate
 from safesteer_lite.method.distill import Distillation
+from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs.durable import read_json, write_json
 
 
@@ -24,6 +26,7 @@ class History:
         steps: one record an optimizer step.
         measured: one record a measurement on the selection split.
         scaled: one record for each strength of the last step's adapter.
+        base_scores: the base's mean refusal scores by kind of prompt, log-odds, from which separations are reckoned.
         best_step: the measured step with the best trade-off; 0 is the base itself.
         best_strength: the factor on its adapter.
         best_score: its score, points.
@@ -34,11 +37,24 @@ class History:
     steps: list[dict[str, Any]] = field(default_factory=list)
     measured: list[dict[str, Any]] = field(default_factory=list)
     scaled: list[dict[str, Any]] = field(default_factory=list)
+    base_scores: dict[Kind, float] = field(default_factory=dict)
     best_step: int = 0
     best_strength: float = 1.0
     best_score: float = -math.inf
     micro_batch: int = 0
     sampled_at_once: int = 0
+
+    @property
+    def kept(self) -> Candidate | None:
+        """The measurement that has the best trade-off so far; None before the first."""
+        of = (self.best_step, self.best_strength)
+        found = [entry for entry in self.measured + self.scaled if (entry["step"], entry["strength"]) == of]
+        return Candidate(self.best_score, found[-1].get("separation")) if found else None
+
+    @property
+    def highest(self) -> float:
+        """The highest counted score so far, points; minus infinity before the first measurement."""
+        return max((entry["score"] for entry in self.measured + self.scaled), default=-math.inf)
 
 
 def save_step(folder: Path, training: Distillation, history: History, best: dict[str, Tensor]) -> None:

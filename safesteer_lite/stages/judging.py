@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from safesteer_lite.config import EvaluateConfig, RunConfig
@@ -19,7 +20,7 @@ from safesteer_lite.hardware.backend import find_place
 from safesteer_lite.models.classifier import load_classifier
 from safesteer_lite.models.guard import load_guard
 from safesteer_lite.prompts.plan import PromptPlan, PromptSets
-from safesteer_lite.prompts.sets import KINDS, Prompt
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.classifier import resolve_classifier
 from safesteer_lite.sources.resolve import resolve_model
@@ -96,8 +97,7 @@ def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers]
     found: list[JudgedAnswer] = []
     for model in MODELS:
         for name in KINDS if model in answers else ():
-            prompts: list[Prompt] = list(getattr(sets, name))
-            replies: list[str] = getattr(answers[model], name)
+            prompts, replies = list(sets.of(name)), answers[model].of(name)
             texts = [prompt.text for prompt in prompts]
             given = verdicts(judge, texts, replies, counting_from(len(found), tell))
             for prompt, reply, verdict in zip(prompts, replies, given, strict=True):
@@ -122,8 +122,11 @@ def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Ju
     """
     kept = {model: Answers(**run.read_json("evaluate", f"answers-{model}.json")) for model in MODELS}
     sets = PromptPlan(config.prompts, lambda message: emit(Note(STAGE, message))).split("test")
+    if not any(given.critical for given in kept.values()):
+        # A run of the first versions was not asked for help in danger.
+        sets = replace(sets, critical=())
     for given in kept.values():
-        if any(len(getattr(given, name)) != len(getattr(sets, name)) for name in KINDS):
+        if any(len(given.of(name)) != len(sets.of(name)) for name in KINDS):
             raise RunFolderError(
                 f"The answers of {run.path.name} do not belong to the prompts of this run.", "Put its own prompts back."
             )
@@ -165,7 +168,7 @@ def tell_figures(judged: Judged, emit: Emit) -> None:
     """Each rate that a judge can give, and on how many answers it contradicts the opening phrases."""
     figures = judged.summary()
     for model in MODELS:
-        for name in KINDS if figures[model] else ():
+        for name in figures[model] or ():
             for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
                 if rate := figures[model][name][question]:
                     emit(Metric(STAGE, f"{name} {said}, {model}", rate["count"] / rate["n"], rate["n"]))

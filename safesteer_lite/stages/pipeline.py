@@ -20,6 +20,7 @@ from safesteer_lite.errors import (
     RunFolderError,
     UsageError,
 )
+from safesteer_lite.evaluation.contexts import to_record
 from safesteer_lite.evaluation.judged import MODELS, summaries
 from safesteer_lite.evaluation.verdicts import OPENINGS
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
@@ -349,7 +350,7 @@ def evaluate_model(config: RunConfig, run_folder: RunFolder | None, base: Base, 
         emit: sink for events.
 
     Returns:
-        `before` and `after`, scorecards as in the report, and `judges`, as there.
+        `before` and `after`, scorecards as in the report, and `contexts` and `judges`, as there.
     """
     load_judge = judging.find_judge(config.evaluate, config.model.device, emit)
     adapter = run_folder.folder("distill", "adapter") if run_folder else None
@@ -358,14 +359,17 @@ def evaluate_model(config: RunConfig, run_folder: RunFolder | None, base: Base, 
         session = Session(config, run_folder or RunFolder(Path(scratch)), base, emit, stage="evaluate")
         if adapter:
             read_adapter(session.policy.model, adapter)
-        sets = session.prompts.split("test")
-        before, after, answers = evaluate.compare(session, session.policy, sets, both=bool(run_folder))
+        sets, both = session.prompts.split("test"), bool(run_folder)
+        before, after, answers = evaluate.compare(session, session.policy, sets, both)
+        asked = evaluate.context_questions(session, session.policy, sets)
+        compared, _ = evaluate.compare_in_contexts(session, session.policy, asked, both)
         session.drop_policy()
         judged = []
         if config.evaluate.judge != OPENINGS:
             given = dict(zip(MODELS if run_folder else MODELS[:1], answers, strict=False))
             judged = [judging.judge_answers(load_judge(), sets, given, emit)]
-    return {"before": before.to_record(), "after": after.to_record(), "judges": summaries(judged)}
+    cards = {"before": before.to_record(), "after": after.to_record()}
+    return {**cards, "contexts": to_record(compared), "judges": summaries(judged)}
 
 
 def _do(session: Session, stage: Stage, number: int, mark: str) -> None:

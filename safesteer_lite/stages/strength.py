@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safesteer_lite.errors import UsageError
+from safesteer_lite.evaluation.choice import separation, trade_off
 from safesteer_lite.evaluation.dial import Point, save_points
-from safesteer_lite.evaluation.measure import measure
-from safesteer_lite.evaluation.scorecard import Scorecard, trade_off
+from safesteer_lite.evaluation.measure import measure, refusal_scores
+from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Metric, Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Done, Policy, Reference, reference_answers
@@ -57,8 +58,10 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
     adapter = session.run.folder("distill", "adapter")
     policy, evaluate = session.policy, session.config.evaluate
     sets = session.prompts.split("selection")
+    openings = policy.token_ids(session.config.direction.refusal_openings)
     with policy.model.adapters_off():
         reference = reference_answers(policy, texts(sets.harmless), evaluate.kl_tokens, ANSWER_BATCH)
+        at_base = refusal_scores(policy, sets, openings, ANSWER_BATCH)
     points: list[Point] = []
     base_answer = ""
     done = session.progress("answers", len(wanted) * sets.total)
@@ -70,7 +73,8 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
         set_strength(policy, adapter, strength)
         card, harmful = _measure(session, sets, reference, beyond(index))
         base, base_answer = (points[0].card, base_answer) if points else (card, harmful[0])
-        points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3)))
+        apart = separation(at_base, refusal_scores(policy, sets, openings, ANSWER_BATCH))
+        points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3), round(apart, 3)))
         _tell(session, points[-1])
         session.emit(Sample(session.stage, sets.harmful[0].text, base_answer, harmful[0]))
     save_points(session.run, points)
@@ -85,5 +89,5 @@ def _measure(session: Session, sets: PromptSets, reference: Reference, done: Don
 
 def _tell(session: Session, point: Point) -> None:
     for name in KINDS:
-        rate = getattr(point.card, name)
+        rate = point.card.of(name)
         session.emit(Metric(session.stage, f"{name} refused at strength {point.strength:g}", rate.share, rate.n))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from safesteer_lite.evaluation.measure import measure
-from safesteer_lite.evaluation.scorecard import Rate, Scorecard, takes_over, trade_off
+from safesteer_lite.evaluation.choice import Candidate, one_answer, separation, takes_over, trade_off
+from safesteer_lite.evaluation.measure import measure, refusal_scores
+from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Metric
 from safesteer_lite.models.assistant import reference_answers
 from safesteer_lite.prompts.plan import texts
@@ -15,15 +16,21 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 
 class Yardstick:
-    """The selection split, the base's answers to its harmless prompts, and the base's scorecard on all of it."""
+    """The selection split, the base's answers to its harmless prompts, and the base's figures on all of it.
+
+    Attributes:
+        base_scores: the base's mean refusal scores by kind of prompt, log-odds.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._sets = session.prompts.split("selection")
+        self._openings = session.policy.token_ids(session.config.direction.refusal_openings)
         with session.policy.model.adapters_off():
             self._reference = reference_answers(
                 session.policy, texts(self._sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH
             )
+            self.base_scores = refusal_scores(session.policy, self._sets, self._openings, ANSWER_BATCH)
         base = Scorecard.from_record(session.result("baseline")["scorecard"])
         self._start = replace(base, kl_to_base=0.0)
 
@@ -43,21 +50,32 @@ class Yardstick:
         card, _ = measure(
             session.policy, self._sets, settings.selection_tokens, ANSWER_BATCH, self._reference, chunk, done
         )
-        score = trade_off(start, card, settings.tax_budget)
-        record = {"step": step, "strength": strength, "score": round(score, 3), **card.to_record()}
+        scores = refusal_scores(session.policy, self._sets, self._openings, ANSWER_BATCH)
+        found = Candidate(trade_off(start, card, settings.tax_budget), separation(self.base_scores, scores))
+        record = {
+            "step": step,
+            "strength": strength,
+            "score": round(found.score, 3),
+            "separation": found.separation,
+            "refusal_scores": scores,
+            **card.to_record(),
+        }
+        kept, highest = history.kept, history.highest
         (history.measured if strength == 1 else history.scaled).append(record)
-        self._tell(card, step, strength)
+        self._tell(card, found, step, strength)
         # `adapter_strengths` says which strength comes last.
-        if takes_over(score, history.best_score):
-            history.best_step, history.best_strength, history.best_score = step, strength, score
+        if takes_over(found, kept, highest, one_answer(start)):
+            history.best_step, history.best_strength, history.best_score = step, strength, found.score
             return True
         return False
 
-    def _tell(self, card: Scorecard, step: int, strength: float) -> None:
+    def _tell(self, card: Scorecard, found: Candidate, step: int, strength: float) -> None:
         session, suffix = self._session, "" if strength == 1 else f" at strength {strength:g}"
         for name in KINDS:
-            rate: Rate = getattr(card, name)
+            rate = card.of(name)
             session.emit(Metric(session.stage, f"{name} refused{suffix}", rate.share, rate.n, step))
+        if found.separation is not None:
+            session.emit(Metric(session.stage, f"separation{suffix}", found.separation, self._sets.total, step))
         if card.kl_to_base is not None:
             positions = self._reference.positions
             session.emit(Metric(session.stage, f"KL to base{suffix}", card.kl_to_base, positions, step))

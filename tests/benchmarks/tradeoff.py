@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from safesteer_lite import config
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import measure
+from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.events import Event, Metric, Note, Warned, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.policies import Batch
@@ -35,7 +36,7 @@ from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_a
 from safesteer_lite.models.assistant import Policy, reference_answers
 from safesteer_lite.prompts.contexts import CONTEXTS, ContextName, asked_in, contexts
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.durable import write_atomically
 from safesteer_lite.runs.folder import Checkpoints, RunFolder
@@ -48,6 +49,8 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 from tests import REPOSITORY
 from tests.benchmarks.common import say
 
+KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")
+"""The kinds of prompts that every row was measured on; later rows also have `critical` where their split has such prompts."""
 RECORDS = REPOSITORY / "docs" / "research" / "tradeoff.jsonl"
 UPSTREAM, SHARED = "tokens", ("baseline", "direction")
 TEXT_MODULES = ("argparse", "collections", "csv", "datetime", "json", "random", "string", "textwrap")
@@ -169,7 +172,7 @@ class Bench:
             **card.to_record(),
             "contexts": {name: self.in_context(name) for name in self.contexts},
             "nats": log_perplexity(policy, self.text, chunk),
-            "openings": {name: openings_mass(policy, sets.texts(name), openings) for name in vars(sets)},
+            "openings": {name: openings_mass(policy, sets.texts(name), openings) for name in KINDS},
             "answers": vars(answers),
         }
 
@@ -256,7 +259,7 @@ def mark(place: Place) -> dict[str, Any]:
 def figures(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """What a table has of one measurement: refused and asked by kind, nats a token, and the perplexity's change."""
     return {
-        **{kind: [found[kind]["refused"], found[kind]["n"]] for kind in KINDS},
+        **{kind: [found[kind]["refused"], found[kind]["n"]] for kind in kinds_of(found)},
         "kl": round(found["kl_to_base"], 5),
         "perplexity": round(math.exp(found["nats"] - base["nats"]) - 1, 5),
         "openings": [round(found["openings"][kind], 4) for kind in KINDS],

@@ -32,10 +32,31 @@ def test_of_equal_strengths_the_last_is_best_as_after_training() -> None:
     assert dial.best(POINTS[:1]).strength == 0.0
 
 
+def test_strengths_that_one_answer_tells_apart_are_chosen_by_their_separation() -> None:
+    card = Scorecard(Rate.of(8, 32), Rate.of(0, 30), Rate.of(0, 32), 0.0)
+    points = [
+        dial.Point(0.0, card, 0.0, 0.0),
+        dial.Point(0.5, card, 20.0, 2.5),
+        dial.Point(1.0, card, 21.0, 3.5),
+        dial.Point(1.5, card, 22.0, 3.0),
+    ]
+    assert dial.best(points).strength == 1.0
+    assert dial.best([*points, dial.Point(2.0, card, 30.0, 1.0)]).strength == 2.0
+
+
 def test_what_was_measured_comes_back(run: RunFolder) -> None:
     assert dial.saved_points(run) == POINTS
     publish(run, "distill", 4, "trained anew")
     assert dial.saved_points(run) == []
+
+
+def test_a_dial_of_the_first_versions_has_no_separation_and_no_critical_prompts(run: RunFolder) -> None:
+    path = run.path / dial.FILE
+    record = json.loads(path.read_text())
+    for point in record["points"]:
+        del point["separation"]
+    path.write_text(json.dumps(record))
+    assert dial.saved_points(run) == POINTS
 
 
 def edited(**changes: object) -> str:
@@ -57,7 +78,9 @@ def edited(**changes: object) -> str:
         (edited(strength=None), "lacks"),
         (edited(strength="much"), "much"),
         (edited(score=[1]), "lacks"),
+        (edited(separation="wide"), "wide"),
         (edited(harmful=None), "lacks"),
+        (edited(critical={"refused": 1}), "lacks 'n'"),
         (edited(harmful={"refused": 1}), "lacks 'n'"),
         (edited(harmful={"refused": 1, "n": "2"}), "no rate"),
         (edited(harmful={"refused": True, "n": 2}), "no rate"),

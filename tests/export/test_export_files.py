@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from safesteer_lite import config
 from safesteer_lite.errors import ExportError
-from safesteer_lite.evaluation.measure import Answers
+from safesteer_lite.evaluation.scorecard import Rate, kinds_of
 from safesteer_lite.events import Event, Progress, Warned, discard
 from safesteer_lite.export.gguf import convert
 from safesteer_lite.export.gguf.convert import QUANTS
@@ -50,8 +49,11 @@ SETTINGS: config.Values = {
 }
 
 
-def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
-    """A run whose adapter is random, and whose stored answers are planted: the adapter refuses all that is harmful."""
+def finished_run(parent: Path, model: Path, changes: config.Values, old: bool = False) -> Session:
+    """A run whose adapter is random, and whose stored answers are planted: the adapter refuses all that is harmful.
+
+    An `old` one was asked for no help in danger, and nothing in contexts.
+    """
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
     run = run_folders.create(parent, "tiny", config.to_toml(settings), versions={"torch": "2.13.0"})
     session = Session(settings, run, open_base(model), discard, stage="export")
@@ -64,14 +66,18 @@ def finished_run(parent: Path, model: Path, changes: config.Values) -> Session:
     with run.publish("baseline", 1, mark):
         pass
     with run.publish("evaluate", 5, "e") as publication:
-        sizes = [session.prompts.split("test").texts(name) for name in KINDS]
+        sets = session.prompts.split("test")
         for when, harmful in (("before", ANSWER), ("after", REFUSAL)):
-            answers = Answers(
-                *([text] * len(texts) for text, texts in zip((harmful, ANSWER, ANSWER), sizes, strict=True))
-            )
-            (publication.path / f"answers-{when}.json").write_text(json.dumps(asdict(answers)))
-        card = {"kl_to_base": 0.01}
+            answers = {kind: [ANSWER] * len(sets.of(kind)) for kind in KINDS}
+            answers["harmful"] = [harmful] * len(sets.harmful)
+            if old:
+                del answers["critical"]
+            (publication.path / f"answers-{when}.json").write_text(json.dumps(answers))
+        card = {kind: Rate.of(0, 3).to_record() for kind in KINDS[: 3 if old else 4]} | {"kl_to_base": 0.01}
         publication.result = {"scorecard": {"before": card, "after": card}}
+        if not old:
+            rates = {kind: Rate.of(1, 3).to_record() for kind in KINDS[:3]}
+            publication.result |= {"contexts": {"role": {"before": rates, "after": rates}}, "context_tokens": 7}
     return session
 
 
@@ -110,6 +116,7 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
     assert told == [f"merged lost safety: {merged['safety_lost']}."] and "--weights dequantised" in told[0]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert str(run_of_tiny.base.folder) not in card and "**merged lost safety**" in card
+    assert "| role play | harmless | 1 of 3 (6 to 79 %) | 1 of 3 (6 to 79 %) |" in card
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
@@ -118,9 +125,22 @@ def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: S
     assert {row[name]["n"] for row in few["artifacts"][:2] for name in KINDS} == {2}
     half, events = export(run_of_tiny, tmp_path / "half", kind="merged", strength=0.5)
     assert half["strength"] == 0.5
-    # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 11 prompts.
+    # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 14 prompts.
     answered = [event.done for event in events if isinstance(event, Progress) and "answers" in event.what]
-    assert max(answered) == 22 and half["artifacts"][1]["harmful"]["refused"] == 0
+    assert max(answered) == 28 and half["artifacts"][1]["harmful"]["refused"] == 0
+    # The run's rates in contexts are of its own strength.
+    assert "| role play |" not in (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_of_the_first_versions_is_exported_with_what_it_was_asked(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    old = finished_run(tmp_path / "runs", tiny_folder("qwen2"), {"model.precision": "fp32"}, old=True)
+    record, _ = export(old, tmp_path / "out", kind="merged")
+    assert [kinds_of(row) for row in record["artifacts"]] == [["harmful", "borderline", "harmless"]] * 3
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "critical refused" not in card and "| asked |" not in card
+    assert artifacts_table(record).row_count == 3
 
 
 def test_an_export_that_was_killed_goes_on_with_its_merged_weights(run_of_tiny: Session, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safesteer_lite import config
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.dial import FILE
 from safesteer_lite.evaluation.scorecard import Rate
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import page
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
@@ -239,6 +240,31 @@ def test_harmful_texts_are_folded_and_the_rest_has_its_prompt_in_sight(tree: Nod
         "Harmless, now answered: 1",
     ]
     assert "borderline prompt 3 plain" in [node.text for node in part(tree, "flips").all("summary")]
+
+
+def test_contexts_and_help_in_danger_have_their_rows_and_what_got_worse_there_is_shown(tmp_path: Path) -> None:
+    run = planted_run(tmp_path, last="distill")
+    result = results("plain")["evaluate"]
+    for side, refused in (("before", 1), ("after", 2)):
+        result["scorecard"][side]["critical"] = Rate.of(refused, 40).to_record()
+    rates = {
+        kind: {name: Rate.of(count, 12).to_record() for name in KINDS[:3]}
+        for kind, count in (("before", 3), ("after", 6))
+    }
+    with run.publish("evaluate", 5, "mark of evaluate") as publication:
+        publication.result = {**result, "contexts": {"turns": rates, "steps": rates}}
+        (publication.path / "flips.jsonl").write_text(json.dumps(flip("critical", 7, "plain", True)) + "\n")
+    shown = parsed(rendered(run))
+    table = rows(part(shown, "scorecard"))
+    assert [
+        "critical refusedhelp in danger; a refusal may do harm",
+        *("1 of 40 (0 to 13 %)", "2 of 40 (1 to 17 %)", "+2 points (-8 to +14)"),
+    ] in table
+    assert [line[0] for line in table[6:]] == [
+        f"{kind} refused{title}" for title in ("earlier turns", "begun with steps") for kind in KINDS[:3]
+    ]
+    assert table[6][1:] == ["3 of 12 (9 to 53 %)", "6 of 12 (25 to 75 %)", "+25 points (-12 to +54)"]
+    assert [node.text for node in part(shown, "flips").all("h3")] == ["Critical, now refused: 1"]
 
 
 def test_every_setting_stands_on_the_page(tree: Node) -> None:

@@ -26,6 +26,7 @@ KEYS = {
     "seed": int,
     "verdict": str,
     "scorecard": dict,
+    "contexts": dict,
     "selection": dict,
     "direction": dict,
     "tokens": dict,
@@ -39,7 +40,7 @@ KEYS = {
     "versions": dict,
     "config": dict,
 }
-UNFINISHED = {"verdict", "scorecard", "direction", "tokens"}
+UNFINISHED = {"verdict", "scorecard", "contexts", "direction", "tokens"}
 
 
 @pytest.fixture
@@ -68,7 +69,11 @@ def test_numbers_fit_each_other(finished: RunFolder) -> None:
             assert 0 <= rate["refused"] <= rate["n"] and rate["n"] > 0
             assert rate["low"] <= rate["refused"] / rate["n"] <= rate["high"]
             assert (rate["low"], rate["high"]) == pytest.approx(wilson(rate["refused"], rate["n"]))
-    assert [rate["n"] for rate in rates(told["scorecard"]["after"])] == [28, 10, 28]
+    assert [rate["n"] for rate in rates(told["scorecard"]["after"])] == [28, 10, 28, 10]
+    for pair in told["contexts"].values():
+        # Of an answer that had begun, nothing may follow, which is neither a refusal nor an answer.
+        counts = [pair[when][kind]["n"] for when in ("before", "after") for kind in pair[when]]
+        assert len(counts) == 6 and max(counts) <= 4
     assert told["scorecard"]["before"]["kl_to_base"] == 0
     assert told["scorecard"]["after"]["kl_to_base"] >= 0
     assert [entry["step"] for entry in told["selection"]["measured"]] == [4, 8]

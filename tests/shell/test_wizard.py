@@ -475,7 +475,7 @@ def test_long_answers_are_cut_to_one_screen_until_asked_for_whole(whole: bool) -
 def test_the_tables_fit_into_80_columns() -> None:
     rate = {"refused": 100, "n": 100, "low": 0.96, "high": 1.0}
     points = [
-        {"strength": value, "score": 46.9, "kl_to_base": 0.0438, "harmful": rate, "borderline": rate, "harmless": rate}
+        {"strength": value, "score": 46.9, "separation": -12.34, "kl_to_base": 0.0438, **dict.fromkeys(KINDS, rate)}
         for value in (0.0, 1.25)
     ]
     card = Gpu("NVIDIA GeForce RTX 4060 Laptop GPU", 8 << 30, 7 << 30, (8, 9), "560.35", True)
@@ -490,5 +490,5 @@ def test_the_tables_fit_into_80_columns() -> None:
     )
     text = console.export_text()
     assert "guess" in text and text.count("of RAM") == 1 and "in all" in text
-    assert text.count("100 % (96-100)") == 6 and "> 1.25" in text
+    assert text.count("100 %") == text.count("96-100") == 8 and "> 1.25" in text and text.count("-12.3") == 2
     assert "RTX 4060 Laptop GPU, 7.5 GB free of 8.6 GB" in text

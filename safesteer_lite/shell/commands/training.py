@@ -188,7 +188,7 @@ def _work(
         tell_json({"event": "Report", **report})
         return 0
     console = SafeConsole()
-    console.print(scorecard_table(report["scorecard"]["before"], report["scorecard"]["after"]))
+    console.print(scorecard_table(report["scorecard"], report["contexts"]))
     console.print(report["verdict"], soft_wrap=not console.is_terminal)
     seconds = sum(stage["seconds"] for stage in report["stages"].values())
     console.print(f"Time {format_duration(seconds)}, peak memory {format_bytes(report['peak_memory_bytes'])}.")

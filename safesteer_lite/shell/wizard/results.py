@@ -12,10 +12,9 @@ from rich.text import Text
 from safesteer_lite.errors import RunFolderError, SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups, disputed_groups
 from safesteer_lite.evaluation.dial import saved_points, to_records
-from safesteer_lite.evaluation.scorecard import Flip
+from safesteer_lite.evaluation.scorecard import Flip, kinds_of
 from safesteer_lite.export.gguf.convert import check_extra
 from safesteer_lite.hardware.units import format_estimate
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.console import as_text
@@ -50,7 +49,7 @@ class Results:
     def show_scorecard(self) -> None:
         """Before and after with n and intervals, and the verdict in one sentence."""
         card = self.report["scorecard"]
-        self.program.console.print(scorecard_table(card["before"], card["after"]))
+        self.program.console.print(scorecard_table(card, self.report["contexts"]))
         self.program.say(self.report["verdict"], "bold")
 
     def browse(self) -> None:
@@ -254,7 +253,7 @@ def show_answers(console: Console, entry: Flip, title: str, whole: bool) -> bool
 
 def _in_words(point: dict[str, Any]) -> str:
     """One strength's refusals as percentages."""
-    shares = [f"{name} {100 * point[name]['refused'] / max(point[name]['n'], 1):.0f} %" for name in KINDS]
+    shares = [f"{name} {100 * point[name]['refused'] / max(point[name]['n'], 1):.0f} %" for name in kinds_of(point)]
     return f"refuses {', '.join(shares)}"
 
 
