@@ -142,7 +142,7 @@ KINDS: dict[str, Kind] = {
     "gsm8k": Kind(
         "gsm8k_test.jsonl",
         "grade_school_math/data/test.jsonl of github.com/openai/grade-school-math",
-        256,
+        400,
         _number_problem,
         False,
     ),
