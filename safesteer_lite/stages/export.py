@@ -27,9 +27,10 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 # Greedy answers of the reload check, in tokens.
 _CHECK_TOKENS = 32
 
-KL_LIMITS = {"dequantised": 0.05, "original": 0.5}
+KL_LIMITS = {"dequantised": 0.005, "original": 0.5}
 """Nats a token by which merged weights may differ from the trained policy. The dequantised base is what was trained, so
-only rounding to 16 bits remains; original weights differ from it by the whole quantisation error of the base."""
+only rounding to 16 bits remains: 0.0004 on the demo's model, whose whole adapter is worth twice the limit. Original weights
+differ from it by the whole quantisation error of the base."""
 
 
 def run(session: Session, publication: Publication) -> None:

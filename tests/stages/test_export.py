@@ -48,8 +48,8 @@ def adapter(planted_run: RunFolder, tmp_path: Path) -> Path:
 
 def test_a_merge_that_is_right_is_far_within_the_limit(session: Session, adapter: Path, tmp_path: Path) -> None:
     result = merged(session, adapter, tmp_path / "out", "original")
-    assert result["kl_limit"] == KL_LIMITS["dequantised"] == 0.05
-    assert 0 <= result["kl_to_trained"] < 0.005 and result["same_answers"] == result["check_prompts"]
+    assert result["kl_limit"] == KL_LIMITS["dequantised"] == 0.005
+    assert 0 <= result["kl_to_trained"] < 0.0005 and result["same_answers"] == result["check_prompts"]
 
 
 def weaker(real: Merge, base: Path, adapter: Path, out: Path, **settings: Any) -> Any:
@@ -61,10 +61,10 @@ def stronger(real: Merge, base: Path, adapter: Path, out: Path, **settings: Any)
 
 
 def transposed(real: Merge, base: Path, adapter: Path, out: Path, **settings: Any) -> Any:
-    """Two square matrices of 28 the wrong way round."""
+    """One kind of square matrix the wrong way round."""
     result = real(base, adapter, out, **settings)
     weights = load_file(out / "model.safetensors")
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
+    for name in [name for name in weights if name.endswith("self_attn.o_proj.weight")]:
         weights[name] = weights[name].T.contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return result
@@ -76,6 +76,6 @@ def test_a_merge_that_is_off_by_a_little_fails(
 ) -> None:
     """Its files are whole, and every number in them is finite: only the comparison with the trained model shows it."""
     monkeypatch.setattr(merge, "merge_adapter", partial(wrong, merge.merge_adapter))
-    with pytest.raises(FailedCheck, match=r"differ from the trained model by 0\.\d+ nats a token, more than 0\.05"):
+    with pytest.raises(FailedCheck, match=r"differ from the trained model by \d+\.\d+ nats a token, more than 0\.005"):
         merged(session, adapter, tmp_path / "out", "original")
     assert not (tmp_path / "out" / "SHA256SUMS").exists()
