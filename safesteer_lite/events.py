@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, get_args
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,21 @@ def tee(*sinks: Emit) -> Emit:
 def to_record(event: Event) -> dict[str, object]:
     """The event as a plain dictionary: its class name under `event`, then its fields."""
     return {"event": type(event).__name__, **asdict(event)}
+
+
+def from_record(record: Mapping[str, Any]) -> Event:
+    """The event that `to_record` wrote down.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kinds = {kind.__name__: kind for kind in get_args(Event)}
+    fields = {name: value for name, value in record.items() if name != "event"}
+    try:
+        event: Event = kinds[record["event"]](**fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no event: {dict(record)!r}") from error
+    return event
 
 
 class JsonLines:

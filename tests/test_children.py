@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from safesteer_lite.errors import ModelError
 from safesteer_lite.events import discard
 from safesteer_lite.hardware.doctor import checks
 from safesteer_lite.hardware.machine import inspect
-from safesteer_lite.models import unsloth
 from safesteer_lite.sources.demo import DemoSource, demo_model
 from tests import REPOSITORY
 from tests.hardware.examples import CPU_MACHINE
@@ -65,11 +65,36 @@ def test_the_doctor_imports_the_installed_bitsandbytes(
     assert not marker.exists()
 
 
-def test_the_trial_of_unsloth_imports_nothing_from_the_current_folder(
-    marker: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "transformers")
-    assert "unsloth" in unsloth.problem_with.__wrapped__(marker.parent, "nf4").lower()
+def test_the_process_that_trains_imports_nothing_from_the_current_folder(marker: Path) -> None:
+    library = {"name": "unsloth", "reason": "", "own_process": True}
+    decision = {
+        "device": "cpu",
+        "precision": "fp32",
+        "unpack": False,
+        "compute_dtype": "fp32",
+        "fit": "fits",
+        "reason": "",
+    }
+    nothing = {
+        "run": "r",
+        "base": "b",
+        "settings": "",
+        "steps": "s",
+        "fingerprint": "f",
+        "known": "k",
+        "stage": "distill",
+    }
+    request = json.dumps({**nothing, "decision": {**decision, "library": library}, "threads": 1})
+    code = "from safesteer_lite.stages.trainer import serve; serve()"
+    pipe = subprocess.PIPE
+    command, variables = children.python_code(code), children.environment()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+        told = json.loads(process.stdout.readline())
+    # Whether Unsloth is installed or not, there is no model in a folder that does not exist.
+    assert told["ended"] == "failed"
     assert not marker.exists()
 
 

@@ -22,6 +22,7 @@ from safesteer_lite.events import (
     StageStarted,
     Warned,
     discard,
+    from_record,
     tee,
     to_record,
     write_json_line,
@@ -55,6 +56,15 @@ RECORDS: list[tuple[Event, dict[str, object]]] = [
 def test_a_record_is_the_name_and_the_fields(event: Event, record: dict[str, object]) -> None:
     assert to_record(event) == record
     assert list(to_record(event)) == list(record)
+    assert from_record(json.loads(json.dumps(record))) == event
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"event": "Alarm"}, {"event": "Note", "stage": "tokens"}, {"event": "Note", "x": 1}]
+)
+def test_what_is_no_event_is_refused(record: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="no event"):
+        from_record(record)
 
 
 def test_events_are_frozen_and_equal_by_value() -> None:

@@ -32,7 +32,7 @@ class ModelConfig:
         "nf4", "how weights are kept", "this project: 4 bits fit small cards", ("nf4", "bf16", "fp32")
     )
     device: str = setting("auto", "what it runs on", "cuda where there is one", ("auto", "cpu", "cuda"))
-    backend: str = _expert("auto", "library", "Unsloth where it passes its checks", ("auto", "plain", "unsloth"))
+    backend: str = _expert("auto", "library", "Unsloth on long rollouts", ("auto", "plain", "unsloth"))
     unpack: str = _expert("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
 
 

@@ -20,18 +20,23 @@ Fit = Literal["fits", "tight", "does not fit"]
 _UNPACK_SHARE = 0.6
 _FITS_SHARE = 0.8
 
+LONG_ROLLOUT = 64
+"""Tokens from which on a run takes Unsloth by itself: with a handful a step there is little for it to speed up."""
+
 
 @dataclass(frozen=True)
 class Library:
-    """What loads and runs the model.
+    """What runs the model while it is trained; everything else of a run is done by plain transformers and bitsandbytes.
 
     Attributes:
-        name: `plain` (transformers and bitsandbytes) or `unsloth`, which a run still tries out before it trusts it.
+        name: `plain` (transformers and bitsandbytes) or `unsloth`, which is still checked before it is trusted.
         reason: one sentence for the user.
+        own_process: whether it trains in a process of its own, as Unsloth has to: it changes transformers for good.
     """
 
     name: str
     reason: str
+    own_process: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Decision:
             in it, it is loaded in fp32 after all.
         fit: whether the smallest possible work fits the device's free memory.
         reason: one sentence for the user.
-        library: what loads and runs the model.
+        library: what runs it while it is trained.
         card: torch's number of the card; 0 without one.
     """
 
@@ -110,13 +115,14 @@ def require_fit(decision: Decision) -> Decision:
     return decision
 
 
-def choose_library(machine: Machine, device: str, precision: str, requested: str) -> Library:
-    """Unsloth on a CUDA card where it is installed, plain transformers and bitsandbytes elsewhere.
+def choose_library(machine: Machine, device: str, precision: str, requested: str, completion_tokens: int) -> Library:
+    """Unsloth for long rollouts on a CUDA card where it is installed, plain transformers and bitsandbytes elsewhere.
 
     Args:
         machine: from `inspect`.
         device, precision: as decided.
         requested: `auto`, `plain` or `unsloth`.
+        completion_tokens: longest rollout that is trained on.
 
     Raises:
         UsageError: Unsloth is asked for where it cannot be.
@@ -130,13 +136,16 @@ def choose_library(machine: Machine, device: str, precision: str, requested: str
         why_not = "it is used in bf16 only, and this card has no bf16 arithmetic"
     elif version is None:
         why_not = "Unsloth is not installed"
+    elif requested == "auto" and completion_tokens < LONG_ROLLOUT:
+        why_not = f"Unsloth is left to rollouts of {LONG_ROLLOUT} tokens and more"
     if requested == "unsloth" and why_not:
         raise UsageError(f"model.backend is unsloth, but {why_not}.", "Set model.backend=auto, or see `doctor`.")
     if requested == "plain":
         why_not = "model.backend asks for it"
     if why_not:
         return Library("plain", f"Plain transformers and bitsandbytes, because {why_not}.")
-    return Library("unsloth", f"Unsloth {version}, if it passes its checks.")
+    reason = f"Unsloth {version} for distillation, if it passes its checks; everything else by transformers and bitsandbytes."
+    return Library("unsloth", reason, own_process=True)
 
 
 def decide(settings: ModelConfig, shape: ModelShape, folder: Path, demand: Demand = LITE) -> Decision:
@@ -195,7 +204,8 @@ def choose_backend(
         UsageError: `requested` is none of these, or Unsloth is asked for where it cannot be.
     """
     decision = _choose_device(machine, shape, requested, demand)
-    return replace(decision, library=choose_library(machine, decision.device, decision.precision, library))
+    chosen = choose_library(machine, decision.device, decision.precision, library, demand.completion_tokens)
+    return replace(decision, library=chosen)
 
 
 def _choose_device(machine: Machine, shape: ModelShape, requested: str, demand: Demand) -> Decision:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from safesteer_lite import children
-from safesteer_lite.hardware.backend import choose_library
+from safesteer_lite.hardware.backend import LONG_ROLLOUT, choose_library
 from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.limits import read_or_empty
 from safesteer_lite.hardware.machine import PACKAGES, Machine, has_code_for
@@ -83,7 +83,9 @@ def _package_checks(machine: Machine) -> list[Check]:
         wanted = f"{name}{bound}" if bound is not None else name
         if version is None:
             optional = name == "unsloth"
-            remedy = f'Run: pip install "{wanted}"' + (" to train with Unsloth on CUDA (Linux)." if optional else ".")
+            remedy = f'Run: pip install "{wanted}"' + (
+                " to train on long rollouts on CUDA (Linux)." if optional else "."
+            )
             found.append(Check(name, None if optional else False, "not installed", remedy))
         elif bound is None:
             remedy = "Install safesteer-lite itself with pip, so that its version bounds are known."
@@ -175,8 +177,13 @@ def _gpu_memory_check(machine: Machine) -> Check:
 
 
 def _backend_check(machine: Machine) -> Check:
-    """What would load a 4-bit model here."""
-    return Check("backend", True, choose_library(machine, "cuda" if machine.gpu else "cpu", "nf4", "auto").reason)
+    """What would train a 4-bit model here."""
+    library = choose_library(machine, "cuda" if machine.gpu else "cpu", "nf4", "auto", LONG_ROLLOUT)
+    if library.name == "plain":
+        return Check("backend", True, library.reason)
+    version = machine.versions.get("unsloth")
+    found = f"transformers and bitsandbytes; Unsloth {version} trains on rollouts of {LONG_ROLLOUT} tokens and more"
+    return Check("backend", True, f"{found}, as --recipe paper has, if it passes its checks.")
 
 
 def _bf16_check(machine: Machine) -> Check:

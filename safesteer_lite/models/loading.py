@@ -7,8 +7,7 @@ from dataclasses import replace
 from datetime import date
 
 from safesteer_lite.config import RunConfig
-from safesteer_lite.errors import ModelError
-from safesteer_lite.hardware.backend import Decision, Library
+from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.machine import use_card
 from safesteer_lite.method.memory import release
 from safesteer_lite.models import plain, unsloth
@@ -22,15 +21,18 @@ from safesteer_lite.sources.base import Base, check_values
 Note = Callable[[str], None]
 
 
-def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, note: Note) -> Policy:
+def load_policy(
+    base: Base, decision: Decision, config: RunConfig, day: date, note: Note, library: str = "plain"
+) -> Policy:
     """Load a model with a fresh adapter (B = 0, so the student starts as the base).
 
     Args:
         base: the model.
-        decision: how it is loaded on this machine, settled.
+        decision: how it is loaded on this machine.
         config: all settings.
         day: what a chat template that asks the date is told.
         note: is told each choice with its reason, and what was checked.
+        library: `plain`, or `unsloth` in the process that trains with it.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -40,14 +42,14 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
     check_template(base, day)
     note(decision.reason)
     note(decision.library.reason)
-    policy = _loaded(base, decision, config, day)
+    policy = _loaded(base, decision, config, day, library)
     if decision.compute_dtype == "fp16" and not stays_finite(policy):
         note(
             "In fp16 the model computes values that are not numbers, so it is loaded again and computed in fp32: slower."
         )
         del policy
         release()
-        policy = _loaded(base, replace(decision, compute_dtype="fp32"), config, day)
+        policy = _loaded(base, replace(decision, compute_dtype="fp32"), config, day, library)
     for remark in policy.notes:
         note(remark)
     passed = self_check(policy)
@@ -55,12 +57,12 @@ def load_policy(base: Base, decision: Decision, config: RunConfig, day: date, no
     return policy
 
 
-def _loaded(base: Base, decision: Decision, config: RunConfig, day: date) -> Policy:
+def _loaded(base: Base, decision: Decision, config: RunConfig, day: date, library: str) -> Policy:
     use_card(decision.place)
     distill, layers = config.distill, base.shape.layers
     adapter = Adapter(distill.rank, distill.lora_alpha, min(layers - 1, round(distill.depth_start * layers)))
-    if decision.library.name == "unsloth":
-        model: PlainModel = unsloth.load(base, decision.precision, adapter, config.seed)
+    if library == "unsloth":
+        model: PlainModel = unsloth.load(base, decision.precision, adapter, config.seed, decision.place)
     else:
         network, tokenizer = plain.load(
             base,
@@ -90,37 +92,3 @@ def check_template(base: Base, day: date | None = None) -> ChatTemplate:
     with plain.loading(base.folder, "chat template"):
         stop_ids(tokenizer, base.generation.get("eos_token_id"), base.config.get("eos_token_id"))
         return ChatTemplate(tokenizer, day)
-
-
-def settle(base: Base, decision: Decision, config: RunConfig) -> Decision:
-    """The decision with a library that can be trusted: Unsloth is tried out first, and imported if it passes.
-
-    To be called before anything imports transformers, which Unsloth has to come before.
-
-    Args:
-        base: the model.
-        decision: how it is loaded on this machine.
-        config: all settings.
-
-    Raises:
-        ModelError: the settings ask for Unsloth, and it cannot be used.
-    """
-    if decision.library.name == "plain":
-        return decision
-    if config.distill.reading == "discriminant" and config.model.backend == "auto":
-        reason = (
-            "Plain transformers and bitsandbytes: whether Unsloth's fused blocks show what their linear layers read, which "
-            "distill.reading=discriminant needs, has not been tried."
-        )
-        return replace(decision, library=Library("plain", reason))
-    problem = unsloth.problem_with(base.folder, decision.precision)
-    if not problem:
-        unsloth.take_up()
-        name = decision.library.reason.split(",")[0]
-        return replace(
-            decision, library=Library("unsloth", f"{name}: it passes its checks on a small model of this kind.")
-        )
-    if config.model.backend == "unsloth":
-        raise ModelError(f"Unsloth cannot be used: {problem}.", "Set model.backend=plain.")
-    reason = f"Plain transformers and bitsandbytes instead of Unsloth: {problem}."
-    return replace(decision, library=Library("plain", reason))

@@ -17,6 +17,10 @@ from safesteer_lite.models.assistant import Policy
 # Nats; bf16 rounding leaves a hundredth of it, and attention to padding or to later tokens far more.
 _LARGEST_PADDING_KL = 0.1
 
+# Nats between two ways to the same logits on a card, where kernels add up in another order for another shape; on a CPU both give
+# the same bits.
+_LARGEST_ROUNDING_KL = 1e-3
+
 # Far above rounding, far below what adding a vector as long as the residual itself does to the logits.
 _SMALLEST_MOVE = 1e-3
 
@@ -32,6 +36,7 @@ def self_check(policy: Policy) -> list[str]:
     """
     model, batch = policy.model, policy.encode("Say hello.")
     layer = len(model.layers) // 2
+    exactly = f"within {_LARGEST_ROUNDING_KL:g} nats" if model.device.type == "cuda" else "bit for bit"
     passed = []
 
     with torch.no_grad():
@@ -39,8 +44,8 @@ def self_check(policy: Policy) -> list[str]:
         model.generate(batch, 2, 1.0, torch.Generator().manual_seed(0), 2)
         plain = policies.last_logits(model, batch)
         full = _full_forward(policy, batch)
-        _require(torch.equal(plain, full), "running the blocks one by one differs from the model's own forward")
-        passed.append("running the blocks one by one equals the model's own forward, bit for bit")
+        _require(same_logits(plain, full), "running the blocks one by one differs from the model's own forward")
+        passed.append(f"running the blocks one by one equals the model's own forward, {exactly}")
         _check_padding(policy)
         passed.append("a prompt reads the same beside a longer one")
 
@@ -64,9 +69,9 @@ def self_check(policy: Policy) -> list[str]:
 
         with policies.base(model):
             base = _full_forward(policy, batch)
-        _require(torch.equal(base, full), "switching the adapter off changes a model whose adapter is still zero")
+        _require(same_logits(base, full), "switching the adapter off changes a model whose adapter is still zero")
         _check_switch(policy, batch, base)
-        passed.append("with the adapter off, the model is the base, bit for bit")
+        passed.append(f"with the adapter off, the model is the base, {exactly}")
 
     _check_gradients(policy, batch)
     passed.append("every adapted layer receives gradients after sampling")
@@ -79,6 +84,18 @@ def stays_finite(policy: Policy) -> bool:
     logits = policies.last_logits(policy.model, policy.encode("Say hello."))
     gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), parameters, allow_unused=True)
     return all(bool(value.isfinite().all()) for value in (logits, *gradients) if value is not None)
+
+
+def same_logits(found: torch.Tensor, known: torch.Tensor) -> bool:
+    """Whether two ways came to the same logits: to the last bit on a CPU, to rounding on a card.
+
+    Args:
+        found, known: (batch, vocabulary) float32, finite.
+    """
+    if found.device.type != "cuda":
+        return torch.equal(found, known)
+    log_known, log_found = known.log_softmax(-1), found.log_softmax(-1)
+    return float((log_known.exp() * (log_known - log_found)).sum(-1).max()) < _LARGEST_ROUNDING_KL
 
 
 def _check_finite(logits: torch.Tensor) -> None:
@@ -139,8 +156,8 @@ def _check_switch(policy: Policy, batch: Batch, base: torch.Tensor) -> None:
     finally:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
-    _require(not torch.equal(student, base), "the adapter does not change the model")
-    _require(torch.equal(off, base), "switching the adapter off does not give the base")
+    _require(not same_logits(student, base), "the adapter does not change the model")
+    _require(same_logits(off, base), "switching the adapter off does not give the base")
 
 
 def _check_gradients(policy: Policy, batch: Batch) -> None:

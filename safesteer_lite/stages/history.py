@@ -30,6 +30,7 @@ class History:
         best_step: the measured step with the best trade-off; 0 is the base itself.
         best_strength: the factor on its adapter.
         best_score: its score, points.
+        best_by_trainer: whether that score is one that another process measured, with its own library.
         micro_batch: rollouts a forward that fitted in memory; 0 is "as configured".
         sampled_at_once: prompts sampled at a time that fitted in memory; 0 is "all of a step".
     """
@@ -41,6 +42,7 @@ class History:
     best_step: int = 0
     best_strength: float = 1.0
     best_score: float = -math.inf
+    best_by_trainer: bool = False
     micro_batch: int = 0
     sampled_at_once: int = 0
 
@@ -80,7 +82,6 @@ def restore_step(folder: Path, training: Distillation) -> tuple[History, dict[st
     record = read_json(folder / "history.json", "what happened until a saved step", hint=hint)
     try:
         training.done = int(record.pop("done"))
-        record.pop("over_budget", None)  # Of a setting that older versions had.
         if record["best_score"] is None:
             record["best_score"] = -math.inf
         history = History(**record)

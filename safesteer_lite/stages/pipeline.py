@@ -379,5 +379,6 @@ def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
     started = time.monotonic()
     with session.run.publish(stage.name, number, mark) as publication:
         stage.work(session, publication)
-        publication.result["peak_memory_bytes"] = allocator.peak()
+        elsewhere = publication.result.get("peak_memory_bytes", 0)
+        publication.result["peak_memory_bytes"] = max(allocator.peak(), elsewhere)
     session.emit(StageDone(stage.name, round(time.monotonic() - started, 1)))

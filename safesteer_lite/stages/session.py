@@ -18,9 +18,8 @@ from safesteer_lite.events import Emit, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
 from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.method.memory import release
-from safesteer_lite.models import unsloth
 from safesteer_lite.models.assistant import Policy
-from safesteer_lite.models.loading import load_policy, settle
+from safesteer_lite.models.loading import load_policy
 from safesteer_lite.prompts.contexts import Conversation, partly_in_contexts
 from safesteer_lite.prompts.plan import PromptPlan, texts
 from safesteer_lite.prompts.sets import Prompt
@@ -44,7 +43,8 @@ class Session:
         emit: the sink for events.
         stage: the stage at work, which events are told to belong to.
         stop_requested: whether the user asked to stop; looked at after each optimizer step and each stage.
-        decision: how the base is loaded, settled; None to decide when it is needed first.
+        decision: how the base is loaded; None to decide when it is needed first.
+        trainer: whether this is the process that only trains, with the library decided for it, and tells nothing twice.
         prompts: the prompts that the settings ask for.
     """
 
@@ -55,8 +55,10 @@ class Session:
     stage: str = ""
     stop_requested: Callable[[], bool] = lambda: False
     decision: Decision | None = None
+    trainer: bool = False
     prompts: PromptPlan = field(init=False, repr=False)
     _policy: Policy | None = field(default=None, repr=False)
+    _loaded: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         self.prompts = PromptPlan(self.config.prompts, self.note)
@@ -102,15 +104,19 @@ class Session:
     def settle(self) -> Decision:
         """How the base is loaded. Decided once: a stage's numbers must not depend on how much memory was free just then."""
         if self.decision is None:
-            found = decide(self.config.model, self.base.shape, self.run.path, Demand.of(self.config))
-            self.decision = settle(self.base, found, self.config)
+            self.decision = decide(self.config.model, self.base.shape, self.run.path, Demand.of(self.config))
         return self.decision
 
     @property
     def policy(self) -> Policy:
         """The loaded model with a fresh adapter; loaded and checked at first use."""
         if self._policy is None:
-            self._policy = load_policy(self.base, self.settle(), self.config, self.day, self.note)
+            decision = self.settle()
+            library = decision.library.name if self.trainer else "plain"
+            # What is loaded again is loaded as before.
+            note = self._untold if self.trainer or self._loaded else self.note
+            self._policy = load_policy(self.base, decision, self.config, self.day, note, library)
+            self._loaded = True
         return self._policy
 
     def __enter__(self) -> Session:
@@ -130,5 +136,6 @@ class Session:
         # A model and its adapter refer to each other, so that they outlive the last name for them.
         gc.collect()
         release()
-        # What is loaded next may be a plain model, which Unsloth's changes to transformers would break.
-        unsloth.restore_transformers()
+
+    def _untold(self, message: str) -> None:
+        """What has been told already."""

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 from safesteer_lite.evaluation.choice import Candidate, one_answer, separation, takes_over, trade_off
 from safesteer_lite.evaluation.measure import measure, refusal_scores
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Metric
-from safesteer_lite.models.assistant import reference_answers
+from safesteer_lite.models.assistant import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.prompts.sets import KINDS, Kind
 from safesteer_lite.stages.history import History
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 
 class Yardstick:
-    """The selection split, the base's answers to its harmless prompts, and the base's figures on all of it.
-
-    Attributes:
-        base_scores: the base's mean refusal scores by kind of prompt, log-odds.
-    """
+    """The selection split, the base's answers to its harmless prompts, and the base's figures on all of it."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self._sets = session.prompts.split("selection")
+        self._session, self._sets = session, session.prompts.split("selection")
         self._openings = session.policy.token_ids(session.config.direction.refusal_openings)
-        with session.policy.model.adapters_off():
-            self._reference = reference_answers(
-                session.policy, texts(self._sets.harmless), session.config.evaluate.kl_tokens, ANSWER_BATCH
-            )
-            self.base_scores = refusal_scores(session.policy, self._sets, self._openings, ANSWER_BATCH)
         base = Scorecard.from_record(session.result("baseline")["scorecard"])
         self._start = replace(base, kl_to_base=0.0)
+
+    @cached_property
+    def _reference(self) -> Reference:
+        """Read when something is measured first: a training that is handed on measures nothing."""
+        tokens = self._session.config.evaluate.kl_tokens
+        with self._session.policy.model.adapters_off():
+            return reference_answers(self._session.policy, texts(self._sets.harmless), tokens, ANSWER_BATCH)
+
+    @cached_property
+    def _base_scores(self) -> dict[Kind, float]:
+        """The base's mean refusal scores by kind of prompt, log-odds."""
+        with self._session.policy.model.adapters_off():
+            return refusal_scores(self._session.policy, self._sets, self._openings, ANSWER_BATCH)
 
     def measure(self, step: int, history: History, strength: float = 1.0) -> bool:
         """Measure the student as it is now, and enter it in the history.
@@ -51,7 +55,7 @@ class Yardstick:
             session.policy, self._sets, settings.selection_tokens, ANSWER_BATCH, self._reference, chunk, done
         )
         scores = refusal_scores(session.policy, self._sets, self._openings, ANSWER_BATCH)
-        found = Candidate(trade_off(start, card, settings.tax_budget), separation(self.base_scores, scores))
+        found = Candidate(trade_off(start, card, settings.tax_budget), separation(self._base_scores, scores))
         record = {
             "step": step,
             "strength": strength,
@@ -60,12 +64,14 @@ class Yardstick:
             "refusal_scores": scores,
             **card.to_record(),
         }
+        history.base_scores = self._base_scores
         kept, highest = history.kept, history.highest
         (history.measured if strength == 1 else history.scaled).append(record)
         self._tell(card, found, step, strength)
         # `adapter_strengths` says which strength comes last.
         if takes_over(found, kept, highest, one_answer(start)):
             history.best_step, history.best_strength, history.best_score = step, strength, found.score
+            history.best_by_trainer = session.trainer
             return True
         return False
 

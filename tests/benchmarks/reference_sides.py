@@ -22,8 +22,8 @@ from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering, pad_left, teacher
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.direction import keep_clear, read, score
-from safesteer_lite.stages.distill import recipe
 from safesteer_lite.stages.session import Session
+from safesteer_lite.stages.training import recipe
 from tests.benchmarks import plain_procedure as authors
 from tests.benchmarks.common import session
 

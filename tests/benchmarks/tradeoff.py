@@ -220,8 +220,9 @@ def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
     session = Session(settings, run, open_base(place.model), say_event, stage="distill")
     bench = Bench(session, place.split, place.tokens, place.contexts)
     with tempfile.TemporaryDirectory() as scratch:
-        training, history, best = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))
-    with training.optimizer.averaged():
+        training = distill.train(session, Checkpoints(Path(scratch) / "steps", row.name))
+    loop, history, best = training.loop, training.history, training.best
+    with loop.optimizer.averaged():
         last = adapter_tensors(session.policy.model)
     for strength in (None, *row.strengths):
         load_adapter(session.policy.model, best if strength is None else last)
@@ -237,7 +238,7 @@ def run_row(row: Row, seed: int, place: Place) -> Iterator[dict[str, Any]]:
             **mark(place),
             "seed": seed,
             "measured": label,
-            "step": history.best_step if strength is None else training.done,
+            "step": history.best_step if strength is None else loop.done,
             "strength": history.best_strength if strength is None else strength,
             "set": row.set,
             "steering": {key: session.result("direction")[key] for key in ("position", "layer", "strength")},

@@ -10,6 +10,7 @@ import pytest
 from safesteer_lite.errors import ModelError, UsageError
 from safesteer_lite.hardware.backend import choose_backend, choose_library, find_place, fit, smallest_need
 from safesteer_lite.hardware.machine import Machine
+from safesteer_lite.hardware.peaks import Demand
 from tests.hardware.examples import CARD, CPU_MACHINE, GB, LARGE, SMALL
 from tests.hardware.test_machine import plant_cards
 
@@ -67,7 +68,7 @@ def test_a_card_is_used_packed_and_left_when_it_is_too_small() -> None:
 def test_a_card_computes_in_what_it_is_fast_in(capability: tuple[int, int], compute: str, said: str) -> None:
     machine = replace(WITH_UNSLOTH, gpus=(replace(CARD, capability=capability),))
     for precision in ("auto", "bf16"):
-        decision = choose_backend(machine, SMALL, precision)
+        decision = choose_backend(machine, SMALL, precision, demand=Demand(completion_tokens=512))
         assert (decision.device, decision.compute_dtype) == ("cuda", compute) and said in decision.reason
         assert decision.library.name == ("unsloth" if compute == "bf16" else "plain")
     assert choose_backend(machine, SMALL, "fp32").compute_dtype == "fp32"
@@ -118,29 +119,35 @@ def test_fit_has_three_answers() -> None:
 WITH_UNSLOTH = replace(CPU_MACHINE, gpus=(CARD,), versions={**CPU_MACHINE.versions, "unsloth": "2026.10.7"})
 
 
-def test_unsloth_is_chosen_on_a_card_that_has_it_and_the_reason_is_told() -> None:
-    chosen = choose_backend(WITH_UNSLOTH, SMALL, "auto")
-    assert (chosen.device, chosen.library.name) == ("cuda", "unsloth")
-    assert chosen.library.reason == "Unsloth 2026.10.7, if it passes its checks."
+def test_unsloth_is_chosen_for_long_rollouts_on_a_card_that_has_it_and_the_reason_is_told() -> None:
+    chosen = choose_backend(WITH_UNSLOTH, SMALL, "auto", demand=Demand(completion_tokens=512))
+    assert (chosen.device, chosen.library.name, chosen.library.own_process) == ("cuda", "unsloth", True)
+    assert chosen.library.reason == (
+        "Unsloth 2026.10.7 for distillation, if it passes its checks; everything else by transformers and bitsandbytes."
+    )
+    lengths = {tokens: choose_library(WITH_UNSLOTH, "cuda", "nf4", "auto", tokens).name for tokens in (4, 63, 64)}
+    assert lengths == {4: "plain", 63: "plain", 64: "unsloth"}
+    assert choose_library(WITH_UNSLOTH, "cuda", "nf4", "unsloth", 4).name == "unsloth"
 
 
 @pytest.mark.parametrize(
-    ("machine", "precision", "requested", "because"),
+    ("machine", "precision", "requested", "tokens", "because"),
     [
-        (replace(WITH_UNSLOTH, versions=CPU_MACHINE.versions), "auto", "auto", "Unsloth is not installed"),
-        (replace(WITH_UNSLOTH, gpus=()), "auto", "auto", "Unsloth needs a CUDA card"),
-        (WITH_UNSLOTH, "fp32", "auto", "Unsloth computes in 16 bits"),
-        (WITH_UNSLOTH, "auto", "plain", "model.backend asks for it"),
+        (replace(WITH_UNSLOTH, versions=CPU_MACHINE.versions), "auto", "auto", 64, "Unsloth is not installed"),
+        (replace(WITH_UNSLOTH, gpus=()), "auto", "auto", 64, "Unsloth needs a CUDA card"),
+        (WITH_UNSLOTH, "fp32", "auto", 64, "Unsloth computes in 16 bits"),
+        (WITH_UNSLOTH, "auto", "auto", 4, "Unsloth is left to rollouts of 64 tokens and more"),
+        (WITH_UNSLOTH, "auto", "plain", 64, "model.backend asks for it"),
     ],
 )
 def test_plain_transformers_are_chosen_with_the_reason(
-    machine: Machine, precision: str, requested: str, because: str
+    machine: Machine, precision: str, requested: str, tokens: int, because: str
 ) -> None:
-    library = choose_backend(machine, SMALL, precision, requested).library
-    assert library.name == "plain"
+    library = choose_backend(machine, SMALL, precision, requested, Demand(completion_tokens=tokens)).library
+    assert library.name == "plain" and not library.own_process
     assert library.reason == f"Plain transformers and bitsandbytes, because {because}."
 
 
 def test_unsloth_cannot_be_asked_for_where_it_is_not() -> None:
     with pytest.raises(UsageError, match="needs a CUDA card"):
-        choose_library(CPU_MACHINE, "cpu", "nf4", "unsloth")
+        choose_library(CPU_MACHINE, "cpu", "nf4", "unsloth", 64)

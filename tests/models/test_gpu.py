@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from safesteer_lite.events import discard
 from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.optimizer import MasterAdamW
@@ -22,9 +23,9 @@ from safesteer_lite.models import attention
 from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.selfcheck import self_check, stays_finite
-from safesteer_lite.models.unsloth import problem_with
 from safesteer_lite.sources.base import open_base
-from tests import REPOSITORY, tiny
+from safesteer_lite.stages import pipeline
+from tests import REPOSITORY, planted, tiny
 from tests.method.test_distill import RECIPE, SAFETY_TOKENS
 
 pytestmark = pytest.mark.gpu
@@ -41,35 +42,19 @@ def test_the_contract_holds_on_a_card(backend: str) -> None:
 
 
 @has_unsloth
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_unsloth_passes_its_trial(architecture: str, tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path / "model", architecture)
-    code = "import sys; from pathlib import Path; from safesteer_lite.models.unsloth import problem_with; "
-    code += "sys.exit(problem_with(Path(sys.argv[1]), 'nf4'))"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert problem_with(folder, "nf4"), "this process has imported transformers first"
-
-
-@has_unsloth
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_unsloth_s_blocks_show_what_they_read(architecture: str, tmp_path: Path) -> None:
-    """The default recipe needs it; fused blocks may take a layer's weights without calling it."""
-    folder = tiny.save_model(tmp_path / "model", architecture)
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from safesteer_lite.models.unsloth import take_up\n"
-        "take_up()\n"
-        "from safesteer_lite.models.reading import read_discriminants\n"
-        "from tests import tiny\n"
-        "policy = tiny.load_policy(Path(sys.argv[1]), 'nf4-packed')\n"
-        "read_discriminants(policy, tiny.PROMPTS, tiny.PROMPTS[:3], 0.1, 3)\n"
+def test_unsloth_trains_a_run_in_its_own_process(tmp_path: Path) -> None:
+    """The planted model refuses more afterwards, and nothing made plain transformers go on in Unsloth's place."""
+    model = planted.build(tmp_path / "planted")
+    settings = planted.settings(
+        model, {"model.device": "cuda", "model.precision": "bf16", "model.backend": "unsloth", "distill.rank": 16}
     )
-    environment = os.environ | {"SAFESTEER_LITE_TEST_DEVICE": "cuda", "SAFESTEER_LITE_TEST_BACKEND": "unsloth"}
-    command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run = planted.new_run(tmp_path / "runs", settings)
+    pipeline.run(settings, run, open_base(model), discard, last="evaluate")
+    told = planted.events_of(run.path)
+    assert not [event["message"] for event in told if event["event"] == "Warned"]
+    assert any("passed the self-check" in str(event.get("message")) for event in told)
+    card = run.record("evaluate").result["scorecard"]
+    assert card["after"]["harmful"]["refused"] > card["before"]["harmful"]["refused"]
 
 
 def on_card(folder: Path, precision: str = "nf4", device: str = "cuda", compute: str = "bf16") -> Policy:

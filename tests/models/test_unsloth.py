@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.errors import ModelError, SelfCheckError
-from safesteer_lite.hardware.backend import Decision, Library
 from safesteer_lite.method import policies
 from safesteer_lite.method.policies import Steering
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.adapter import Adapter
 from safesteer_lite.models.assistant import Policy, Reply
-from safesteer_lite.models.loading import settle
 from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.models.unsloth import PairCache
 from safesteer_lite.sources.base import open_base
-from tests import REPOSITORY, planted, tiny
+from tests import REPOSITORY, tiny
 from tests.models import pair_blocks
 from tests.models.pair_blocks import as_unsloth
 
@@ -123,106 +121,13 @@ def test_pairs_are_repeated_and_kept_like_transformers_own_cache() -> None:
         assert keys.shape == (3, 2, 5, 4)
 
 
-def test_importing_the_whole_program_leaves_transformers_for_unsloth_to_change() -> None:
-    code = (
-        "import sys, safesteer_lite.shell.cli, safesteer_lite.stages.pipeline; sys.exit('transformers' in sys.modules)"
-    )
+def test_the_process_that_trains_leaves_transformers_for_unsloth_to_change() -> None:
+    code = "import sys, safesteer_lite.stages.trainer; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
-def test_finding_a_model_leaves_transformers_for_unsloth_to_change(tiny_folder: Callable[[str], Path]) -> None:
-    code = (
-        "import sys\n"
-        "from safesteer_lite.errors import ModelError\n"
-        "from safesteer_lite.events import discard\n"
-        "from safesteer_lite.sources.preview import look\n"
-        "from safesteer_lite.sources.resolve import resolve_model\n"
-        "look(sys.argv[1])\n"
-        "for download in (False, True):\n"
-        "    try:\n"
-        "        resolve_model('nobody/no-such-model', None, discard, download=download)\n"
-        "    except ModelError:\n"
-        "        continue\n"
-        "    sys.exit('it was found')\n"
-        "sys.exit('transformers' in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", code, str(tiny_folder("llama"))]
-    assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0
-
-
-ASKED = Decision("cuda", "nf4", False, "bf16", "fits", "On the card.", Library("unsloth", "Unsloth 1.2, if it passes."))
-
-
-@pytest.mark.parametrize(
-    ("problem", "changes", "library", "told"),
-    [
-        ("", {}, "unsloth", "Unsloth 1.2: it passes its checks"),
-        ("it is broken", {}, "plain", "instead of Unsloth: it is broken."),
-        ("", {"distill.reading": "discriminant"}, "plain", "has not been tried"),
-        ("", {"distill.reading": "discriminant", "model.backend": "unsloth"}, "unsloth", "passes its checks"),
-    ],
-)
-def test_a_decision_for_unsloth_is_settled_by_its_trial(
-    problem: str,
-    changes: dict[str, str],
-    library: str,
-    told: str,
-    tiny_folder: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(unsloth, "problem_with", lambda folder, precision: problem)
-    monkeypatch.setattr(unsloth, "take_up", lambda: imported.append("unsloth"))
-    base = open_base(tiny_folder("llama"))
-    settled = settle(base, ASKED, planted.settings(base.folder, changes))
-    assert settled.library.name == library and told in settled.library.reason
-    assert imported == (["unsloth"] if library == "unsloth" else [])
-    assert replace(settled, library=ASKED.library) == ASKED
-    if problem:
-        with pytest.raises(ModelError, match="cannot be used: it is broken"):
-            settle(base, ASKED, planted.settings(base.folder, {"model.backend": "unsloth"}))
-
-
-def test_unsloth_is_not_tried_after_transformers(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unsloth_is_not_loaded_after_transformers(tiny_folder: Callable[[str], Path]) -> None:
     """This process has imported transformers, and Unsloth would change it too late."""
     assert "transformers" in sys.modules and "unsloth" not in sys.modules
-    assert unsloth.problem_with(tmp_path, "nf4") == "transformers was imported first in this process"
     with pytest.raises(ModelError, match="before transformers"):
         unsloth.load(open_base(tiny_folder("llama")), "nf4", Adapter(4, 8), 0)
-
-
-def test_a_trial_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
-    """In a process that has not imported transformers; without a card or without Unsloth the trial must fail."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a card")
-    code = "import sys; from safesteer_lite.models.unsloth import problem_with; from pathlib import Path; "
-    code += "sys.stdout.write(problem_with(Path(sys.argv[1]), 'nf4'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, check=True
-    )
-    assert "unsloth" in done.stdout.lower() and "\n" not in done.stdout and not done.stdout.endswith(".")
-
-
-def test_what_unsloth_changes_in_transformers_is_put_back() -> None:
-    import transformers.models.llama.modeling_llama as modeling
-
-    block = modeling.LlamaDecoderLayer
-    before = dict(vars(block))
-    known = modeling.apply_rotary_pos_emb
-    unsloth._remember("llama")
-    block.forward = lambda self, *args: None
-    block.added_by_unsloth = True
-    modeling.apply_rotary_pos_emb = None
-    unsloth.restore_transformers()
-    assert dict(vars(block)) == before
-    assert modeling.apply_rotary_pos_emb is known
-    unsloth.restore_transformers()
-
-
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_the_small_copy_is_of_the_same_kind(architecture: str, tiny_policy: tiny.Loader, tmp_path: Path) -> None:
-    source = tiny.save_model(tmp_path / "model", architecture)
-    copy = unsloth.small_copy(open_base(source), tmp_path / "copy")
-    policy = tiny.load_policy(copy, "fp32")
-    assert type(policy.model.causal) is type(tiny_policy(architecture).model.causal)
-    assert len(policy.model.layers) == 2 and policy.template_positions > 0

@@ -35,10 +35,10 @@ from safesteer_lite.prompts.sets import KINDS, data_files, prompt_set
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import open_base
-from safesteer_lite.stages import distill, evaluate, pipeline, reading
-from safesteer_lite.stages.distill import recipe
+from safesteer_lite.stages import evaluate, pipeline, reading
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.shown import ShownAnswers
+from safesteer_lite.stages.training import drawn_anchors, recipe
 from tests import planted
 from tests.runs.run_files import report_of, rewind
 
@@ -377,7 +377,7 @@ def test_an_even_mix_draws_each_kind_of_anchors_equally_often(
         "distill.twins": twins,
     }
     session = Session(planted.settings(model, change), run, open_base(model), discard, "distill")
-    anchors = Counter(prompt.text for prompt in distill.drawn_anchors(session))
+    anchors = Counter(prompt.text for prompt in drawn_anchors(session))
     kinds = session.prompts.anchors(twins)
     assert [len(kind) for kind in kinds] == [count for count in counts if count]
     assert tuple(anchors[kind[0].text] for kind in kinds) == times

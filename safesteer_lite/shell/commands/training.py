@@ -59,7 +59,6 @@ def resume_command(options: argparse.Namespace) -> int:
     """`resume`: the named run, or the newest unfinished one."""
     from safesteer_lite.hardware.backend import decide
     from safesteer_lite.hardware.peaks import Demand
-    from safesteer_lite.models.loading import settle
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.runs.listing import list_runs
 
@@ -82,7 +81,7 @@ def resume_command(options: argparse.Namespace) -> int:
     emit = sink(options)
     emit(_of_recipe(settings))
     base = base_of_run(folder, settings, options.base, emit)
-    decision = settle(base, decide(settings.model, base.shape, folder.path, Demand.of(settings)), settings)
+    decision = decide(settings.model, base.shape, folder.path, Demand.of(settings))
     working = config.build([(str(folder.config_path), settings_of(folder)), ("flag", changes)])
     return _work(options, settings, folder, base, decision, emit, working)
 
@@ -103,7 +102,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     from safesteer_lite.hardware.backend import decide, require_fit
     from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.hardware.peaks import Demand
-    from safesteer_lite.models.loading import check_template, settle
+    from safesteer_lite.models.loading import check_template
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.sources.base import check_values
@@ -116,8 +115,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     emit(_of_recipe(settings))
     _check_before_download(settings)
     base = resolve(settings, emit)
-    fitting = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
-    decision = settle(base, fitting, settings)
+    decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
     check_template(base)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
