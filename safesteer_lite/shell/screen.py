@@ -39,6 +39,8 @@ SMALLEST = (80, 24)
 # How a metric's name goes on where the trained adapter was tried at another strength than it was trained at.
 _AT = " at strength "
 _KEPT_MESSAGES = 50
+# So many seconds at the expected pace count beside what the finished stages took.
+_TRUST = 60.0
 # Drawing holds up the thread that feeds the model, and nothing here moves faster than the seconds.
 _FRAMES_A_SECOND = 1
 
@@ -170,8 +172,8 @@ class RunView:
         """Seconds until the run is done, or None where some stage's time is unknown."""
         done = [view for view in self.stages.values() if view.state == "done" and view.expected]
         expected = sum(view.expected or 0.0 for view in done)
-        # What the finished stages took, against what was expected, corrects the others.
-        pace = sum(view.seconds for view in done) / expected if expected else 1.0
+        # What the finished stages took, against what was expected, corrects the others; a short one says little by itself.
+        pace = (sum(view.seconds for view in done) + _TRUST) / (expected + _TRUST)
         parts = [view.left(self.clock(), pace) for view in self.stages.values()]
         return None if any(part is None for part in parts) else sum(part or 0.0 for part in parts)
 

@@ -132,9 +132,11 @@ def test_time_left_follows_the_measured_pace(view: RunView, clock: Clock) -> Non
     assert stage.left(clock(), 1.0) == 350.0
     stage.expected = None
     assert stage.left(clock(), 1.0) == pytest.approx(50.0)
-    # The one finished stage took twice as long as planned, so the two that wait will too.
+    # The one finished stage took 40 s instead of 20; a minute at the expected pace counts beside it.
     stage.expected = 400.0
-    assert view.left() == pytest.approx(2 * 400 - 50 + 2 * (400 + 20))
+    assert view.left() == pytest.approx(1.25 * 400 - 50 + 1.25 * (400 + 20))
+    view.stages["baseline"].seconds, view.stages["baseline"].expected = 4000.0, 2000.0
+    assert view.left() == pytest.approx(2 * 400 - 50 + 2 * (400 + 20), rel=0.02)
     view.stages["export"].expected = None
     assert view.left() is None
 
