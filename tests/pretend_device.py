@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,8 +135,12 @@ class _Operations(TorchDispatchMode):
         return _run(function, args, kwargs or {})
 
 
-class _Literals(TorchFunctionMode):
-    """`torch.tensor([...], device=DEVICE)`, which torch copies to the device below anything that could be seen."""
+class _Functions(TorchFunctionMode):
+    """What cannot be seen among the operations that a function comes down to.
+
+    `torch.tensor([...], device=DEVICE)` is copied to the device below all of them, and what attention gives back is laid out
+    by a card's kernels as (rows, queries, heads, size), whatever its shape says.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -145,7 +150,10 @@ class _Literals(TorchFunctionMode):
             del named["device"]
             _waits.note("to the device")
             return PretendTensor(function(*args, **named))
-        return function(*args, **named)
+        found = function(*args, **named)
+        if function is scaled_dot_product_attention and isinstance(found, PretendTensor):
+            return found.transpose(1, 2).contiguous().transpose(1, 2)
+        return found
 
 
 def _is_here(device: Any) -> bool:
@@ -243,7 +251,7 @@ def pretend_device() -> Iterator[Waits]:
     _waits.clear()
     with pytest.MonkeyPatch.context() as patch:
         _lend_autocast(patch)
-        with _Literals(), _Operations():
+        with _Functions(), _Operations():
             yield _waits
 
 

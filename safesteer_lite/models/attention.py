@@ -76,7 +76,9 @@ def attend(
         dropout_p=dropout,
         scale=scaling,
     )
-    return found.view(rows, heads, queries, size).transpose(1, 2).contiguous(), None
+    # Kernels lay this out in one way or another: heads are taken apart first, which no layout is in the way of.
+    apart = found.unflatten(2, (shared, queries)).permute(0, 3, 1, 2, 4)
+    return apart.reshape(rows, queries, heads, size), None
 
 
 def mask_for(*, config: Any, dtype: torch.dtype, **wanted: Any) -> Tensor | None:

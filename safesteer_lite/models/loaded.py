@@ -50,7 +50,7 @@ class _PutBefore:
 
 
 class PlainModel:
-    """One loaded model: base, teacher and student in one set of weights. See `method.model.LanguageModel`.
+    """One loaded model: base, teacher and student in one set of weights. See `method.policies.LanguageModel`.
 
     Attributes:
         checkpointing: whether adapted blocks keep only their input for backward and are run again there: the same
