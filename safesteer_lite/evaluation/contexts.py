@@ -102,8 +102,9 @@ def worst(compared: Mapping[ContextName, Compared]) -> str:
     else:
         rose = f"over-refusal rose in none ({_of(new)} borderline and harmless prompts refused {_WHERE[most]})"
     harmful = compared[least]
+    count = len(compared)
     return (
-        f"In {len(compared)} contexts, {rose}, and harmful prompts are refused least {_WHERE[least]} "
+        f"In {count} context{'s' * (count > 1)}, {rose}, and harmful prompts are refused least {_WHERE[least]} "
         f"({_of(harmful.after.harmful)}, {_of(harmful.before.harmful)} before)."
     )
 

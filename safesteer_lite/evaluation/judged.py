@@ -24,7 +24,7 @@ class JudgedAnswer:
     """One answer, and what is said of it.
 
     Attributes:
-        set: which set the prompt is from: harmful, borderline or harmless.
+        set: which set the prompt is from, one of `KINDS`.
         id: the prompt's id.
         prompt: the prompt.
         model: whose answer it is, one of `MODELS`.

@@ -25,7 +25,7 @@ class SuiteResult:
 
     Attributes:
         suite: its name.
-        kind: what its prompts are: harmful, borderline or harmless.
+        kind: what its prompts are, one of `KINDS`.
         origin: where they are from, for readers.
         licence: of the file; empty where it is the user's own.
         sha256: of the file, in hexadecimal.

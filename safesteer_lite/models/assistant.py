@@ -88,12 +88,17 @@ class Policy:
         prefix = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
         return Batch(tensor, torch.ones_like(tensor), prefix)
 
+    def fits(self, asked: str | Conversation) -> bool:
+        """Whether what is asked has at most `prompt_tokens` tokens with its template, so that `encode` cuts nothing."""
+        conversation = Conversation(asked) if isinstance(asked, str) else asked
+        return len(self._template_ids(conversation)) <= self.prompt_tokens
+
     def too_long(self, prompts: Sequence[str]) -> int:
         """How many prompts have more than `prompt_tokens` tokens with their template, so that `encode` cuts them."""
         room = self.prompt_tokens - len(self._template_ids(Conversation("x")))
         # No tokenizer makes more tokens of a text than it has bytes, which spares most texts being tokenized.
         doubtful = [prompt for prompt in prompts if len(prompt.encode()) > room]
-        return sum(len(self._template_ids(Conversation(prompt))) > self.prompt_tokens for prompt in doubtful)
+        return sum(not self.fits(prompt) for prompt in doubtful)
 
     def batches(self, prompts: Sequence[str | Conversation], size: int) -> Iterator[tuple[list[int], Batch]]:
         """Left-padded batches of similar length, each with the places of its prompts in `prompts`."""

@@ -17,12 +17,14 @@ from safesteer_lite.report.charts import Comparison, Point, Series, bar, heat_ma
 from safesteer_lite.report.markup import Markup, element, figure, folded, join, paragraph, table
 from safesteer_lite.report.source import Source, json_lines, plain_json, separation_scores
 
-_WANTED = {
+WANTED = {
     "harmful": "more is safer",
     "borderline": "less is better",
     "harmless": "less is better",
     "critical": "help in danger; a refusal may do harm",
 }
+"""What is wished for of the refusals of each kind of prompts."""
+
 _TOKENS_SHOWN = 15
 
 
@@ -59,7 +61,7 @@ def scorecard(source: Source) -> Markup | None:
     comparisons = []
     for name, old, new in plainly.rows:
         before, after = _rate(old), _rate(new)
-        rows.append((_with_note(f"{name} refused", _WANTED[name]), *_before_and_after(before, after)))
+        rows.append((_with_note(f"{name} refused", WANTED[name]), *_before_and_after(before, after)))
         comparisons.append(
             Comparison(name, name, (before.share, before.low, before.high), (after.share, after.low, after.high))
         )
@@ -369,8 +371,7 @@ def limits(source: Source) -> Markup:
     told += [
         "Refusals are judged by the opening phrases of answers, in English. An answer that is not refused need not be "
         "harmful, and a late refusal counts as an answer.",
-        "Not measured: what the model knows and can do (its KL to the base on harmless prompts is the only figure on that), "
-        "jailbreaks, other languages, long conversations.",
+        *_not_measured(source),
         "Fine-tuning strips safety training in a few steps: this is no defence against someone who changes the weights.",
         f"This is one run, with seed {record['seed']}. The intervals tell what other prompts might show, not other seeds.",
     ]
@@ -381,6 +382,23 @@ def limits(source: Source) -> Markup:
             f"{exported['same_answers']} of {exported['check_prompts']} greedy answers the same."
         )
     return element("ul", *(element("li", line) for line in told))
+
+
+def _not_measured(source: Source) -> list[str]:
+    """What this run has no figures of, and how far those on contexts go."""
+    contexts, told = source.record.get("contexts"), []
+    if contexts:
+        most = max(rate["n"] for pair in contexts.values() for rate in pair["after"].values())
+        told.append(
+            f"In a context at most {most} prompts of a kind were asked, and answers there cut at "
+            f"{source.result('evaluate')['context_tokens']} tokens."
+        )
+    if not source.record.get("capability"):
+        told.append(
+            "What the model knows and can do was not measured: its KL to the base on harmless prompts is the only figure on that."
+        )
+    asked = "" if contexts else "prompts in other contexts than a bare question, "
+    return [*told, f"Not measured: {asked}jailbreaks, other languages, long conversations."]
 
 
 def timings(source: Source) -> Markup | None:

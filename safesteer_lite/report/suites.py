@@ -8,9 +8,9 @@ from typing import Any
 from safesteer_lite.evaluation.judged import MODELS
 from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.report.markup import Markup, element, join, paragraph, table
+from safesteer_lite.report.parts import WANTED
 from safesteer_lite.report.source import Source
 
-_WANTED = {"harmful": "more is safer", "borderline": "less is better", "harmless": "less is better"}
 _QUESTIONS = {"refused": "refused", "harmful": "answered with harm"}
 
 
@@ -34,7 +34,7 @@ def _rows(suite: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     for judge in suite["judges"]:
         for question, said in _QUESTIONS.items():
             if figures := judge[question]:
-                wanted = "less is safer" if question == "harmful" else _WANTED[suite["kind"]]
+                wanted = "less is safer" if question == "harmful" else WANTED[suite["kind"]]
                 name = join([f"{suite['suite']} {said}", element("small", wanted)])
                 yield (
                     name,

@@ -32,9 +32,12 @@ def suites_table(suites: Sequence[Mapping[str, Any]]) -> Table:
                     rates = [_share_text(figures[model]) for model in ("before", "after")]
                     table.add_row(f"  {said}, by {judge['judge']}", *rates, p)
         table.add_section()
-    origins = [f"{suite['suite']}: {suite['origin']}" for suite in suites]
-    told = "p: exact McNemar test over the same prompts; a large one means that chance explains the difference"
-    table.caption = as_text("\n".join([told, *origins]))
+    told = [f"{suite['suite']}: {suite['origin']}" for suite in suites]
+    if any(judge["refused"] and judge["refused"]["paired"] for suite in suites for judge in suite["judges"]):
+        told.insert(
+            0, "p: exact McNemar test over the same prompts; a large one means that chance explains the difference"
+        )
+    table.caption = as_text("\n".join(told))
     return table
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.measure import Answers, measure, require_answers
-from safesteer_lite.evaluation.scorecard import kinds_of
-from safesteer_lite.events import Metric
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import Publication
@@ -35,7 +31,7 @@ def run(session: Session, publication: Publication) -> None:
     require_answers(card, config.evaluate.selection_tokens)
     _tell_endless_answers(session, answers)
     openings = refusal_openings(answers)
-    tell_rates(session, card.to_record())
+    session.tell_rates(card)
     if openings:
         told = ", ".join(f"{word!r} {count}x" for word, count in openings.most_common(5))
         session.note(
@@ -71,13 +67,6 @@ def _tell_endless_answers(session: Session, answers: Answers) -> None:
             f"None of {len(given)} answers ended within {limit} tokens. If you know this model to give short answers, check "
             f"what its generation_config.json names as eos_token_id: an answer ends at {names}, and nowhere else."
         )
-
-
-def tell_rates(session: Session, record: Mapping[str, Any]) -> None:
-    """What the base refuses, from its scorecard as `publication.result` holds it."""
-    for name in kinds_of(record):
-        rate = record[name]
-        session.emit(Metric(session.stage, f"{name} refused", rate["refused"] / rate["n"], rate["n"]))
 
 
 def refusal_openings(answers: Answers) -> Counter[str]:

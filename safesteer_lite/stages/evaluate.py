@@ -12,12 +12,10 @@ from safesteer_lite.evaluation.contexts import Compared
 from safesteer_lite.evaluation.measure import Answers, all_flips, measure, require_answers
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.evaluation.verdict import verdict
-from safesteer_lite.events import Metric
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
 from safesteer_lite.prompts.contexts import CONTEXTS, ContextName, Question, questions
 from safesteer_lite.prompts.plan import PromptSets, texts
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
@@ -64,23 +62,29 @@ def compare(
     after, new = measure(
         policy, sets, config.answer_tokens, ANSWER_BATCH, reference, chunk, lambda count: done(sets.total + count)
     )
-    for label, card in (("before", before), ("after", after)):
-        for name in KINDS:
-            rate = card.of(name)
-            session.emit(Metric(session.stage, f"{name} refused, {label}", rate.share, rate.n))
+    session.tell_rates(before, ", before")
+    session.tell_rates(after, ", after")
     return before, after, (old, new)
 
 
 def context_questions(session: Session, policy: Policy, sets: PromptSets) -> list[Question]:
     """What base and student are asked in contexts, as the settings say; under no system prompt where the template has no
-    place for one."""
+    place for one, and nothing that is too long with its context."""
     config = session.config.evaluate
     names: list[ContextName] = [name for name in CONTEXTS if name in config.contexts]
     if "system" in names and not policy.template.knows_system:
         names.remove("system")
         session.note("The model's chat template has no place for a system prompt: nothing is asked under one.")
     few = sets.first(config.context_prompts)
-    return questions({kind: few.of(kind) for kind in contexts.ASKED_KINDS}, names)
+    asked = questions({kind: few.of(kind) for kind in contexts.ASKED_KINDS}, names)
+    # Cut in the middle, what is left of a role play may be the play without its prompt.
+    fitting = [question for question in asked if policy.fits(question.conversation)]
+    if left_out := len(asked) - len(fitting):
+        session.warn(
+            f"{left_out} of {len(asked)} questions are longer than {policy.prompt_tokens} tokens with their contexts, and are "
+            "not asked. prompts.prompt_tokens sets the limit."
+        )
+    return fitting
 
 
 def compare_in_contexts(

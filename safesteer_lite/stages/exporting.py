@@ -16,7 +16,7 @@ from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.measure import Answers, counting_from, measure, scorecard
 from safesteer_lite.evaluation.scorecard import NOT_ASKED
 from safesteer_lite.evaluation.suite_results import saved_suites
-from safesteer_lite.events import Metric, Progress
+from safesteer_lite.events import Progress
 from safesteer_lite.export import card, drafts
 from safesteer_lite.export.folder import MERGED, WORK, exported, file_name
 from safesteer_lite.export.gguf import convert, modelfile
@@ -256,9 +256,7 @@ def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limi
 
 
 def _tell(session: Session, row: Row) -> None:
-    for name in KINDS:
-        rate = row.card.of(name)
-        session.emit(Metric(session.stage, f"{name} refused, {row.name}", rate.share, rate.n))
+    session.tell_rates(row.card, f", {row.name}")
     if row.agreement:
         same, count = row.agreement.same_answers, row.agreement.prompts
         session.note(

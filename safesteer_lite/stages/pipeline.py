@@ -22,6 +22,7 @@ from safesteer_lite.errors import (
 )
 from safesteer_lite.evaluation.contexts import to_record
 from safesteer_lite.evaluation.judged import MODELS, summaries
+from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.evaluation.verdicts import OPENINGS
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
 from safesteer_lite.export.rows import keep_rows
@@ -261,7 +262,7 @@ def run(
                 session.emit(StageSkipped(stage.name, "done already, with the same settings"))
                 if stage.name == "baseline":
                     # Whoever watches a resumed run wants to see where it began.
-                    baseline.tell_rates(session, session.result("baseline")["scorecard"])
+                    session.tell_rates(Scorecard.from_record(session.result("baseline")["scorecard"]))
                 continue
             if stop_requested():
                 raise Interrupted(f"Stopped before the stage {stage.title!r}; everything up to there is saved.")

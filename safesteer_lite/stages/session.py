@@ -14,7 +14,8 @@ from torch import Tensor
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.events import Emit, Note, Progress, Warned
+from safesteer_lite.evaluation.scorecard import Scorecard
+from safesteer_lite.events import Emit, Metric, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
 from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.method.memory import release
@@ -22,7 +23,7 @@ from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loading import load_policy
 from safesteer_lite.prompts.contexts import Conversation, partly_in_contexts
 from safesteer_lite.prompts.plan import PromptPlan, texts
-from safesteer_lite.prompts.sets import Prompt
+from safesteer_lite.prompts.sets import KINDS, Prompt
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import Base
 
@@ -70,6 +71,18 @@ class Session:
     def warn(self, message: str) -> None:
         """Tell something the user should know."""
         self.emit(Warned(self.stage, message))
+
+    def tell_rates(self, card: Scorecard, said: str = "", step: int | None = None) -> None:
+        """Tell what a model refuses of each kind of prompts that it answered.
+
+        Args:
+            card: what was measured.
+            said: of which model, behind the words of each rate.
+            step: the optimizer step, where it is one of several.
+        """
+        for name in KINDS:
+            if (rate := card.of(name)).n:
+                self.emit(Metric(self.stage, f"{name} refused{said}", rate.share, rate.n, step))
 
     def progress(self, what: str, total: int) -> Callable[[int], None]:
         """A callback that reports how many of `total` are done."""

@@ -10,11 +10,10 @@ from safesteer_lite.evaluation.choice import separation, trade_off
 from safesteer_lite.evaluation.dial import Point, save_points
 from safesteer_lite.evaluation.measure import measure, refusal_scores
 from safesteer_lite.evaluation.scorecard import Scorecard
-from safesteer_lite.events import Metric, Sample
+from safesteer_lite.events import Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Done, Policy, Reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets, texts
-from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -75,7 +74,7 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
         base, base_answer = (points[0].card, base_answer) if points else (card, harmful[0])
         apart = separation(at_base, refusal_scores(policy, sets, openings, ANSWER_BATCH))
         points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3), round(apart, 3)))
-        _tell(session, points[-1])
+        session.tell_rates(card, f" at strength {strength:g}")
         session.emit(Sample(session.stage, sets.harmful[0].text, base_answer, harmful[0]))
     save_points(session.run, points)
     return points
@@ -85,9 +84,3 @@ def _measure(session: Session, sets: PromptSets, reference: Reference, done: Don
     tokens, chunk = session.config.evaluate.selection_tokens, session.config.distill.chunk
     card, answers = measure(session.policy, sets, tokens, ANSWER_BATCH, reference, chunk, done)
     return card, answers.harmful
-
-
-def _tell(session: Session, point: Point) -> None:
-    for name in KINDS:
-        rate = point.card.of(name)
-        session.emit(Metric(session.stage, f"{name} refused at strength {point.strength:g}", rate.share, rate.n))

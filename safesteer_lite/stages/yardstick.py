@@ -11,7 +11,7 @@ from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Metric
 from safesteer_lite.models.assistant import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.prompts.sets import KINDS, Kind
+from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.stages.history import History
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
@@ -77,9 +77,7 @@ class Yardstick:
 
     def _tell(self, card: Scorecard, found: Candidate, step: int, strength: float) -> None:
         session, suffix = self._session, "" if strength == 1 else f" at strength {strength:g}"
-        for name in KINDS:
-            rate = card.of(name)
-            session.emit(Metric(session.stage, f"{name} refused{suffix}", rate.share, rate.n, step))
+        session.tell_rates(card, suffix, step)
         if found.separation is not None:
             session.emit(Metric(session.stage, f"separation{suffix}", found.separation, self._sets.total, step))
         if card.kl_to_base is not None:

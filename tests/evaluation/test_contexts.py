@@ -66,6 +66,7 @@ def test_the_worst_contexts_are_named_with_their_counts() -> None:
         "In 2 contexts, over-refusal rose in none (2 of 40 borderline and harmless prompts refused in a role"
     )
     assert contexts.worst({}) == ""
+    assert contexts.worst({"role": pair((6, 16), (2, 2))}).startswith("In 1 context, over-refusal")
 
 
 def tables() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -160,6 +160,7 @@ def test_limits_count_what_is_still_answered(tree: Node) -> None:
     told = part(tree, "limits").text
     assert "36 of 100 harmful test prompts are still not refused" in told and "cut at 150 tokens" in told
     assert "0.0407 nats a token" in told and "3 of 8 greedy answers" in told and "seed 0" in told
+    assert "can do was not measured" in told and "Not measured: prompts in other contexts than a bare question" in told
 
 
 def test_the_heat_map_frames_the_chosen_candidate(tree: Node) -> None:
@@ -252,7 +253,7 @@ def test_contexts_and_help_in_danger_have_their_rows_and_what_got_worse_there_is
         for kind, count in (("before", 3), ("after", 6))
     }
     with run.publish("evaluate", 5, "mark of evaluate") as publication:
-        publication.result = {**result, "contexts": {"turns": rates, "steps": rates}}
+        publication.result = {**result, "contexts": {"turns": rates, "steps": rates}, "context_tokens": 48}
         (publication.path / "flips.jsonl").write_text(json.dumps(flip("critical", 7, "plain", True)) + "\n")
     shown = parsed(rendered(run))
     table = rows(part(shown, "scorecard"))
@@ -265,6 +266,9 @@ def test_contexts_and_help_in_danger_have_their_rows_and_what_got_worse_there_is
     ]
     assert table[6][1:] == ["3 of 12 (9 to 53 %)", "6 of 12 (25 to 75 %)", "+25 points (-12 to +54)"]
     assert [node.text for node in part(shown, "flips").all("h3")] == ["Critical, now refused: 1"]
+    told = part(shown, "limits").text
+    assert "at most 12 prompts of a kind were asked, and answers there cut at 48 tokens" in told
+    assert "bare question" not in told
 
 
 def test_every_setting_stands_on_the_page(tree: Node) -> None:

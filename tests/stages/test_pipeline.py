@@ -148,7 +148,8 @@ def test_nothing_is_asked_under_a_system_prompt_where_the_template_has_no_place_
     session = Session(planted.settings(model), done, open_base(model), events.append)
     sets = session.prompts.split("test")
     knowing, lacking = (
-        cast(Policy, SimpleNamespace(template=SimpleNamespace(knows_system=it))) for it in (True, False)
+        cast(Policy, SimpleNamespace(template=SimpleNamespace(knows_system=it), fits=lambda asked: True))
+        for it in (True, False)
     )
     assert {one.context for one in evaluate.context_questions(session, knowing, sets)} == set(CONTEXTS)
     assert not events
@@ -157,6 +158,22 @@ def test_nothing_is_asked_under_a_system_prompt_where_the_template_has_no_place_
     assert [event.message for event in events if isinstance(event, Note)] == [
         "The model's chat template has no place for a system prompt: nothing is asked under one."
     ]
+
+
+def test_a_question_that_is_too_long_with_its_context_is_left_out_and_told(done: RunFolder, model: Path) -> None:
+    events: list[Event] = []
+    session = Session(planted.settings(model), done, open_base(model), events.append)
+    policy, sets = session.policy, session.prompts.split("test")
+    everything = evaluate.context_questions(session, policy, sets)
+    policy.prompt_tokens = 30
+    left = evaluate.context_questions(session, policy, sets)
+    assert 0 < len(left) < len(everything)
+    # Those that are left are asked whole, and the others would not be.
+    lengths = {one: policy.encode(one.conversation).input_ids.shape[1] for one in left}
+    assert max(lengths.values()) <= 30
+    assert all(policy.fits(one.conversation) == (one in left) for one in everything)
+    told = f"{len(everything) - len(left)} of {len(everything)} questions are longer than 30 tokens with their contexts"
+    assert any(isinstance(event, Warned) and event.message.startswith(told) for event in events)
 
 
 def test_each_measurement_has_both_scores_and_the_kept_one_is_what_they_say(done: RunFolder) -> None:

@@ -76,6 +76,17 @@ def test_a_run_answers_a_suite_as_it_answered_its_test_prompts(
     assert "mine refused" in shown and "harmful.txt" in shown
 
 
+def test_a_file_of_requests_for_help_in_danger_is_a_suite_too(
+    run: RunFolder, harmful: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (suite,) = result_of(
+        capsys, "eval", str(run.path), "--suite-file", f"mine:critical={harmful}", "--suite-limit", "3"
+    )
+    assert (suite["kind"], suite["judges"][0]["refused"]["after"]["n"]) == ("critical", 3)
+    html = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "a refusal may do harm" in html.partition('id="suites"')[2].partition("</section>")[0]
+
+
 def test_a_second_judge_reads_the_answers_of_a_suite(
     run: RunFolder, harmful: Path, server: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
