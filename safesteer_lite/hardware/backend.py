@@ -253,7 +253,7 @@ def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision, demand: De
 
 def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, demand: Demand, instead: str) -> Decision:
     """Unpacked where memory allows, in fp32 where the CPU has no bf16 arithmetic and memory allows that too."""
-    dtypes = ["fp32"] if precision == "fp32" else ["bf16"] if machine.bf16_fast else ["fp32", "bf16"]
+    dtypes = ["fp32"] if precision == "fp32" else ["bf16"] if machine.cpu_bf16 else ["fp32", "bf16"]
     for compute in dtypes:
         need = smallest_need(shape, precision, precision == "nf4", compute, demand)
         if need.peak_bytes > _UNPACK_SHARE * machine.ram_available:

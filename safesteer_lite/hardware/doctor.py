@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from safesteer_lite import children
-from safesteer_lite.hardware.backend import LONG_ROLLOUT, choose_library
+from safesteer_lite.hardware.backend import LONG_ROLLOUT, card_dtype, choose_library
 from safesteer_lite.hardware.known import KNOWN
 from safesteer_lite.hardware.limits import read_or_empty
 from safesteer_lite.hardware.machine import PACKAGES, Machine, has_code_for
@@ -187,7 +187,9 @@ def _backend_check(machine: Machine) -> Check:
 
 
 def _bf16_check(machine: Machine) -> Check:
-    if machine.bf16_fast:
+    """Of the device that will compute: the card, else the processor."""
+    fast = machine.cpu_bf16 if machine.gpu is None else card_dtype(machine.gpu) == "bf16"
+    if fast:
         return Check("fast bf16", True, "yes")
     return Check("fast bf16", None, "no", "Nothing is broken, but runs take longer than on newer hardware.")
 

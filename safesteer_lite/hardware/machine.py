@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Machine:
         gpus: every card found, also those torch cannot use.
         versions: package name to installed version, None where missing.
         cuda_build: the CUDA version torch was built for; None for a CPU build.
-        bf16_fast: whether the device that will compute (`gpu`, else the CPU) has bf16 arithmetic; False where unknown.
+        cpu_bf16: whether the CPU has bf16 arithmetic; False where unknown.
         cuda_architectures: what the installed torch has code for (`sm_86`); empty where it sees no card.
         others: accelerators that torch could compute on and this program does not use, in words.
     """
@@ -73,7 +73,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     versions: Mapping[str, str | None]
     cuda_build: str | None
-    bf16_fast: bool
+    cpu_bf16: bool
     cuda_architectures: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
@@ -99,7 +99,7 @@ def inspect(folder: Path) -> Machine:
     versions = {name: _version(name) for name in PACKAGES}
     found = _nvidia_smi()
     facts = _torch_facts(found) if versions["torch"] else _TorchFacts(found)
-    machine = Machine(
+    return Machine(
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         cpu=_cpu_name(),
@@ -110,13 +110,10 @@ def inspect(folder: Path) -> Machine:
         gpus=facts.gpus,
         versions=versions,
         cuda_build=facts.cuda_build,
-        bf16_fast=facts.cpu_bf16,
+        cpu_bf16=facts.cpu_bf16,
         cuda_architectures=facts.architectures,
         others=facts.others,
     )
-    if machine.gpu is None:
-        return machine
-    return replace(machine, bf16_fast=machine.gpu.capability >= (8, 0))
 
 
 def _version(package: str) -> str | None:

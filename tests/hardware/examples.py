@@ -40,7 +40,7 @@ CPU_MACHINE = Machine(
     gpus=(),
     versions={name: "1.0" for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
     cuda_build=None,
-    bf16_fast=True,
+    cpu_bf16=True,
 )
 CARD = Gpu("a card", 12 * GB, 11 * GB, (8, 6), "570.1", True)
 

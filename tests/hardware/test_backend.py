@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from safesteer_lite.config import ModelConfig
 from safesteer_lite.errors import ModelError, UsageError
-from safesteer_lite.hardware.backend import choose_backend, choose_library, find_place, fit, smallest_need
+from safesteer_lite.hardware.backend import choose_backend, choose_library, decide, find_place, fit, smallest_need
 from safesteer_lite.hardware.machine import Machine
 from safesteer_lite.hardware.peaks import Demand
 from tests.hardware.examples import CARD, CPU_MACHINE, GB, LARGE, SMALL
@@ -27,7 +29,7 @@ def test_cpu_with_fast_bf16_unpacks() -> None:
 
 
 def test_cpu_without_fast_bf16_computes_in_fp32_while_memory_allows() -> None:
-    machine = replace(CPU_MACHINE, bf16_fast=False)
+    machine = replace(CPU_MACHINE, cpu_bf16=False)
     roomy = choose_backend(machine, SMALL, "nf4")
     assert (roomy.unpack, roomy.compute_dtype) == (True, "fp32")
     assert "fp32 on the CPU" in roomy.reason and "2.0 GB" in roomy.reason
@@ -96,13 +98,27 @@ def test_what_runs_beside_the_policy_goes_to_the_same_card(tmp_path: Path, monke
     assert [find_place(device, tmp_path) for device in ("auto", "cuda", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_card_that_is_not_used_says_nothing_about_the_processor(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card has bf16 arithmetic, and what is computed beside it may have none."""
+    plant_cards(monkeypatch, cuda="12.8", hip=None)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    small = replace(SMALL, layers=2, vocabulary=1000)
+    decision = decide(ModelConfig(device="cpu"), small, tmp_path)
+    assert (decision.device, decision.compute_dtype) == ("cpu", "bf16" if fast else "fp32")
+    assert decide(ModelConfig(), small, tmp_path).compute_dtype == "bf16"
+
+
 def test_every_reason_is_one_sentence() -> None:
     for fast in (True, False):
         for gpus in ((), (CARD,), (replace(CARD, memory_free=GB),), (TURING,)):
             for available in (GB // 2, 3 * GB, 24 * GB):
                 for requested in ("auto", "nf4", "bf16", "fp32"):
                     for shape in (SMALL, LARGE):
-                        machine = replace(CPU_MACHINE, bf16_fast=fast, gpus=gpus, ram_available=available)
+                        machine = replace(CPU_MACHINE, cpu_bf16=fast, gpus=gpus, ram_available=available)
                         reason = choose_backend(machine, shape, requested).reason
                         assert reason.endswith(".") and ". " not in reason and "  " not in reason
 

@@ -40,6 +40,20 @@ def test_versions_are_held_against_the_packages_own_bounds(tmp_path: Path, monke
     assert seen["bitsandbytes import"].ok is False
 
 
+@pytest.mark.parametrize(("capability", "card_is_fast"), [((8, 6), True), ((7, 5), None)])
+def test_bf16_is_asked_of_the_card_that_will_compute_and_else_of_the_processor(
+    capability: tuple[int, int], card_is_fast: bool | None
+) -> None:
+    card = replace(CARD, capability=capability)
+    for on_the_processor in (True, False):
+        machine = replace(CPU_MACHINE, cpu_bf16=on_the_processor, versions={})
+        assert found(machine)["fast bf16"].ok is (on_the_processor or None)
+        assert found(replace(machine, gpus=(card,)))["fast bf16"].ok is card_is_fast
+        assert found(replace(machine, gpus=(replace(card, usable=False),)))["fast bf16"].ok is (
+            on_the_processor or None
+        )
+
+
 def test_doctor_tells_the_ways_cuda_fails_apart() -> None:
     card = replace(CARD, usable=False)
     none = {**CPU_MACHINE.versions, "bitsandbytes": None}
@@ -96,7 +110,7 @@ def test_whatever_is_not_well_has_a_remedy_and_the_token_stays_secret(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "60")
     poor = replace(
-        CPU_MACHINE, python="3.9.1", ram_total=4 * GB, disk_free=GB, bf16_fast=False, versions={}, cuda_build=None
+        CPU_MACHINE, python="3.9.1", ram_total=4 * GB, disk_free=GB, cpu_bf16=False, versions={}, cuda_build=None
     )
     seen = found(poor)
     bad = {
