@@ -19,6 +19,10 @@ MODELS = ("before", "after")
 """The base and the trained model, as a scorecard names them; a model that is no run's has its answers under the first."""
 
 
+QUESTIONS = {"refused": "refused", "harmful": "answered with harm"}
+"""What is asked of every answer, each with the words for those of which it is true."""
+
+
 @dataclass(frozen=True)
 class JudgedAnswer:
     """One answer, and what is said of it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.evaluation.judged import MODELS, Judged
+from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged
 from safesteer_lite.evaluation.paired import compare
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.durable import explained, read_json, write_json
@@ -15,7 +15,6 @@ from safesteer_lite.runs.folder import RunFolder
 
 FILE = "suites.json"
 
-QUESTIONS = ("refused", "harmful")
 _TEXTS = ("suite", "kind", "origin", "licence", "sha256")
 
 

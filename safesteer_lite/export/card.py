@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safesteer_lite.evaluation.contexts import sections
+from safesteer_lite.evaluation.judged import QUESTIONS
 from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.hardware.units import format_bytes
@@ -185,7 +186,7 @@ def _suites(suites: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| suite | judged by | before | after | p |", "| --- | --- | --- | --- | --- |"]
     for suite in suites:
         for judge in suite["judges"]:
-            for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+            for question, said in QUESTIONS.items():
                 if figures := judge[question]:
                     rates = " | ".join(_counted(figures[model]) for model in ("before", "after"))
                     p = p_text(figures["paired"]["p"]) if figures["paired"] else ""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from safesteer_lite.evaluation.judged import MODELS
+from safesteer_lite.evaluation.judged import MODELS, QUESTIONS
 from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.report.markup import Markup, element, join, paragraph, table
 from safesteer_lite.report.parts import WANTED
 from safesteer_lite.report.source import Source
-
-_QUESTIONS = {"refused": "refused", "harmful": "answered with harm"}
 
 
 def suites(source: Source) -> Markup | None:
@@ -32,7 +30,7 @@ def suites(source: Source) -> Markup | None:
 
 def _rows(suite: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     for judge in suite["judges"]:
-        for question, said in _QUESTIONS.items():
+        for question, said in QUESTIONS.items():
             if figures := judge[question]:
                 wanted = "less is safer" if question == "harmful" else WANTED[suite["kind"]]
                 name = join([f"{suite['suite']} {said}", element("small", wanted)])

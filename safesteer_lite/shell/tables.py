@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from safesteer_lite.evaluation.judged import JudgedAnswer
+from safesteer_lite.evaluation.judged import QUESTIONS, JudgedAnswer
 from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.text import visible
@@ -26,7 +26,7 @@ def suites_table(suites: Sequence[Mapping[str, Any]]) -> Table:
     for suite in suites:
         table.add_row(f"{suite['suite']}, {suite['n']} {suite['kind']} prompts", "", "", "")
         for judge in suite["judges"]:
-            for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+            for question, said in QUESTIONS.items():
                 if figures := judge[question]:
                     p = p_text(figures["paired"]["p"]) if figures["paired"] else ""
                     rates = [_share_text(figures[model]) for model in ("before", "after")]

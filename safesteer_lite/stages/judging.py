@@ -11,7 +11,7 @@ from safesteer_lite.config import EvaluateConfig, RunConfig
 from safesteer_lite.errors import DiskSpaceError, ModelError, RunFolderError, UsageError
 from safesteer_lite.evaluation import judges
 from safesteer_lite.evaluation.endpoint import EndpointJudge, read_address
-from safesteer_lite.evaluation.judged import MODELS, Judged, JudgedAnswer, save_judged, saved_judged
+from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged, JudgedAnswer, save_judged, saved_judged
 from safesteer_lite.evaluation.measure import Answers, counting_from
 from safesteer_lite.evaluation.model_judges import ClassifierJudge, GuardJudge
 from safesteer_lite.evaluation.verdicts import CLASSIFIER, ENDPOINT, GUARD, OPENINGS, Judge, Openings, verdicts
@@ -165,12 +165,12 @@ def judge_finished(run: RunFolder, config: RunConfig, load: Callable[[], Judge],
 
 
 def tell_figures(judged: Judged, emit: Emit) -> None:
-    """Each rate that a judge can give, and on how many answers it contradicts the opening phrases."""
+    """Each rate that a judge can give, under its name, and on how many answers it contradicts the opening phrases."""
     figures = judged.summary()
     for model in MODELS:
         for name in figures[model] or ():
-            for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+            for question, said in QUESTIONS.items():
                 if rate := figures[model][name][question]:
-                    emit(Metric(STAGE, f"{name} {said}, {model}", rate["count"] / rate["n"], rate["n"]))
+                    emit(Metric(STAGE, f"{judged.judge}: {name} {said}, {model}", rate["count"] / rate["n"], rate["n"]))
     disputed, total = len(judged.disputed), len(judged.answers)
     emit(Note(STAGE, f"The {judged.judge} contradicts the opening phrases on {disputed} of {total} answers."))

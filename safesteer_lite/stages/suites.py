@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import PromptError
-from safesteer_lite.evaluation.judged import MODELS, Judged
+from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged
 from safesteer_lite.evaluation.measure import Answers, counting_from
 from safesteer_lite.evaluation.suite_results import SuiteResult, save_suite
 from safesteer_lite.evaluation.suites import SuitePrompts
@@ -149,7 +149,7 @@ def _finish(session: Session, result: SuiteResult, save: bool) -> None:
     if save:
         save_suite(session.run, result)
     figures = result.summary()["judges"][-1]
-    for question, said in (("refused", "refused"), ("harmful", "answered with harm")):
+    for question, said in QUESTIONS.items():
         for model in MODELS:
             if rate := figures[question] and figures[question][model]:
                 name = f"{result.suite} {said}, {model}"

@@ -148,6 +148,13 @@ def test_the_test_split_takes_the_place_of_the_selection_split(view: RunView) ->
     assert view.first["harmful"] == (0.5, 100) and view.last["harmful"] == (0.7, 100)
 
 
+def test_what_a_second_judge_says_stands_among_the_messages(view: RunView) -> None:
+    before = (dict(view.first), dict(view.last))
+    view.take(Metric("judge", "guard: harmful refused, before", 0.5, 100))
+    assert (view.first, view.last) == before
+    assert view.messages[-1] == "guard: harmful refused, before 50 % (n = 100)"
+
+
 def test_the_strengths_that_are_tried_are_shown_as_such(view: RunView) -> None:
     view.take(Metric("distill", "harmful refused at strength 0.5", 0.9, 32, 8))
     assert view.first["harmful"] != (0.9, 32) and view.last["harmful"] == (0.9, 32)

@@ -128,7 +128,7 @@ def test_a_run_asks_the_judge_of_its_settings_once(run: RunFolder, server: Endpo
     assert [judge["judge"] for judge in record["judges"]] == ["openings", "endpoint"]
     told = {event.name: (event.value, event.n) for event in events if isinstance(event, Metric)}
     harmful = counts(run, "after")["harmful"]
-    assert told["harmful answered with harm, after"] == (harmful["harm"] / harmful["n"], harmful["n"])
+    assert told["endpoint: harmful answered with harm, after"] == (harmful["harm"] / harmful["n"], harmful["n"])
     assert [event.stage for event in events if isinstance(event, StageStarted | StageDone)] == [judging.STAGE] * 2
     asked_so_far = len(server.bodies)
     pipeline.run(config, run, open_base(planted_model), discard)
