@@ -57,6 +57,13 @@ def cgroup_memory(membership: Path, root: Path) -> tuple[int, int] | None:
     return (min(limits), min(left)) if limits else None
 
 
+def ram() -> tuple[int, int]:
+    """Memory of this machine and what is left of it, within the limits of this process's control groups."""
+    memory = psutil.virtual_memory()
+    limits = cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")) or (memory.total, memory.total)
+    return min(memory.total, limits[0]), min(memory.available, limits[1])
+
+
 def cgroup_cores(membership: Path, root: Path) -> float | None:
     """How many CPUs' worth of time the control groups grant; None without a limit. Arguments as in `cgroup_memory`."""
     shares = []

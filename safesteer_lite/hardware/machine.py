@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
-
 from safesteer_lite import children
-from safesteer_lite.hardware.limits import cgroup_memory, read_or_empty, usable_cores
+from safesteer_lite.hardware.limits import ram, read_or_empty, usable_cores
 from safesteer_lite.runs.durable import free_space
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth")
@@ -94,8 +92,7 @@ def inspect(folder: Path) -> Machine:
     Args:
         folder: where the run will be written; it need not exist yet.
     """
-    memory = psutil.virtual_memory()
-    limit, available = cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")) or (memory.total, memory.total)
+    total, available = ram()
     versions = {name: _version(name) for name in PACKAGES}
     found = _nvidia_smi()
     facts = _torch_facts(found) if versions["torch"] else _TorchFacts(found)
@@ -104,8 +101,8 @@ def inspect(folder: Path) -> Machine:
         python=platform.python_version(),
         cpu=_cpu_name(),
         cores=usable_cores(),
-        ram_total=min(memory.total, limit),
-        ram_available=min(memory.available, available),
+        ram_total=total,
+        ram_available=available,
         disk_free=free_space(folder),
         gpus=facts.gpus,
         versions=versions,

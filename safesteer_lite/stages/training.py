@@ -12,6 +12,8 @@ from torch import Tensor
 from safesteer_lite.config.constants import TOP_K
 from safesteer_lite.errors import Interrupted, TrainingError
 from safesteer_lite.events import Metric, Progress, Sample
+from safesteer_lite.hardware import allocator
+from safesteer_lite.hardware.limits import ram
 from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.hardware.need import largest_micro_batch
 from safesteer_lite.hardware.peaks import Demand, training_bytes
@@ -148,11 +150,15 @@ def drawn_anchors(session: Session) -> list[Prompt]:
 
 
 def _fit_micro_batch(session: Session, loop: Distillation) -> None:
-    """On a card, begin with as many rollouts a forward as its free memory is reckoned to hold, by the longest prompt."""
+    """Begin with as many rollouts a forward as free memory is reckoned to hold, by the longest prompt.
+
+    On a card what is too much would be told; in RAM many systems end the program without a word.
+    """
     config, model = session.config, session.policy.model
-    if model.device.type != "cuda":
-        return
-    shape, free = session.base.shape, free_cuda_memory()
+    shape, on_card = session.base.shape, model.device.type == "cuda"
+    # What glibc keeps of earlier work is free for this one too.
+    allocator.return_freed_memory()
+    free = free_cuda_memory() if on_card else ram()[1]
     element = model.decoder.embed_tokens.weight.element_size()
     longest = max(prompt.input_ids.shape[1] for prompt in (*loop.harmful, *loop.harmless))
 
@@ -168,9 +174,11 @@ def _fit_micro_batch(session: Session, loop: Distillation) -> None:
         )
 
     loop.micro_batch = largest_micro_batch(loop.micro_batch, free, need)
+    if not on_card and loop.micro_batch == loop.recipe.micro_batch:
+        return
     session.note(
-        f"{loop.micro_batch} rollouts a forward, at most {config.distill.micro_batch}: the longest takes "
-        f"{format_bytes(need(1))}, {format_bytes(free)} are free."
+        f"Rollouts a forward: {loop.micro_batch} of at most {config.distill.micro_batch}; the longest takes "
+        f"{format_bytes(need(1))}, and {format_bytes(free)} are free."
     )
 
 
