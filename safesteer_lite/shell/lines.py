@@ -107,30 +107,35 @@ def metric_text(name: str, value: float, n: int | None, step: int | None) -> str
     return f"{where}{name} {amount}" + (f" (n = {n})" if n is not None else "")
 
 
-def scorecard_table(scorecard: Mapping[str, Any], contexts: Mapping[str, Any] | None = None) -> Table:
+def scorecard_table(
+    scorecard: Mapping[str, Any], contexts: Mapping[str, Any] | None = None, *, alone: bool = False
+) -> Table:
     """Refusals before and after, asked plainly with 95 % intervals, and in contexts; 80 columns hold it.
 
     Args:
         scorecard: `before` and `after`, as the report has them.
         contexts: the same by context, as the report has them; None where nothing was asked in any.
+        alone: of one model, before which there was none; both sides are its own.
     """
     table = Table(
         title="Refusals on the test split (95 % Wilson intervals)", title_justify="left", caption_justify="left"
     )
-    for heading in ("prompts", "n", "before", "after"):
+    sides = (1,) if alone else (0, 1)
+    for heading in ("prompts", "n", *(("refused",) if alone else ("before", "after"))):
         table.add_column(heading, justify="left" if heading == "prompts" else "right")
     plainly, *in_contexts = sections(scorecard, contexts)
-    for name, old, new in plainly.rows:
-        table.add_row(name, str(new["n"]), rate_text(old), rate_text(new))
-    kl = scorecard["after"]["kl_to_base"]
-    table.add_row("KL, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+    for name, *rates in plainly.rows:
+        table.add_row(name, str(rates[1]["n"]), *(rate_text(rates[side]) for side in sides))
+    notes = []
+    if not alone:
+        kl = scorecard["after"]["kl_to_base"]
+        table.add_row("KL, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")
+        notes.append("KL: to the base, on harmless prompts.")
     table.add_section()
     for section in in_contexts:
         counts = sorted({new["n"] for _, _, new in section.rows})
-        sides = zip(*((old["refused"], new["refused"]) for _, old, new in section.rows), strict=True)
-        told = [" / ".join(map(str, side)) for side in sides]
+        told = [" / ".join(str(rates[side]["refused"]) for _, *rates in section.rows) for side in sides]
         table.add_row(section.title, "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))), *told)
-    notes = ["KL: to the base, on harmless prompts."]
     if any(name == "critical" for name, _, _ in plainly.rows):
         notes.append("critical: requests for help in danger, where a refusal may do harm.")
     if in_contexts:

@@ -77,11 +77,11 @@ def tables() -> tuple[dict[str, Any], dict[str, Any]]:
     return scorecard, contexts.to_record({name: pair((20, 20), (20, 20)) for name in CONTEXTS})
 
 
-def printed(scorecard: dict[str, Any], in_contexts: dict[str, Any] | None) -> str:
+def printed(scorecard: dict[str, Any], in_contexts: dict[str, Any] | None, *, alone: bool = False) -> str:
     """The table as a terminal of 80 columns shows it."""
     console = Console(width=80, color_system=None)
     with console.capture() as captured:
-        console.print(scorecard_table(scorecard, in_contexts))
+        console.print(scorecard_table(scorecard, in_contexts, alone=alone))
     return captured.get()
 
 
@@ -95,6 +95,15 @@ def test_one_table_of_80_columns_has_every_rate_before_and_after() -> None:
     assert cells[0] == ["harmful", "100", "71 (71 %, 61 to 79)", "100 (100 %, 96 to 100)"]
     assert cells[5:] == [[title, "20", "20 / 0 / 20", "20 / 0 / 20"] for title in CONTEXTS.values()]
     assert "harmful / borderline / harmless prompts refused, of n each" in " ".join(" ".join(lines).split())
+
+
+def test_a_model_alone_has_one_column_and_no_kl() -> None:
+    scorecard, in_contexts = tables()
+    text = printed(scorecard, in_contexts, alone=True)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in cells] == [*ASKED_KINDS, "critical", *CONTEXTS.values()]
+    assert cells[0] == ["harmful", "100", "100 (100 %, 96 to 100)"] and cells[4][1:] == ["20", "20 / 0 / 20"]
+    assert "KL" not in text and "before" not in text
 
 
 def test_kinds_of_which_fewer_were_asked_are_told() -> None:

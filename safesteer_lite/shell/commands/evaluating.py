@@ -97,7 +97,7 @@ def _measure(folder: RunFolder | None, options: argparse.Namespace, emit: Emit) 
     if options.json:
         tell_json({"event": "Evaluation", **cards})
         return 0
-    SafeConsole().print(scorecard_table(cards, cards["contexts"]))
+    SafeConsole().print(scorecard_table(cards, cards["contexts"], alone=folder is None))
     if cards["judges"]:
         SafeConsole().print(judges_table(cards["judges"]))
     return 0
