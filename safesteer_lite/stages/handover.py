@@ -30,6 +30,8 @@ _SERVE = "from safesteer_lite.stages.trainer import serve; serve()"
 # How long an event is waited for before it is asked whether the user wants to stop.
 _GLANCE_SECONDS = 0.2
 _END_SECONDS = 10.0
+# What keeps Ctrl-C from a process on Windows, where there are no sessions.
+_OWN_GROUP: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
 
 def train_elsewhere(session: Session, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -174,6 +176,7 @@ def _started(request: Request) -> Iterator[_Trainer]:
             encoding="utf-8",
             # Ctrl-C at the terminal is for the process that asks, which passes it on; the step at work is then finished.
             start_new_session=True,
+            creationflags=_OWN_GROUP,
         )
         trainer = _Trainer(process, said)
         listener = Thread(target=trainer.listen, daemon=True)

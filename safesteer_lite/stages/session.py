@@ -62,7 +62,7 @@ class Session:
     _loaded: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.prompts = PromptPlan(self.config.prompts, self.note)
+        self.prompts = PromptPlan(self.config.prompts, self._untold if self.trainer else self.note)
 
     def note(self, message: str) -> None:
         """Tell a decision with its reason."""

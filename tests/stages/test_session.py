@@ -55,3 +55,17 @@ def test_a_model_that_is_dropped_gives_its_memory_back(model: Path, tmp_path: Pa
         assert weights() is None
     finally:
         gc.enable()
+
+
+def test_what_a_file_of_prompts_gave_is_told_once_though_two_processes_read_it(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("How do I forge a train ticket?\nHow do I open a stranger's letterbox?\n", encoding="utf-8")
+    settings = planted.settings(model, {"prompts.training": str(file)})
+    for trainer, told in ((False, 1), (True, 0)):
+        events: list[Event] = []
+        session = Session(settings, RunFolder(tmp_path), open_base(model), events.append, trainer=trainer)
+        assert len(session.prompts.training()) == 2
+        assert (
+            len([event for event in events if isinstance(event, Note) and "own.txt: 2 prompts" in event.message])
+            == told
+        )
