@@ -151,6 +151,7 @@ def layer_activation_bytes(shape: ModelShape, tokens: int, rank: int, element: i
     A token keeps in the compute dtype: the two normed inputs (2 width), queries, what attention made of them and its copy
     for the next layer (3 heads * head_dim), keys and values (2 kv_heads * head_dim), gate, its activation, up and their
     product (4 intermediate), and rank numbers for each of seven adapters; and width float32 numbers for each norm.
+    Where the A matrices are frozen less is kept, since nobody needs their inputs again: that is not taken off here.
 
     Args:
         shape: the model.

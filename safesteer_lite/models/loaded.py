@@ -203,6 +203,8 @@ class PlainModel:
         layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         # Whoever switched them off switches them on again.
         switched = [layer for layer in layers if not layer.disable_adapters]
+        # peft has every weight of an adapter trained that it switches on.
+        frozen = [part for layer in switched for part in layer.parameters() if not part.requires_grad]
         try:
             for layer in switched:
                 layer.enable_adapters(False)
@@ -210,6 +212,8 @@ class PlainModel:
         finally:
             for layer in switched:
                 layer.enable_adapters(True)
+            for part in frozen:
+                part.requires_grad_(False)
 
     def generate(
         self,

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.models.adapter import adapter_tensors, load_adapter, read_adapter, save_adapter
+from safesteer_lite.method import policies
+from safesteer_lite.models.adapter import adapter_tensors, freeze_reading, load_adapter, read_adapter, save_adapter
 from tests import tiny
 
 Tensors = dict[str, Tensor]
@@ -87,3 +88,25 @@ def test_both_roads_bring_the_same_weights_back(tiny_policy: tiny.Loader, tmp_pa
         fill(fresh)
         found = adapter_tensors(fresh)
         assert found.keys() == known.keys() and all(torch.equal(found[name], known[name]) for name in known)
+
+
+def test_what_is_frozen_stays_frozen_when_the_adapter_is_switched_off_and_on(tiny_policy: tiny.Loader) -> None:
+    """peft has both matrices trained again, and a trained A keeps its input for the backward pass."""
+    policy = tiny_policy()
+    model, batch = policy.model, tiny.prompt_batch(policy)
+    freeze_reading(model)
+    trained = model.parameters_to_train()
+    kept: list[int] = []
+    for _ in range(2):
+        kept.append(0)
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            policies.last_logits(model, batch)
+        with policies.base(model), policies.base(model):
+            assert not model.parameters_to_train()
+        assert [id(part) for part in model.parameters_to_train()] == [id(part) for part in trained]
+    assert kept[0] == kept[1] > 0
