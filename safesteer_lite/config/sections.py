@@ -127,9 +127,15 @@ class DistillConfig:
     )
     anchor_mix: str = _expert(
         "even",
-        "everyday and borderline anchors equally often, or `pooled`, each as it is",
+        "each kind of anchors equally often, or `pooled`, each as it is",
         "docs/method.md, anchors",
         ("even", "pooled"),
+    )
+    critical: int = _expert(
+        100,
+        "requests for help in danger, among the anchors",
+        "docs/method.md, anchors",
+        bounds=Bounds(0, 100_000),
     )
     twins: int = _expert(
         0,

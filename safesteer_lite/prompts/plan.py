@@ -88,13 +88,18 @@ class PromptPlan:
         count = self._settings.direction
         return self._take("harmful", "direction", count), self._take("harmless", "direction", count)
 
-    def anchors(self, twins: int = 0) -> list[list[Prompt]]:
-        """Harmless prompts on which the student is held to the base, by kind: the direction's, borderline ones, and twins.
+    def anchors(self, critical: int = 0, twins: int = 0) -> list[list[Prompt]]:
+        """Harmless prompts on which the student is held to the base, by kind: the direction's, borderline ones, and more.
 
         Args:
+            critical: how many of the requests for help in danger.
             twins: how many of the prompts that have the form of the harmful training prompts.
         """
-        wanted: list[tuple[Kind, int]] = [("borderline", self._settings.contrast), ("twin", twins)]
+        wanted: list[tuple[Kind, int]] = [
+            ("borderline", self._settings.contrast),
+            ("critical", critical),
+            ("twin", twins),
+        ]
         return [self.direction()[1], *(self._take(kind, "train", count) for kind, count in wanted if count)]
 
     def training(self) -> list[Prompt]:

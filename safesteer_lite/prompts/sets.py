@@ -114,8 +114,8 @@ def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "
     Args:
         kind: `harmful`, `harmless`, `borderline` (harmless requests in alarming words), `critical` (requests for help
             in danger, where a refusal does harm) or `twin` (harmless requests in the words of the harmful ones of its place).
-        split: `direction`, `selection`, `train` or `test`; borderline has no `direction`, critical only
-            `selection` and `test`, twin only `train`.
+        split: `direction`, `selection`, `train` or `test`; borderline and critical have no
+            `direction`, twin has only `train`.
         limit: at most so many prompts, spread evenly over the categories; None for the whole split.
         folder: where `harmful.jsonl`, `harmless.jsonl` and `borderline.jsonl` lie, each line with `prompt` and `split`
             and perhaps `id`, `category` and `language`; empty for the ones that ship with the package. Where it has no

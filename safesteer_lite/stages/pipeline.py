@@ -130,8 +130,8 @@ def _value(config: RunConfig, name: str) -> object:
 def prompts_fingerprint(config: RunConfig) -> str:
     """SHA-256 over the bundled prompts, or the user's own files.
 
-    The bundled requests for help in danger do not count, nor do the twins where none are asked for: nothing is trained on them,
-    and runs that were made before there were any can still be exported.
+    The bundled requests for help in danger do not count, nor do the twins where none are asked for: runs that were made before
+    there were any can still be exported.
 
     Raises:
         PromptError: a file cannot be read.

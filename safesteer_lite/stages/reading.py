@@ -14,7 +14,7 @@ from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # Prompts of a kind that are read, at most: each takes memory, and the bundled sets have fewer.
-_READ = 512
+_READ = 640
 
 
 def prepare_adapter(session: Session, saved: Path | None) -> None:
@@ -30,7 +30,7 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
     harmful = session.asked(_read_of(session, "harmful", session.prompts.training() + session.prompts.direction()[0]))
     if settings.reading_prompts == "answered":
         harmful = _answered(session, harmful)
-    anchors = [prompt for kind in session.prompts.anchors(session.config.distill.twins) for prompt in kind]
+    anchors = [prompt for kind in session.anchors() for prompt in kind]
     harmless = session.asked(_read_of(session, "harmless", anchors))
     done = session.progress("reading directions of blocks", blocks)
     read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)

@@ -138,6 +138,10 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.drop_policy()
 
+    def anchors(self) -> list[list[Prompt]]:
+        """The harmless prompts on which the student is held to the base, by kind."""
+        return self.prompts.anchors(self.config.distill.critical, self.config.distill.twins)
+
     def asked(self, prompts: Sequence[Prompt]) -> list[str | Conversation]:
         """What is asked of the model when it trains: the prompts, a share of them in contexts (`distill.contexts`)."""
         share = self.config.distill.contexts

@@ -42,7 +42,7 @@ def without_known(suite: SuitePrompts, config: RunConfig) -> tuple[SuitePrompts,
     """
     plan = PromptPlan(config.prompts)
     selection = plan.split("selection")
-    anchors = plan.anchors(config.distill.twins)
+    anchors = plan.anchors(config.distill.critical, config.distill.twins)
     known: list[Prompt] = [*plan.training(), *(prompt for kind in anchors for prompt in kind), *plan.direction()[0]]
     known += [prompt for part in vars(selection).values() for prompt in part]
     leaks = {leak.prompt for leak in check_leaks(suite.prompts, known)}

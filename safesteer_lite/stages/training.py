@@ -142,7 +142,7 @@ def recipe(session: Session) -> Recipe:
 
 def drawn_anchors(session: Session) -> list[Prompt]:
     """What steps draw anchors from. In an `even` mix each kind is repeated until it is about as many as the largest."""
-    kinds = session.prompts.anchors(session.config.distill.twins)
+    kinds = session.anchors()
     if session.config.distill.anchor_mix == "pooled":
         return [prompt for kind in kinds for prompt in kind]
     most = max(len(kind) for kind in kinds)

@@ -395,7 +395,7 @@ def test_an_even_mix_draws_each_kind_of_anchors_equally_often(
     }
     session = Session(planted.settings(model, change), run, open_base(model), discard, "distill")
     anchors = Counter(prompt.text for prompt in drawn_anchors(session))
-    kinds = session.prompts.anchors(twins)
+    kinds = session.anchors()
     assert [len(kind) for kind in kinds] == [count for count in counts if count]
     assert tuple(anchors[kind[0].text] for kind in kinds) == times
     assert all(anchors[prompt.text] == often for kind, often in zip(kinds, times, strict=True) for prompt in kind)
