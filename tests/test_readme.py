@@ -38,7 +38,7 @@ from tests.readme import (
 )
 
 # Histories: they name what was there on their day.
-HISTORIES = {DOCS / "research" / "log.md", ROOT / "CHANGELOG.md"}
+HISTORIES = [ROOT / "CHANGELOG.md", DOCS / "research" / "log.md"]
 PAGES = [page for page in pages() if page not in HISTORIES]
 
 
