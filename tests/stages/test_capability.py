@@ -14,7 +14,7 @@ from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation import capability as kept
 from safesteer_lite.evaluation.tasks import Problem, Task
 from safesteer_lite.events import Event, Progress, Warned
-from safesteer_lite.prompts.sets import KINDS, prompt_set
+from safesteer_lite.prompts.sets import Kind, prompt_set
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import capability
@@ -46,10 +46,8 @@ def run(planted_run: RunFolder, tmp_path: Path) -> RunFolder:
 @pytest.fixture(scope="module")
 def task() -> Task:
     """The 66 test prompts that the run was measured on, which makes three batches."""
-    counts = (28, 10, 28)
-    prompts = [
-        (kind, prompt.text) for kind, n in zip(KINDS, counts, strict=True) for prompt in prompt_set(kind, "test", n)
-    ]
+    counts: dict[Kind, int] = {"harmful": 28, "borderline": 10, "harmless": 28}
+    prompts = [(kind, prompt.text) for kind, n in counts.items() for prompt in prompt_set(kind, "test", n)]
     problems = tuple(NotRefused(f"{kind}/{place}", text) for place, (kind, text) in enumerate(prompts))
     return Task("obliging", 12, problems, runs_programs=False)
 
@@ -75,7 +73,7 @@ def asked(events: list[Event]) -> dict[str, int]:
 def test_what_is_lost_is_what_the_run_s_own_measurement_calls_newly_refused(run: RunFolder, task: Task) -> None:
     [found] = capability.measure(session(run), [task])
     lines = (run.stage_folder("evaluate") / "flips.jsonl").read_text("utf-8").splitlines()
-    newly = [flip for flip in map(json.loads, lines) if flip["after_refused"]]
+    newly = [flip for flip in map(json.loads, lines) if flip["after_refused"] and flip["set"] != "critical"]
     assert found["n"] == 66 and len(found["lost"]) == len(newly) > 0 and found["gained"] == []
     assert found["base"]["solved"] == 66 - 14 and found["hardened"]["solved"] == 66 - 14 - len(newly)
     assert kept.records(run) == [found]
