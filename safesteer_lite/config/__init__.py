@@ -19,6 +19,7 @@ from safesteer_lite.config.presets import (
 from safesteer_lite.config.sections import (
     RECIPES,
     SECTIONS,
+    ContextName,
     DirectionConfig,
     DistillConfig,
     EvaluateConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "RECIPES_IN_WORDS",
     "SECTIONS",
     "Bounds",
+    "ContextName",
     "DirectionConfig",
     "DistillConfig",
     "EvaluateConfig",

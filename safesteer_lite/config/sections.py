@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safesteer_lite.config.setting import Bounds, setting
 
 RECIPES = ("lite", "paper")
 """Ways to distil, each a file of its own beside the presets; the first is the default."""
-CONTEXTS = ("system", "turns", "role", "agreed", "steps")
-"""Ways of asking a test prompt besides asking it plainly (`prompts/contexts.py`)."""
+ContextName = Literal["system", "turns", "role", "agreed", "steps"]
+"""Ways of asking a prompt besides asking it plainly (`prompts/contexts.py`)."""
 _OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
 _expert = partial(setting, expert=True)
 
@@ -230,11 +230,11 @@ class EvaluateConfig:
         150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals", bounds=_TOKENS
     )
     contexts: tuple[str, ...] = setting(
-        CONTEXTS,
+        get_args(ContextName),
         "contexts in which test prompts are asked too; empty for none",
         "docs/method.md, contexts",
-        CONTEXTS,
-        entries=Bounds(0, len(CONTEXTS)),
+        get_args(ContextName),
+        entries=Bounds(0, len(get_args(ContextName))),
     )
     context_prompts: int = _expert(
         12, "test prompts of each kind in each context, at most", "docs/method.md, contexts", bounds=_PROMPTS

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safesteer_lite.config import ContextName
 from safesteer_lite.evaluation.judges import Judgement, judge
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard, change, kinds_of, rate
 from safesteer_lite.evaluation.turning import turns_back
-from safesteer_lite.prompts.contexts import BEGUN, CONTEXTS, ContextName, Question
+from safesteer_lite.prompts.contexts import BEGUN, CONTEXTS, Question
 from safesteer_lite.prompts.sets import Kind
 
 ASKED_KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless")

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any
 
+from safesteer_lite.config import ContextName
 from safesteer_lite.errors import PromptError
 from safesteer_lite.prompts.sets import Kind, Prompt
 
-ContextName = Literal["system", "turns", "role", "agreed", "steps"]
 CONTEXTS: dict[ContextName, str] = {
     "system": "system prompt",
     "turns": "earlier turns",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from safesteer_lite.config import ContextName
 from safesteer_lite.evaluation import contexts
 from safesteer_lite.evaluation.contexts import Compared
 from safesteer_lite.evaluation.measure import Answers, all_flips, measure, require_answers
@@ -14,7 +15,7 @@ from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.evaluation.verdict import verdict
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
-from safesteer_lite.prompts.contexts import CONTEXTS, ContextName, Question, questions
+from safesteer_lite.prompts.contexts import CONTEXTS, Question, questions
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.session import ANSWER_BATCH, Session

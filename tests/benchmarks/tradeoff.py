@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from safesteer_lite import config
+from safesteer_lite.config import ContextName
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.evaluation.scorecard import kinds_of
@@ -34,7 +35,7 @@ from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
-from safesteer_lite.prompts.contexts import CONTEXTS, ContextName, asked_in, contexts
+from safesteer_lite.prompts.contexts import CONTEXTS, asked_in, contexts
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs import folder as run_folders

@@ -6,11 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
+from safesteer_lite.config import ContextName
 from safesteer_lite.evaluation import contexts
 from safesteer_lite.evaluation.contexts import ASKED_KINDS, PLAIN, Compared
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard
 from safesteer_lite.export import card
-from safesteer_lite.prompts.contexts import BEGUN, CONTEXTS, ContextName, Question, questions
+from safesteer_lite.prompts.contexts import BEGUN, CONTEXTS, Question, questions
 from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.shell.lines import scorecard_table
 from tests.evaluation.cards import card as counted
