@@ -8,6 +8,7 @@ from safesteer_lite.evaluation.judged import MODELS, JudgedAnswer, saved_judged
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.scorecard import Flip, kinds_of
 from safesteer_lite.prompts.plan import PromptPlan
+from safesteer_lite.runs.durable import parse_json_lines
 from safesteer_lite.runs.folder import RunFolder
 
 
@@ -36,6 +37,26 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
             if title := _group(entry):
                 groups.setdefault(title, []).append(entry)
     return {title: groups[title] for title in _ORDER if title in groups}
+
+
+def context_groups(run: RunFolder) -> dict[str, list[Flip]]:
+    """What was asked in contexts with both answers, grouped as the plain prompts are; none where nothing was.
+
+    Raises:
+        RunFolderError: the evaluation is not done, or its file is not what was published.
+    """
+    if "contexts.jsonl" not in run.record("evaluate").artifacts:  # A run of the first versions.
+        return {}
+    groups: dict[str, list[Flip]] = {}
+    for record in parse_json_lines(run.read("evaluate", "contexts.jsonl")):
+        asked = [f"{message['role']}: {message['content']}" for message in record["messages"]]
+        if record["beginning"]:
+            asked.append(f"assistant, begun: {record['beginning']}")
+        refused = (record["before_refused"], record["after_refused"])
+        entry = Flip(record["set"], record["id"], "\n".join(asked), record["before"], record["after"], *refused)
+        if title := _group(entry):
+            groups.setdefault(f"in contexts: {title}", []).append(entry)
+    return {title: groups[title] for title in (f"in contexts: {name}" for name in _ORDER) if title in groups}
 
 
 def disputed_groups(run: RunFolder) -> dict[str, list[Flip]]:

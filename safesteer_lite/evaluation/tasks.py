@@ -18,7 +18,7 @@ from typing import Any
 
 from safesteer_lite.errors import UsageError
 from safesteer_lite.evaluation.programs import passes, program_of
-from safesteer_lite.runs.durable import parse_json, read_bytes
+from safesteer_lite.runs.durable import parse_json_lines, read_bytes
 
 _LARGEST_FILE = 64 << 20
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -168,8 +168,7 @@ def read_task(folder: Path, name: str) -> Task:
         if path.suffix == ".gz":
             with gzip.open(io.BytesIO(content)) as stream:
                 content = stream.read(_LARGEST_FILE)
-        lines = [line for line in content.split(b"\n") if line.strip()]
-        problems = tuple(kind.read(parse_json(line), place) for place, line in enumerate(lines))
+        problems = tuple(kind.read(record, place) for place, record in enumerate(parse_json_lines(content)))
     except FileNotFoundError:
         raise UsageError(f"There is no {path}.", hint) from None
     except OSError as error:

@@ -205,8 +205,10 @@ def _counted(rate: Mapping[str, Any] | None) -> str:
 
 def _abilities(facts: Facts) -> str:
     """What the model can still do: measured before the adapter was merged, so at no other strength than 1."""
-    if not facts.capability or facts.strength != 1:
+    if not facts.capability:
         return "The model's abilities were not measured."
+    if facts.strength != 1:
+        return f"The model's abilities were measured at strength 1, and not at {facts.strength:g}."
     lines = [
         "Problems solved, one greedy answer each, by the base and by the model as it was trained; lost and gained are counted "
         "problem by problem, and p is McNemar's exact test of the two.",

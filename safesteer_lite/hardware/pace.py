@@ -100,7 +100,6 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     sets, direction, tokens = settings.prompts, settings.direction, settings.tokens
     distill, evaluate = settings.distill, settings.evaluate
     chosen_by = 2 * sets.selection + sets.borderline_selection + min(sets.borderline_selection, _CRITICAL_SELECTION)
-    tested = 2 * sets.test + sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
     selection = _answers(chosen_by, evaluate.selection_tokens)
     candidates = direction.shortlist or _ALL_CANDIDATES
     read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection
@@ -120,7 +119,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
         + _reference(sets.selection, evaluate.kl_tokens)
         + _along(chosen_by, 0)
         + (selection + _along(chosen_by, 0) + _along(sets.selection, evaluate.kl_tokens)) * measured,
-        "evaluate": (_answers(tested, evaluate.answer_tokens) + _in_contexts(settings)) * 2
+        "evaluate": (_tested(settings) + _in_contexts(settings)) * 2
         + _reference(sets.test, evaluate.kl_tokens)
         + _along(sets.test, evaluate.kl_tokens),
     }
@@ -130,6 +129,19 @@ def _answers(count: int, tokens: int) -> Work:
     """Reading prompts and answering them, in whole batches."""
     batches = -(-count // _ANSWER_BATCH)
     return Work(count * (_PROMPT_TOKENS + tokens * _DECODE), batches * tokens)
+
+
+def answering_share(settings: RunConfig) -> float:
+    """The share of the last measurement's time in which one of its two models answers the test prompts, asked plainly: what an
+    artifact of the run should take for the same."""
+    return _tested(settings).tokens / work(settings)["evaluate"].tokens
+
+
+def _tested(settings: RunConfig) -> Work:
+    """All test prompts asked plainly of one model."""
+    sets = settings.prompts
+    count = 2 * sets.test + sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
+    return _answers(count, settings.evaluate.answer_tokens)
 
 
 def _in_contexts(settings: RunConfig) -> Work:

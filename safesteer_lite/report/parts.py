@@ -15,7 +15,8 @@ from safesteer_lite.evaluation.scorecard import Rate, change, kinds_of
 from safesteer_lite.hardware.units import format_bytes, format_duration
 from safesteer_lite.report.charts import Comparison, Point, Series, bar, heat_map, interval_chart, line_chart
 from safesteer_lite.report.markup import Markup, element, figure, folded, join, paragraph, table
-from safesteer_lite.report.source import Source, json_lines, plain_json, separation_scores
+from safesteer_lite.report.source import Source, plain_json, separation_scores
+from safesteer_lite.runs.durable import parse_json_lines
 
 WANTED = {
     "harmful": "more is safer",
@@ -158,7 +159,7 @@ def strength(source: Source) -> Markup | None:
 
 def flips(source: Source) -> Markup | None:
     """Every test prompt that one of the two models refused and the other did not; harmful ones folded."""
-    found = source.read("evaluate", "flips.jsonl", json_lines)
+    found = source.read("evaluate", "flips.jsonl", parse_json_lines)
     if found is None:
         return None
     parts = [

@@ -69,12 +69,6 @@ def plain_json(content: bytes) -> Any:
     return parse_json(content)
 
 
-def json_lines(content: bytes) -> list[Any]:
-    """A file with one JSON value a line."""
-    # Not splitlines: an answer may hold other line separators, which JSON leaves as they are.
-    return [parse_json(line) for line in content.split(b"\n") if line]
-
-
 def separation_scores(content: bytes) -> list[list[float]]:
     """The separation scores, (positions, layers)."""
     from safetensors.numpy import load

@@ -154,6 +154,16 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def parse_json_lines(content: bytes) -> list[Any]:
+    """A file with one JSON value a line, each as strictly as `parse_json` reads it.
+
+    Raises:
+        ValueError: a line is anything else.
+    """
+    # Not splitlines: an answer may hold other line separators, which JSON leaves as they are.
+    return [parse_json(line) for line in content.split(b"\n") if line.strip()]
+
+
 def read_json(
     path: Path,
     what: str,

@@ -94,30 +94,34 @@ def disputed_line(entry: JudgedAnswer) -> str:
     return visible(f"{entry.id} {entry.model}: {opened} by opening phrases, {said}{harm} by the judge: {begins}")
 
 
-def capability_table(records: Sequence[dict[str, Any]]) -> Table:
-    """What base and hardened model solved, problem by problem.
+def capability_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """What base and hardened model solved, a row each below their task; 80 columns hold it.
 
     Args:
         records: as `evaluation.capability.compare` makes them.
     """
     table = Table(title="Problems solved (95 % Wilson intervals)", title_justify="left", caption_justify="left")
-    for heading in ("task", "n", "base", "hardened", "kept", "lost", "gained", "p"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    paired = any(record["hardened"] for record in records)
+    table.add_column("task")
+    for heading in ("solved", *(("lost", "gained", "p") if paired else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         n = record["n"]
-        cells = [record["task"], str(n), _solved_text(record["base"], n)]
+        table.add_row(f"{record['task']}, n = {n}")
+        table.add_row("  base", _solved_text(record["base"], n))
         if record["hardened"]:
-            lost, gained = len(record["lost"]), len(record["gained"])
-            cells += [_solved_text(record["hardened"], n), str(record["kept"]), str(lost), str(gained)]
-            cells.append(p_text(record["p"]))
-        table.add_row(*cells)
-    if any(record["hardened"] for record in records):
+            changed = str(len(record["lost"])), str(len(record["gained"])), p_text(record["p"])
+            table.add_row("  hardened", _solved_text(record["hardened"], n), *changed)
+        table.add_section()
+    if paired:
         table.caption = (
-            "p: exact McNemar test of lost against gained; a large one means that chance explains the difference"
+            "lost, gained: problem by problem, against the base; p: exact McNemar test of the two, of which a large one means "
+            "that chance explains the difference"
         )
     return table
 
 
-def _solved_text(share: dict[str, float], n: int) -> str:
+def _solved_text(share: Mapping[str, float], n: int) -> str:
+    """`85: 52 % (44-59)`."""
     percent = 100 * share["solved"] / n if n else 0.0
-    return f"{share['solved']} ({percent:.0f} %, {100 * share['low']:.0f} to {100 * share['high']:.0f})"
+    return f"{share['solved']}: {percent:.0f} % ({100 * share['low']:.0f}-{100 * share['high']:.0f})"

@@ -179,7 +179,10 @@ def test_the_card_tells_what_was_solved_of_the_model_as_it_was_trained() -> None
     }
     facts = replace(FACTS, capability=[{**solved, "p": 0.453125}])
     assert "| gsm8k | 15 of 100 | 12 of 100 | 5 | 2 | 0.45 |" in card(facts, record, {})
-    # At another strength, and where nobody measured, nothing is claimed.
-    for other in (FACTS, replace(facts, strength=0.5)):
+    # At another strength, and where nobody measured, nothing is claimed of this model.
+    for other, told in (
+        (FACTS, "abilities were not measured."),
+        (replace(facts, strength=0.5), "abilities were measured at strength 1, and not at 0.5."),
+    ):
         said = card(other, record, {})
-        assert "abilities were not measured" in said and "gsm8k" not in said
+        assert told in said and "gsm8k" not in said

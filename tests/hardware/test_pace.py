@@ -66,6 +66,17 @@ def test_contexts_take_their_time_and_no_more_than_a_third_of_the_plain_question
     assert whole - plain == pytest.approx((default - plain) * 260 / 36)
 
 
+def test_an_artifact_takes_the_share_of_the_measurement_in_which_one_model_is_asked_plainly() -> None:
+    bare: config.Values = {"evaluate.contexts": [], "evaluate.kl_tokens": 1}
+    alone, demo, thorough = (
+        pace.answering_share(config.build([("test", values)])) for values in (bare, {}, pace.effort_values("thorough"))
+    )
+    # Two models answer; what else is measured takes its share of the time, most of it where every context is asked.
+    assert 0.47 < alone < 0.5
+    assert alone / 1.5 < demo < alone / 1.2
+    assert thorough < demo / 1.5
+
+
 def test_a_large_file_of_own_prompts_takes_its_time() -> None:
     demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
     shape = known.KNOWN[demo.model.name].shape

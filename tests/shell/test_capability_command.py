@@ -11,6 +11,8 @@ import pytest
 
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
+from safesteer_lite.shell.console import SafeConsole
+from safesteer_lite.shell.tables import capability_table
 from tests import planted
 from tests.evaluation.task_files import write_tasks
 from tests.runs.run_files import report_of
@@ -71,9 +73,25 @@ def test_a_run_s_report_shows_what_its_models_solve(
     assert "Problems solved" in shown and "exact McNemar" in shown and "Self-check" not in shown
 
 
+def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
+    half = {"solved": 1087, "low": 0.801, "high": 0.846}
+    changed: dict[str, object] = {"hardened": half, "lost": ["id"] * 100, "gained": ["id"] * 10, "p": 1e-9}
+    console = SafeConsole(width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(capability_table([{"task": "humaneval", "n": 1319, "base": half, **changed}]))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert cells == [
+        ["humaneval, n = 1319", "", "", "", ""],
+        ["base", "1087: 82 % (80-85)", "", "", ""],
+        ["hardened", "1087: 82 % (80-85)", "100", "10", "below 0.001"],
+    ]
+
+
 def test_a_model_alone_has_one_column(planted_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = str(write_tasks(tmp_path / "files", programs=1, numbers=2))
     line = ["eval", str(planted_model), "--capability", "gsm8k", "--tasks-from", files]
     assert main([*line, "--set", "model.precision=fp32", "--set", "model.device=cpu"]) == 0
     shown = capsys.readouterr().out
-    assert "gsm8k" in shown and "0 (0 %, 0 to 66)" in shown and "McNemar" not in shown
+    assert "gsm8k, n = 2" in shown and "0: 0 % (0-66)" in shown and "McNemar" not in shown

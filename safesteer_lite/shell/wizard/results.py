@@ -10,10 +10,11 @@ from rich.panel import Panel
 from rich.text import Text
 
 from safesteer_lite.errors import RunFolderError, SafeSteerError, UsageError
-from safesteer_lite.evaluation.browse import answer_groups, disputed_groups
+from safesteer_lite.evaluation.browse import answer_groups, context_groups, disputed_groups
 from safesteer_lite.evaluation.dial import saved_points, to_records
 from safesteer_lite.evaluation.scorecard import Flip, kinds_of
 from safesteer_lite.export.gguf.convert import check_extra
+from safesteer_lite.hardware.pace import answering_share
 from safesteer_lite.hardware.units import format_estimate
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
@@ -54,7 +55,7 @@ class Results:
 
     def browse(self) -> None:
         """Read answers, group by group."""
-        groups = answer_groups(self.run, self.settings) | disputed_groups(self.run)
+        groups = answer_groups(self.run, self.settings) | context_groups(self.run) | disputed_groups(self.run)
         while groups:
             options = [Option(title, f"{title} ({len(entries)})") for title, entries in groups.items()]
             try:
@@ -153,8 +154,7 @@ class Results:
 
     def _ask_measure(self) -> list[str]:
         """On how many prompts the written files are measured, which is what takes time, as arguments of `export`."""
-        # The run asked two models the test prompts; each artifact is one.
-        seconds = self.report["stages"]["evaluate"]["seconds"] / 2
+        seconds = self.report["stages"]["evaluate"]["seconds"] * answering_share(self.settings)
         options = [
             Option([], f"all, as in the report: about {format_estimate(seconds)} a model"),
             Option(["--measure", "20"], "20 of each set: quicker, with wider intervals"),
