@@ -13,7 +13,9 @@ from safesteer_lite.evaluation.paired import p_text
 from safesteer_lite.evaluation.scorecard import kinds_of
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.sources.card import BaseCard
 from safesteer_lite.sources.hub import is_hub_id
+from safesteer_lite.text import visible
 
 # Identifiers alone: what a model's folder says of its licence is written into the card's text.
 _LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]{0,60}")
@@ -40,6 +42,7 @@ class Facts:
         answer_tokens: tokens of each measured answer, at most.
         strength: factor on the adapter.
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
+        base_card: what the base's authors say of it.
         suites: what public suites showed of the run, as its report has them.
         capability: tasks that base and trained model were measured on, as `evaluation.capability.compare` tells them.
         scorecard: `before` and `after` as the run measured them; empty where it has no such figures.
@@ -56,6 +59,7 @@ class Facts:
     answer_tokens: int
     strength: float
     weights: str
+    base_card: BaseCard = field(default_factory=BaseCard)
     suites: Sequence[Mapping[str, Any]] = ()
     capability: Sequence[Mapping[str, Any]] = ()
     scorecard: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +106,7 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         "## Files",
         "| file | SHA-256 |\n| --- | --- |\n" + "\n".join(f"| {name} | `{value}` |" for name, value in sums.items()),
         "`safesteer-lite verify FOLDER` or `sha256sum --check SHA256SUMS` checks them.",
+        *_base_card(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,10 +131,12 @@ def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
         if name in row and row[name]["n"]
     ]
     known: dict[str, Any] = {}
-    if is_hub_id(facts.base):
-        known = {"base_model": facts.base, "base_model_relation": "quantized" if gguf else "finetune"}
+    # A folder on this machine has no name on the hub, but may say what it was made from.
+    base = facts.base if is_hub_id(facts.base) else facts.base_card.base_model
+    if is_hub_id(base):
+        known = {"base_model": base, "base_model_relation": "quantized" if gguf else "finetune"}
     data = ModelCardData(
-        language="en",
+        language=list(facts.base_card.languages) or "en",
         pipeline_tag="text-generation",
         library_name="gguf" if gguf else "transformers",
         license=facts.licence or None,
@@ -139,6 +146,18 @@ def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
         **known,
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _base_card(facts: Facts) -> list[str]:
+    """The base's own card, quoted line by line, so that nothing in it can pass for ours."""
+    if not facts.base_card.text:
+        return []
+    told = (
+        f"In the words of the authors of {facts.base}, as its README.md had them: not ours, and of the base as it was before "
+        "this training. Links in it may lead to files that are not here."
+    )
+    lines = visible(facts.base_card.text, lines=True).split("\n")
+    return ["## The base model's own card", told, "\n".join(f"> {line}".rstrip() for line in lines)]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.hardware.shape import ModelShape
-from safesteer_lite.runs.durable import read_bytes, sha256_of
+from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.sources import headers
+from safesteer_lite.sources.card import read_card
 from safesteer_lite.sources.folder import Findings, matches, read_json
 from safesteer_lite.sources.headers import Tensors, check_tensors, read_tensors
 from safesteer_lite.sources.settings import is_quantised, read_settings
@@ -33,8 +32,6 @@ _FINGERPRINTED = (
     "*.safetensors",
 )
 _MIB = 1 << 20
-_LARGEST_CARD = 10_000_000
-_LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -106,11 +103,8 @@ def check_values(base: Base) -> None:
 
 def licence_in(folder: Path) -> str:
     """The licence that a model's folder states, as an identifier of the model hub; empty if it states none."""
-    with suppress(OSError, ValueError):
-        text = read_bytes(folder / "README.md", _LARGEST_CARD).decode("utf-8", "replace")
-        head = text.split("\n---", 1)[0] if text.startswith("---") else ""
-        if found := _LICENCE.search(head):
-            return found[1].lower()
+    if stated := read_card(folder).licence:
+        return stated
     source = read_json(folder, "source.json", Findings(folder)) or {}
     return str(source.get("licence", "")).lower()
 

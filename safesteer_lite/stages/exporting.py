@@ -35,6 +35,7 @@ from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.base import open_base
+from safesteer_lite.sources.card import read_card
 from safesteer_lite.stages import evaluate, export
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
@@ -286,6 +287,7 @@ def _write_beside(session: Session, draft: Path, folder: Path, request: Request,
         answer_tokens=session.config.evaluate.answer_tokens,
         strength=request.strength,
         weights=request.weights,
+        base_card=read_card(session.base.folder),
         suites=[result.summary() for result in saved_suites(session.run)],
         capability=_solved(session),
         **_measured_by_run(session, request),

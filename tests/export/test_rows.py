@@ -19,6 +19,7 @@ from safesteer_lite.export.gguf.agreement import Agreement
 from safesteer_lite.export.rows import Row, losses, rows_record, safety_lost, write_rows
 from safesteer_lite.export.weights.verify import check_sums, sums_of, write_sums
 from safesteer_lite.sources.base import licence_in
+from safesteer_lite.sources.card import BaseCard, read_card
 
 FACTS = Facts(
     "Tiny-safer",
@@ -165,6 +166,54 @@ def test_the_licence_is_read_where_the_base_states_it(tmp_path: Path) -> None:
     assert licence_in(tmp_path) == "llama3.2"
     (tmp_path / "README.md").write_text("# A model\n\nlicense: no\n")
     assert licence_in(tmp_path) == "apache-2.0"
+
+
+CARD = """---
+license: apache-2.0 # as published
+language:
+- en
+- "pt-br"
+base_model: [first/Model, second/Model]
+tags:
+- evil
+---
+# Tiny
+
+> quoted
+```
+| x |
+
+## What was measured
+Harmless.\x1b[2J \u202eback
+"""
+
+
+def test_the_bases_own_card_stands_below_ours_in_its_authors_words(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(CARD.replace("\n", "\r\n").encode())
+    theirs = read_card(tmp_path)
+    assert (theirs.licence, theirs.base_model) == ("apache-2.0", "first/Model")
+    text = card(replace(FACTS, base_card=theirs), rows_record(rows(64), {}), {})
+    data = ModelCard(text).data.to_dict()
+    assert (data["language"], data["base_model"]) == (["en", "pt-br"], "owner/Tiny") and "evil" not in text
+    ours, quoted = text.split("## The base model's own card\n\n")
+    told, _, words = quoted.partition("\n\n")
+    assert "the authors of owner/Tiny" in told and "not ours" in told
+    # Every line is quoted, so neither an open block of code nor a heading of theirs passes for ours.
+    lines = words.removesuffix("\n").split("\n")
+    assert lines[:3] == ["> # Tiny", ">", "> > quoted"] and all(line.startswith(">") for line in lines)
+    assert lines[-1] == r"> Harmless.\x1b[2J \u202eback"
+    assert ours.count("## What was measured") == 1 and "The base model's own card" not in card(
+        FACTS, rows_record(rows(64), {}), {}
+    )
+
+
+def test_a_local_base_is_said_to_come_from_what_its_own_card_names(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nbase_model: owner/Tiny-base\nlanguage: de\n---\nWords.\n")
+    local = replace(FACTS, base="my-model", base_card=read_card(tmp_path))
+    data = ModelCard(card(local, rows_record(rows(64), {}), {})).data.to_dict()
+    assert (data["base_model"], data["language"]) == ("owner/Tiny-base", ["de"])
+    (tmp_path / "README.md").write_text("---\nbase_model: {a: b}\nlanguage: 'x: y'\n---")
+    assert read_card(tmp_path) == BaseCard()
 
 
 def test_the_card_tells_what_was_solved_of_the_model_as_it_was_trained() -> None:
