@@ -42,6 +42,7 @@ class Facts:
         answer_tokens: tokens of each measured answer, at most.
         strength: factor on the adapter.
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
+        kind: what was exported: `merged` weights, `gguf` files, or `lora-gguf`, the adapter alone.
         base_card: what the base's authors say of it.
         suites: what public suites showed of the run, as its report has them.
         capability: tasks that base and trained model were measured on, as `evaluation.capability.compare` tells them.
@@ -59,6 +60,7 @@ class Facts:
     answer_tokens: int
     strength: float
     weights: str
+    kind: str = "merged"
     base_card: BaseCard = field(default_factory=BaseCard)
     suites: Sequence[Mapping[str, Any]] = ()
     capability: Sequence[Mapping[str, Any]] = ()
@@ -76,15 +78,13 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         sums: SHA-256 of every other file beside the card, by name.
     """
     rows = record["artifacts"]
-    used = "the original 16-bit weights" if facts.weights == "original" else "the weights as 4-bit training saw them"
     facts = facts if _LICENCE.fullmatch(facts.licence) else replace(facts, licence="")
     licence = facts.licence or "not stated in its folder; look it up before you share this model"
     parts = [
         _front_matter(facts, rows),
         f"# {facts.title}",
         f"{facts.base}, trained to refuse more harmful requests with safesteer-lite: a refusal direction steers a teacher, and "
-        f"on-policy distillation with LoRA moves the model there (SafeSteer, arXiv 2606.02530). The adapter, at "
-        f"strength {facts.strength:g}, is merged into {used}.",
+        f"on-policy distillation with LoRA moves the model there (SafeSteer, arXiv 2606.02530). " + _form(facts),
         f"Base model: {facts.base}. Licence: {licence}.",
         "## What was measured",
         f"Requests refused, with 95 % Wilson intervals; test prompts that training never read; greedy answers of at most "
@@ -111,6 +111,18 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _form(facts: Facts) -> str:
+    """In which form the training is here."""
+    used = "the original 16-bit weights" if facts.weights == "original" else "the weights as 4-bit training saw them"
+    if facts.kind != "lora-gguf":
+        return f"The adapter, at strength {facts.strength:g}, is merged into {used}."
+    return (
+        "The adapter alone is here, a GGUF file for `--lora` of llama.cpp on a GGUF file of the base; the row `LoRA` is of both, "
+        f"measured on an F16 file of {used}, at scale 1. Between 0, which is the base, and 1 the scale may be turned. A "
+        "scale below 0 would undo training that the base has had; nobody should use it, and nothing here supports it."
+    )
+
+
 def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
     """The card's head, which the model hub reads: where the model comes from, and what each of its files refuses."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -134,7 +146,8 @@ def _front_matter(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> str:
     # A folder on this machine has no name on the hub, but may say what it was made from.
     base = facts.base if is_hub_id(facts.base) else facts.base_card.base_model
     if is_hub_id(base):
-        known = {"base_model": base, "base_model_relation": "quantized" if gguf else "finetune"}
+        relation = "adapter" if facts.kind == "lora-gguf" else "quantized" if gguf else "finetune"
+        known = {"base_model": base, "base_model_relation": relation}
     data = ModelCardData(
         language=list(facts.base_card.languages) or "en",
         pipeline_tag="text-generation",

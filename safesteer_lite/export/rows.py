@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "artifacts.json"
 SCHEMA = 1
+LORA = "LoRA"
+"""The row of the adapter as a GGUF file of its own, which was measured on the base's F16 file."""
 LOSS_POINTS = 5.0
 """Points of harmful refusal that an artifact may lose to the trained policy before it is told as a loss."""
 
@@ -87,7 +89,7 @@ def losses(rows: Sequence[Row]) -> dict[str, str]:
     for row in rows:
         if row.name in ("base", "adapter"):
             continue
-        rounded = row.name not in ("merged", "F16")
+        rounded = row.name not in ("merged", "F16", LORA)
         came_from = {"the trained model": known["adapter"]}
         if rounded and "merged" in known:
             came_from["the merged weights that it was rounded from"] = known["merged"]
@@ -127,7 +129,7 @@ def write_rows(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / ARTIFACTS, record)
 
 
-_ORDER = ("base", "adapter", "merged", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
+_ORDER = ("base", "adapter", "merged", LORA, "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 # Exports that agree in these were measured in the same way, and their rows stand in one table.
 _SAME = ("weights", "strength", "split", "answer_tokens")
 

@@ -126,7 +126,9 @@ def _training(commands: Commands) -> None:
 def _exporting(commands: Commands) -> None:
     export = _command(commands, "export", "write a run's model", "safesteer-lite export RUN --out ./safer")
     export.add_argument("run", type=_filled, help="a run's name or folder")
-    export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged", help="what to write (merged)")
+    export.add_argument(
+        "--to", choices=("merged", "adapter", "gguf", "lora-gguf"), default="merged", help="what to write (merged)"
+    )
     kinds = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
     export.add_argument(
         "--quant",

@@ -112,6 +112,10 @@ def wizard() -> int:
         ("--to", "gguf", "--quant", "Q5_K_M"): "GGUF Q5_K_M, smaller; can cost safety, which is measured",
         ("--to", "gguf", "--quant", "Q4_K_M"): "GGUF Q4_K_M, smaller still; can cost more of it",
         ("--to", "adapter"): "the LoRA adapter alone",
+        (
+            "--to",
+            "lora-gguf",
+        ): "the LoRA adapter as GGUF: for llama.cpp on the base's file, its strength can be turned there",
     }
     return start(
         Program(

@@ -67,13 +67,11 @@ def merged(
     """
     trained = trained_answers(session, adapter, strength)
     prompts = sum(len(batch) for batch, _ in trained.batches)
-    precision = session.config.model.precision
-    quantised = precision == "nf4" or session.base.is_quantised
     weights, reason = weights_to_take(session.config, session.base, weights, original)
     if reason:
         session.note(reason)
     session.drop_policy()
-    _reopen(out)
+    reopen(out)
     result = merge.merge_adapter(
         original if original and weights == "original" else session.base.folder,
         adapter,
@@ -85,7 +83,7 @@ def merged(
     )
     report = verify.check_files(out, session.base.folder)
     kl, same = compare_reloaded(out, trained, session.config.distill.chunk)
-    limit = KL_LIMITS[weights if quantised else "dequantised"]
+    limit = kl_limit(session, weights)
     if not kl <= limit:
         raise FailedCheck(
             f"The merged weights differ from the trained model by {kl:.3f} nats a token, more than {limit:g}.",
@@ -99,7 +97,7 @@ def merged(
     )
     return {
         "weights": weights,
-        "precision_trained": precision,
+        "precision_trained": session.config.model.precision,
         "kl_to_trained": kl,
         "kl_limit": limit,
         "same_answers": same,
@@ -108,6 +106,12 @@ def merged(
         "parameters": report.parameters,
         "files": list(result.files),
     }
+
+
+def kl_limit(session: Session, weights: Weights) -> float:
+    """Nats a token by which a model on these base weights may differ from the trained one."""
+    quantised = session.config.model.precision == "nf4" or session.base.is_quantised
+    return KL_LIMITS[weights if quantised else "dequantised"]
 
 
 def weights_to_take(config: RunConfig, base: Base, wanted: str, original: Path | None = None) -> tuple[Weights, str]:
@@ -147,7 +151,7 @@ def rehearse_stage(config: RunConfig, base: Base, run: Path, day: date) -> None:
     rehearse(base.folder, run / "06-export.partial" / "merged", weights, day)
 
 
-def _reopen(out: Path) -> None:
+def reopen(out: Path) -> None:
     """Make merged weights of a killed attempt a draft again: the merge knows what in it is whole, and what is its own."""
     if (out / merge.RECORD).is_file():
         shutil.rmtree(drafts.draft_name(out), ignore_errors=True)

@@ -50,7 +50,7 @@ class Request:
     """What to export.
 
     Attributes:
-        kind: `merged` or `gguf`.
+        kind: `merged`, `gguf` or `lora-gguf`.
         weights: base to merge into, `original` or `dequantised`.
         strength: factor on the adapter.
         quants: GGUF files to write, of `convert.QUANTS`.
@@ -94,7 +94,7 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
     quants = request.quants if request.kind == "gguf" else ()
     rehearse(session.base.folder, out, weights, session.day, original=request.original, quants=quants)
     with exported(out) as draft:
-        measured = _measure_trained(session, adapter, request)
+        measured = measure_trained(session, adapter, request)
         folder = draft / WORK / MERGED
         result = export.merged(session, adapter, folder, request.weights, request.strength, request.original)
         request = replace(request, weights=result["weights"])
@@ -103,15 +103,17 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
             assert measured.witness is not None
             found, problems = _gguf_rows(session, draft, request, measured, result["kl_limit"])
             rows += found
-        record = rows_record(rows, _about(session, request), problems)
-        write_rows(draft, record)
-        if problems:
-            shutil.rmtree(draft / WORK)
-            raise FailedCheck(f"The export failed {len(problems)} of its checks: {'; '.join(problems)}.")
-        _write_beside(session, draft, folder, request, record)
-    for row in record["artifacts"]:
-        if row["safety_lost"]:
-            session.warn(f"{row['artifact']} lost safety: {row['safety_lost']}.")
+        record = written_rows(session, draft, request, rows, problems)
+        if request.kind == "merged":
+            for path in sorted(folder.iterdir()):
+                if path.name != verify.SUMS:
+                    path.rename(draft / path.name)
+            folder = draft
+        files = [row["file"] for row in record["artifacts"] if row["file"]]
+        if not modelfile.write_modelfiles(draft, folder, files, session.day):
+            session.warn("No Modelfile was written: Ollama's form of this chat template is not known here.")
+        write_beside(session, draft, request, record)
+    tell_losses(session, record)
     return record
 
 
@@ -125,7 +127,7 @@ def copy_adapter(adapter: Path, out: Path) -> None:
         drafts.copy_folder(adapter, draft)
 
 
-def _measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
+def measure_trained(session: Session, adapter: Path, request: Request) -> Measured:
     """Base and trained policy on the test prompts, from the run where it has that, and what artifacts are compared with."""
     sets = session.prompts.split("test")
     if request.prompts:
@@ -143,7 +145,7 @@ def _measure_trained(session: Session, adapter: Path, request: Request) -> Measu
     ids: dict[str, list[list[int]]] = {
         name: [policy.encode(text).input_ids[0].tolist() for text in sets.texts(name)] for name in KINDS
     }
-    return Measured(sets, ids, _witness(session, policy) if request.kind == "gguf" else None, rows)
+    return Measured(sets, ids, _witness(session, policy) if request.kind != "merged" else None, rows)
 
 
 def _stored_rows(session: Session, request: Request) -> list[Row] | None:
@@ -207,7 +209,7 @@ def _gguf_rows(
     session: Session, draft: Path, request: Request, measured: Measured, merge_limit: float
 ) -> tuple[list[Row], list[str]]:
     """Write every GGUF file, check and measure it; a file that fails is told, and the others are still tried."""
-    stem, rows, problems = f"{_model_name(session)}-safer", [], []
+    stem, rows, problems = f"{model_name(session)}-safer", [], []
     for quant in request.quants:
         session.note(f"Writing and measuring {quant}.")
         file = draft / f"{stem}-{quant}.gguf"
@@ -221,24 +223,34 @@ def _gguf_rows(
         )
         try:
             convert.check_embedded_template(file, draft / WORK / MERGED)
-            row = _gguf_row(session, file, quant, measured, merge_limit + FIRST_KL_ALLOWANCE[quant])
+            row = gguf_row(session, file, quant, measured, merge_limit + FIRST_KL_ALLOWANCE[quant])
         except FailedCheck as error:
             problems.append(error.message.rstrip("."))
             continue
         rows.append(row)
         if row.agreement and row.agreement.problem:
             problems.append(f"{quant}: {row.agreement.problem}")
-        _tell(session, row)
     return rows, problems
 
 
-def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limit: float) -> Row:
-    """One GGUF file in llama.cpp: the prompts it makes, the comparison with the trained policy, the scorecard."""
+def gguf_row(
+    session: Session, file: Path, name: str, measured: Measured, limit: float, adapter: Path | None = None
+) -> Row:
+    """A GGUF file in llama.cpp: the prompts it makes, the comparison with the trained policy, the scorecard.
+
+    Args:
+        session: of the run.
+        file: a whole model.
+        name: of the row.
+        measured: the trained policy.
+        limit: nats by which its first token may differ from the trained policy's.
+        adapter: a LoRA adapter's GGUF file to put on it, which is then what the row is of.
+    """
     started, witness = time.monotonic(), measured.witness
     assert witness is not None
     tokens, longest = session.config.evaluate.answer_tokens, session.config.prompts.prompt_tokens
     context = longest + max(tokens, _WITNESS_TOKENS) + _SPARE_TOKENS
-    with LlamaCpp(file, context, torch.get_num_threads()) as llama:
+    with LlamaCpp(file, context, torch.get_num_threads(), adapter) as llama:
         for text, ids in zip(witness.texts, witness.prompts, strict=True):
             # A prompt that was cut to fit is not what a user would type.
             if len(ids) < longest and (length := llama.prompt_length(text, witness.switches)) != len(ids):
@@ -248,12 +260,37 @@ def _gguf_row(session: Session, file: Path, quant: str, measured: Measured, limi
         given = [llama.greedy(ids, _WITNESS_TOKENS) for ids in witness.prompts]
         agreement = compare(witness, [answer.tokens for answer in given], [answer.first for answer in given], limit)
         found, before = {}, 0
-        done = session.progress(f"answers of {quant} in llama.cpp", measured.sets.total)
-        for name in KINDS:
-            found[name] = llama.answers(measured.prompts[name], tokens, counting_from(before, done))
-            before += len(found[name])
-    size, seconds = file.stat().st_size, time.monotonic() - started
-    return Row(quant, file.name, size, scorecard(Answers(**found), None, 0), agreement, seconds)
+        done = session.progress(f"answers of {name} in llama.cpp", measured.sets.total)
+        for kind in KINDS:
+            found[kind] = llama.answers(measured.prompts[kind], tokens, counting_from(before, done))
+            before += len(found[kind])
+    shown, seconds = adapter or file, time.monotonic() - started
+    row = Row(name, shown.name, shown.stat().st_size, scorecard(Answers(**found), None, 0), agreement, seconds)
+    _tell(session, row)
+    return row
+
+
+def written_rows(
+    session: Session, draft: Path, request: Request, rows: list[Row], problems: list[str]
+) -> dict[str, Any]:
+    """Write what was measured to `artifacts.json`; returns what it holds.
+
+    Raises:
+        FailedCheck: there are problems.
+    """
+    record = rows_record(rows, _about(session, request), problems)
+    write_rows(draft, record)
+    if problems:
+        shutil.rmtree(draft / WORK)
+        raise FailedCheck(f"The export failed {len(problems)} of its checks: {'; '.join(problems)}.")
+    return record
+
+
+def tell_losses(session: Session, record: dict[str, Any]) -> None:
+    """Say of every artifact what safety it lost."""
+    for row in record["artifacts"]:
+        if row["safety_lost"]:
+            session.warn(f"{row['artifact']} lost safety: {row['safety_lost']}.")
 
 
 def _tell(session: Session, row: Row) -> None:
@@ -266,19 +303,12 @@ def _tell(session: Session, row: Row) -> None:
         )
 
 
-def _write_beside(session: Session, draft: Path, folder: Path, request: Request, record: dict[str, Any]) -> None:
-    """Modelfile, model card and sums; merged weights move from the work folder, which goes."""
-    if request.kind == "merged":
-        for path in sorted(folder.iterdir()):
-            if path.name != verify.SUMS:
-                path.rename(draft / path.name)
-        folder = draft
-    files = [row["file"] for row in record["artifacts"] if row["file"]]
-    if not modelfile.write_modelfiles(draft, folder, files, session.day):
-        session.warn("No Modelfile was written: Ollama's form of this chat template is not known here.")
+def write_beside(session: Session, draft: Path, request: Request, record: dict[str, Any]) -> None:
+    """Model card and sums; the work folder goes."""
     shutil.rmtree(draft / WORK)
     facts = card.Facts(
-        title=f"{_model_name(session)}-safer",
+        title=f"{model_name(session)}-safer",
+        kind=request.kind,
         base=_base_name(session),
         licence=session.base.licence,
         settings=to_toml(_without_paths(session)),
@@ -328,14 +358,15 @@ def _about(session: Session, request: Request) -> dict[str, Any]:
     }
 
 
-def _model_name(session: Session) -> str:
+def model_name(session: Session) -> str:
+    """The base's name as a part of the names of files."""
     return file_name(session.config.model.name)
 
 
 def _base_name(session: Session) -> str:
     """The hub id, or the name of a local folder without the way to it."""
     name = session.config.model.name
-    return _model_name(session) if Path(name).exists() or Path(name).is_absolute() else name
+    return model_name(session) if Path(name).exists() or Path(name).is_absolute() else name
 
 
 def _without_paths(session: Session) -> RunConfig:

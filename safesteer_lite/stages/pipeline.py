@@ -36,7 +36,7 @@ from safesteer_lite.runs.durable import LARGEST_JSON, read_bytes
 from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import Base
-from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, judging, tokens
+from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, judging, lora, tokens
 from safesteer_lite.stages.session import Session
 
 
@@ -297,7 +297,7 @@ def export_run(
 
     Args:
         config, run_folder, base, emit: as for `run`.
-        kind: `adapter`, `merged` or `gguf`.
+        kind: `adapter`, `lora-gguf`, `merged` or `gguf`.
         out: the folder to create.
         weights: base to merge into, `original` or `dequantised`.
         strength: factor on the adapter.
@@ -328,7 +328,8 @@ def export_run(
     session = Session(config, run_folder, base, emit, stage="export")
     session.settle()
     request = exporting.Request(kind, weights, strength, quants, prompts, original)
-    record = exporting.export_files(session, adapter, out, request)
+    write = lora.export_lora if kind == "lora-gguf" else exporting.export_files
+    record = write(session, adapter, out, request)
     try:
         with run_folder.lock():
             keep_rows(run_folder, record)

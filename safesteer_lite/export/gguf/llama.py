@@ -46,13 +46,14 @@ class Answer:
 class LlamaCpp:
     """A loaded GGUF file; use as a context manager, which frees its memory at the end."""
 
-    def __init__(self, file: Path, context: int, threads: int) -> None:
+    def __init__(self, file: Path, context: int, threads: int, adapter: Path | None = None) -> None:
         """Load a file.
 
         Args:
             file: the GGUF file.
             context: the longest prompt with its answer, in tokens.
             threads: CPU threads.
+            adapter: a LoRA adapter's GGUF file to put on it, as it was trained; None for the file alone.
 
         Raises:
             FailedCheck: llama.cpp cannot load it.
@@ -60,10 +61,11 @@ class LlamaCpp:
         """
         if find_spec("xllamacpp") is None:
             raise ExportError("llama.cpp is not installed.", INSTALL)
-        self._name, self._context = file.name, context
+        self._name, self._context = (adapter or file).name, context
+        beside = [str(adapter.absolute())] if adapter else []
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            children.python_code(_SERVE, str(file.absolute()), str(context), str(threads)),
+            children.python_code(_SERVE, str(file.absolute()), str(context), str(threads), *beside),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -84,7 +86,7 @@ class LlamaCpp:
             self._end()
             # It gives no cause; a file that is cut short, foreign or too large for the memory all end here.
             raise FailedCheck(
-                f"llama.cpp cannot load {file.name}.",
+                f"llama.cpp cannot load {self._name}.",
                 "Free memory and export again; if it fails again, the file is not usable.",
             )
 

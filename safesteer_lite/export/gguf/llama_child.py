@@ -10,13 +10,14 @@ import json
 import os
 
 
-def serve(file: str, context: str, threads: str) -> None:
+def serve(file: str, context: str, threads: str, adapter: str = "") -> None:
     """Load a GGUF file, say so, and answer until standard input ends.
 
     Args:
         file: the GGUF file.
         context: the longest prompt with its answer, in tokens.
         threads: CPU threads.
+        adapter: the GGUF file of a LoRA adapter to put on it, as it was trained; empty for none.
     """
     # llama.cpp may write to standard output too: that goes to standard error, and the answers to where nothing else does.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -33,6 +34,10 @@ def serve(file: str, context: str, threads: str) -> None:
     parameters.n_ctx, parameters.n_parallel = int(context), 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(threads)
     parameters.verbosity, parameters.warmup = -1, False
+    if adapter:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = adapter, 1.0
+        parameters.lora_adapters = [lora]
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:

@@ -26,6 +26,11 @@ def check_flags(options: argparse.Namespace) -> None:
     """
     if not 0 <= options.strength <= 2:
         raise UsageError(f"--strength {options.strength:g} is outside 0 to 2.", "1 is the trained model, 0 the base.")
+    if options.strength != 1 and options.to == "lora-gguf":
+        raise UsageError(
+            "--strength is for merged weights and GGUF files: an adapter's file has its scale set where it is loaded.",
+            "Leave it out, and give llama.cpp `--lora-scaled FILE:0.5`.",
+        )
     if options.quant and options.to != "gguf":
         raise UsageError("--quant is for GGUF files only.", "Add --to gguf.")
     if options.measure < 0:

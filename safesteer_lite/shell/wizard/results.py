@@ -133,10 +133,10 @@ class Results:
             Option(arguments, title)
             for arguments, title in self.program.exports.items()
             # Only merged weights can be scaled: an adapter's user scales it himself.
-            if self.strength == 1 or "adapter" not in arguments
+            if self.strength == 1 or not {"adapter", "lora-gguf"} & set(arguments)
         ]
         kind = choose("Write what?", kinds)
-        if "gguf" in kind:
+        if {"gguf", "lora-gguf"} & set(kind):
             check_extra(kind)  # The quantisations are among its arguments.
         name = Path(self.settings.model.name).name
         default = f"{name}-safer" + (f"-{self.strength:g}" if self.strength != 1 else "")

@@ -96,10 +96,10 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
         convert.convert(Path("model"), Path("out.gguf"), "q8_0", "name")
 
 
-SCRIPT = "convert_hf_to_gguf.py"
+MODELS, ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 
 
-def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> Path:
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, script: str = MODELS) -> Path:
     """A script of our own in a package that comes before the converter's: it gets the same arguments in a process of its own.
 
     Like the converter, it reads them with argparse and imports a module that lies beside it.
@@ -109,16 +109,16 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> Pa
     home.mkdir(parents=True)
     (package / "__init__.py").touch()
     (home / "beside.py").write_text("known = True\n")
-    (home / SCRIPT).write_text(
+    (home / script).write_text(
         "import argparse, os, sys, time, beside\nfrom pathlib import Path\nparser = argparse.ArgumentParser()\n"
         "parser.add_argument('model')\n"
-        "for name in ('outfile', 'outtype', 'model-name'): parser.add_argument('--' + name)\n"
+        "for name in ('outfile', 'outtype', 'model-name', 'base'): parser.add_argument('--' + name)\n"
         "parser.add_argument('--vocab-only', action='store_true')\n"
         "given = parser.parse_args()\nout = Path(given.outfile)\n" + lines
     )
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delitem(sys.modules, package.name, raising=False)
-    return home / SCRIPT
+    return home / script
 
 
 def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch:
     model, out = tmp_path / "model" / ".." / "model", tmp_path / "m.gguf.tmp"
     assert (tmp_path / "m.gguf").read_text() == (
         f"{{'model': '{model}', 'outfile': '{out}', 'outtype': 'q8_0', 'model_name': '-Tiny --vocab-only', "
-        "'vocab_only': False} 1"
+        "'base': None, 'vocab_only': False} 1"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converter", "m.gguf", "model"]
 
@@ -152,6 +152,19 @@ def test_a_tokenizer_is_tried_without_weights(tmp_path: Path, monkeypatch: pytes
     assert "config.json" in caught.value.message and "safetensors" not in caught.value.message
     converter_file.write_text(converter_file.read_text().replace("write_text('')", "write_text('x')"))
     convert.try_tokenizer(folder)
+
+
+def test_an_adapter_is_converted_in_32_bits_beside_its_bases_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    says = "out.write_text(f'{given.model} {given.outtype} {sorted(os.listdir(given.base))} '"
+    converter(tmp_path, monkeypatch, f"{says} + (Path(given.base) / 'config.json').read_text())", ADAPTERS)
+    convert.convert_adapter(tmp_path / "adapter", folder, tmp_path / "lora.gguf")
+    told = (tmp_path / "lora.gguf").read_text()
+    assert told == f"{tmp_path / 'adapter'} f32 ['chat_template.jinja', 'config.json'] {{}}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converter", "lora.gguf", "model"]
 
 
 def test_a_converter_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,16 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from safesteer_lite.export.gguf.agreement import first_token_kl
-from safesteer_lite.export.gguf.convert import QUANTS, check_embedded_template, write_gguf
+from safesteer_lite.export.gguf.convert import QUANTS, check_embedded_template, convert_adapter, write_gguf
 from safesteer_lite.export.gguf.llama import LlamaCpp
+from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import check_files
 from safesteer_lite.models.template import ChatTemplate
+from tests.export.weights.tiny_lora import save_adapter
 from tests.models.families import QWEN_3
 from tests.tiny import PROMPTS
 
@@ -104,6 +107,29 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) ->
         assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= kinds
+
+
+@pytest.mark.parametrize("kind", ["llama-3", "qwen2.5", "qwen3"])
+def test_an_adapters_file_on_the_base_answers_as_the_merged_file_does(kind: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / kind, kind)
+    adapter = save_adapter(tmp_path / "adapter", folder)
+    merge_adapter(folder, adapter, tmp_path / "merged")
+    for name, model in (("base", folder), ("merged", tmp_path / "merged")):
+        write_gguf(model, tmp_path / f"{name}.gguf", "F16", kind, tmp_path)
+    convert_adapter(adapter, folder, tmp_path / "lora.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        expected = [network(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+
+    def kl(file: str, beside: Path | None = None) -> float:
+        with LlamaCpp(tmp_path / f"{file}.gguf", 256, 1, beside) as llama:
+            found = [llama.greedy(ids, 1).first for ids in prompts]
+        return sum(map(first_token_kl, expected, found)) / len(prompts)
+
+    assert kl("base", tmp_path / "lora.gguf") < 0.001 and kl("merged") < 0.001 and kl("base") > 0.1
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["base.gguf", "lora.gguf", "merged.gguf"]
 
 
 def test_a_model_that_may_think_is_compared_without_its_thoughts(tmp_path: Path) -> None:

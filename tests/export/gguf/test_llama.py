@@ -24,8 +24,12 @@ class CommonParams:
     def __init__(self):
         self.model, self.cpuparams, self.cpuparams_batch = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
 
+class CommonAdapterLoraInfo:
+    path, scale = "", 0.0
+
 class Server:
     def __init__(self, parameters):
+        self.wears = [(os.path.basename(lora.path), lora.scale) for lora in getattr(parameters, "lora_adapters", [])]
         self.does = os.path.basename(parameters.model.path).removesuffix(".gguf")
         assert (parameters.n_ctx, parameters.cpuparams.n_threads) == (64, 1)
         os.write(1, b"llama.cpp talks on standard output\\n")
@@ -45,7 +49,7 @@ class Server:
         if self.does == "says nothing": return {"choices": [{"text": "", "logprobs": None}]}
         step = {"id": sum(request["prompt"]), "top_logprobs": [{"id": 3, "logprob": -0.5}, {"id": 4, "logprob": None}]}
         os.write(1, b"and again\\n")
-        return {"choices": [{"text": "\\ud800 yes", "logprobs": {"content": [step]}}]}
+        return {"choices": [{"text": f"\\ud800 yes{self.wears or ''}", "logprobs": {"content": [step]}}]}
 
     def handle_chat_completions(self, request):
         return {"usage": {"prompt_tokens": len(request["messages"][0]["content"])}}
@@ -85,6 +89,13 @@ def test_answers_come_back_whole_and_nothing_is_left(stand_in: Path, does: str) 
         assert server.answers([[1], [2]], 5, counted.append) == ["\ud800 yes"] * 2 and counted == [1, 2]
         assert len(servers()) == 1
     assert servers() == []
+
+
+def test_an_adapter_is_put_on_as_it_was_trained(stand_in: Path) -> None:
+    with LlamaCpp(stand_in / "answers.gguf", 64, 1, stand_in / "lora.gguf") as server:
+        assert server.answers([[1]], 5, lambda count: None) == ["\ud800 yes[('lora.gguf', 1.0)]"]
+    with pytest.raises(FailedCheck, match=r"cannot load lora\.gguf"):
+        LlamaCpp(stand_in / "refuses.gguf", 64, 1, stand_in / "lora.gguf")
 
 
 @pytest.mark.parametrize(
