@@ -19,6 +19,7 @@ from safesteer_lite.events import Metric, Sample, StageStarted
 from safesteer_lite.report.picture import picture
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.screen import Frame, RunView, StageView
+from safesteer_lite.sources.settings import SUPPORTED_ARCHITECTURES
 from safesteer_lite.stages.pipeline import STAGES
 from tests import REPOSITORY as ROOT
 from tests.readme import (
@@ -163,6 +164,15 @@ def test_the_picture_and_the_words_beneath_it_are_the_demos() -> None:
         before, after = (record["scorecard"][side][kind] for side in ("before", "after"))
         assert f"{before['refused']} of {before['n']}" in shown and f"{after['refused']} of {after['n']}" in shown
         assert f"{kind} {before['refused']} to {after['refused']} of {after['n']}" in text
+
+
+def test_every_supported_family_has_its_row() -> None:
+    """And its name, without a version, in the README."""
+    rows = re.findall(r"^\| `(\w+ForCausalLM)` \|", (DOCS / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(SUPPORTED_ARCHITECTURES)
+    said = next(line for line in README.read_text(encoding="utf-8").splitlines() if "are supported where" in line)
+    for name, version in re.findall(r"([A-Z][a-z]+)(\d?)ForCausalLM", " ".join(SUPPORTED_ARCHITECTURES)):
+        assert re.search(rf"{name}[\d and]*{version}", said)
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -20,9 +20,12 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -40,6 +43,8 @@ BACKEND = os.environ.get("SAFESTEER_LITE_TEST_BACKEND", "plain")
 
 LAYERS, WIDTH, VOCABULARY = 4, 64, 320
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+FURTHER = ("mistral", "gemma2", "gemma3_text", "phi3")
+"""The other families, which fewer tests run over."""
 PRECISIONS = ("fp32", "bf16", "nf4-packed", "nf4-unpacked")
 PROMPTS = (
     "Say hello.",
@@ -59,6 +64,21 @@ _CONFIGS: dict[str, Any] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "mistral": MistralConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "phi3": Phi3Config,
+}
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# Bounds and windows so small that they matter to the shortest prompt.
+_NEAR: dict[str, Any] = {"sliding_window": 6, "query_pre_attn_scalar": 20, **_NO_TOKENS}
+_OF_FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma2": {**_NEAR, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0},
+    "gemma3_text": _NEAR,
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        **_NO_TOKENS,
+    },
 }
 
 
@@ -98,27 +118,30 @@ def save_model(
     width: int = WIDTH,
     seed: int = 0,
     tied: bool = False,
-    **sizes: int,
+    **settings: Any,
 ) -> Path:
     """Write a random model of `architecture` with its tokenizer, as a downloaded instruct model would lie there.
 
     The weights are ten times larger than at an ordinary start: logits then differ by whole units, so that greedy
-    answers vary and a wrong position or mask shows. `sizes` are further ones, as config.json calls them.
+    answers vary and a wrong position or mask shows. `settings` are further ones, as config.json calls them.
     """
-    usual = {
+    usual: dict[str, Any] = {
+        **_OF_FAMILIES.get(architecture, {}),
         "vocab_size": VOCABULARY,
         "intermediate_size": 2 * width,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": width // 4,
     }
+    if architecture == "gemma3_text":
+        usual["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     config = _CONFIGS[architecture](
         hidden_size=width,
         num_hidden_layers=layers,
         max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=tied,
-        **{**usual, **sizes},
+        **{**usual, **settings},
     )
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -128,6 +151,9 @@ def save_model(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            # Norms of one weight would hide that a family adds one to it.
+            if architecture in FURTHER and name.endswith("norm.weight"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
     ends = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)

@@ -115,7 +115,14 @@ def require_fit(decision: Decision) -> Decision:
     return decision
 
 
-def choose_library(machine: Machine, device: str, precision: str, requested: str, completion_tokens: int) -> Library:
+def choose_library(
+    machine: Machine,
+    device: str,
+    precision: str,
+    requested: str,
+    completion_tokens: int,
+    shape: ModelShape | None = None,
+) -> Library:
     """Unsloth for long rollouts on a CUDA card where it is installed, plain transformers and bitsandbytes elsewhere.
 
     Args:
@@ -123,6 +130,7 @@ def choose_library(machine: Machine, device: str, precision: str, requested: str
         device, precision: as decided.
         requested: `auto`, `plain` or `unsloth`.
         completion_tokens: longest rollout that is trained on.
+        shape: the model; None before one is chosen.
 
     Raises:
         UsageError: Unsloth is asked for where it cannot be.
@@ -134,6 +142,8 @@ def choose_library(machine: Machine, device: str, precision: str, requested: str
         why_not = "Unsloth computes in 16 bits"
     elif machine.gpu is not None and card_dtype(machine.gpu) != "bf16":
         why_not = "it is used in bf16 only, and this card has no bf16 arithmetic"
+    elif shape and (shape.fused or shape.block_norms != 2):
+        why_not = "Unsloth is used for models with the blocks of Llama alone"
     elif version is None:
         why_not = "Unsloth is not installed"
     elif requested == "auto" and completion_tokens < LONG_ROLLOUT:
@@ -204,7 +214,7 @@ def choose_backend(
         UsageError: `requested` is none of these, or Unsloth is asked for where it cannot be.
     """
     decision = _choose_device(machine, shape, requested, demand)
-    chosen = choose_library(machine, decision.device, decision.precision, library, demand.completion_tokens)
+    chosen = choose_library(machine, decision.device, decision.precision, library, demand.completion_tokens, shape)
     return replace(decision, library=chosen)
 
 

@@ -99,7 +99,7 @@ def estimate(
     """
     element = 4 if "fp32" in (precision, compute_dtype) else 2
     weights = weights_bytes(shape, precision, unpacked, element)
-    largest_linear = max(inputs * outputs for inputs, outputs in shape.linears)
+    largest_linear = max(inputs * outputs for inputs, outputs in shape.linears.values())
     loaded = weights + (largest_linear * element if precision == "nf4" and not unpacked else 0)
     work = work_bytes(
         shape,

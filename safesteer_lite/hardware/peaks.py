@@ -79,11 +79,11 @@ def cache_bytes(shape: ModelShape, sequences: int, tokens: int, element: int) ->
 
 
 def block_bytes(shape: ModelShape, sequences: int, tokens: int, element: int, *, adapted: bool = False) -> int:
-    """One block at work without gradient, in its MLP, where it takes most.
+    """One block at work without gradient, in its MLP, where it takes most, or at products of attention that no kernel fuses.
 
     A token has in the compute dtype: the residual stream at the embedding, the block's input and behind its attention, and
-    the normed input (4 width), gate, up and their product (3 intermediate), one more of these
-    where an adapter's share is added, and cosine and sine of its position (2 head_dim).
+    the normed input (4 width), gate, up and their product (3 intermediate, and one more where gate and up are one layer),
+    one more of these where an adapter's share is added (two), and cosine and sine of its position (2 head_dim).
 
     Args:
         shape: the model.
@@ -91,13 +91,24 @@ def block_bytes(shape: ModelShape, sequences: int, tokens: int, element: int, *,
         element: bytes of a number in the compute dtype.
         adapted: whether adapters are on.
     """
-    numbers = 4 * shape.width + (3 + adapted) * shape.intermediate + 2 * shape.head_dim
-    return sequences * tokens * numbers * element + mask_bytes(shape, sequences, tokens, element)
+    wide = 4 + 2 * adapted if shape.fused else 3 + adapted
+    mlp = sequences * tokens * (4 * shape.width + wide * shape.intermediate) * element
+    attention = (
+        sequences * tokens * (3 * shape.width + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim) * element
+    )
+    attention += products(shape, sequences, tokens) * (element + 8)
+    places = sequences * tokens * 2 * shape.head_dim * element
+    return max(mlp, attention) + places + mask_bytes(shape, sequences, tokens, element)
+
+
+def products(shape: ModelShape, sequences: int, tokens: int) -> int:
+    """Numbers that one block's attention holds at a time for each pair of tokens: none where a kernel fuses them."""
+    return sequences * shape.heads * tokens * tokens if shape.softcapped else 0
 
 
 def mask_bytes(shape: ModelShape, sequences: int, tokens: int, element: int) -> int:
-    """The attention mask, once for each query head that shares a key head."""
-    return sequences * shape.heads // shape.kv_heads * tokens * tokens * element
+    """The attention mask of each kind of blocks, once for each query head that shares a key head."""
+    return shape.kinds * sequences * shape.heads // shape.kv_heads * tokens * tokens * element
 
 
 def sampling_bytes(shape: ModelShape, sequences: int, prompt: int, completion: int, element: int) -> int:
@@ -150,7 +161,8 @@ def layer_activation_bytes(shape: ModelShape, tokens: int, rank: int, element: i
 
     A token keeps in the compute dtype: the two normed inputs (2 width), queries, what attention made of them and its copy
     for the next layer (3 heads * head_dim), keys and values (2 kv_heads * head_dim), gate, its activation, up and their
-    product (4 intermediate), and rank numbers for each of seven adapters; and width float32 numbers for each norm.
+    product (4 intermediate), and rank numbers for each adapter; and what each norm reads, in float32: width numbers, or
+    where queries and keys have norms theirs ((heads + kv_heads) * head_dim).
     Where the A matrices are frozen less is kept, since nobody needs their inputs again: that is not taken off here.
 
     Args:
@@ -160,8 +172,9 @@ def layer_activation_bytes(shape: ModelShape, tokens: int, rank: int, element: i
         element: bytes of a number in the compute dtype.
     """
     attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    numbers = 2 * shape.width + attention + 4 * shape.intermediate + 7 * rank
-    return tokens * (numbers * element + 4 * shape.block_norms * shape.width)
+    numbers = 2 * shape.width + attention + 4 * shape.intermediate + len(shape.linears) * rank
+    normed = shape.block_norms * shape.width + shape.head_norms * (shape.heads + shape.kv_heads) * shape.head_dim
+    return tokens * (numbers * element + 4 * normed)
 
 
 def training_bytes(
@@ -179,7 +192,8 @@ def training_bytes(
     Kept for backward are, with gradient checkpointing, every adapted block's input, else every adapted block's
     `layer_activation_bytes`. To these come first both policies' final hidden states, what the norm before them keeps, those
     at the answers' positions and the gradient there, and the rows of logits of a chunk; later, for one block, its
-    activations if it is computed again, and the gradients within it (2 intermediate, width, and 2 head_dim of positions).
+    activations if it is computed again, with what attention keeps of its products where no kernel fuses them, and the
+    gradients within it (2 intermediate, width, and 2 head_dim of positions).
 
     Args:
         shape: the model.
@@ -192,6 +206,7 @@ def training_bytes(
     """
     every, answers = micro_batch * tokens, micro_batch * completion_tokens
     block = layer_activation_bytes(shape, every, demand.rank, element)
+    block += products(shape, micro_batch, tokens) * (2 * element + 4)
     kept = adapted_layers(shape, demand) * (every * shape.width * element if checkpointing else block)
     rows = _FULL_LOSS_ROWS if demand.full_loss else _SLICED_LOSS_ROWS
     divergence = rows * min(demand.chunk, answers) * 4 * shape.vocabulary
@@ -205,8 +220,8 @@ def adapter_bytes(shape: ModelShape, demand: Demand, element: int) -> int:
     """The adapter and its training: the weights in the compute dtype; and of those that are trained the gradient, twice in
     the compute dtype and once in float32, and in float32 a copy, AdamW's two moments and the running average."""
     adapted = adapted_layers(shape, demand) / shape.layers
-    trained = sum(outputs + (0 if demand.reading else inputs) for inputs, outputs in shape.linears)
-    every = sum(inputs + outputs for inputs, outputs in shape.linears)
+    trained = sum(outputs + (0 if demand.reading else inputs) for inputs, outputs in shape.linears.values())
+    every = sum(inputs + outputs for inputs, outputs in shape.linears.values())
     weights = adapted * adapter_parameters(shape, demand.rank)
     return round(weights * (element + trained / every * (2 * element + 4 * (4 + demand.averaging))))
 

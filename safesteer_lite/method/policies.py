@@ -110,14 +110,15 @@ class Residual:
     Attributes:
         hidden: (batch, length, width), the model's compute dtype.
         layer: index of the block whose input this is.
-        arguments: keyword arguments that every block receives (attention mask, position embeddings).
+        arguments: keyword arguments (attention mask, position embeddings) that blocks receive, by the kind of block: some
+            models have blocks that see everything and blocks that see only what is near.
         prefix: the residual stream, (1, prefix length, width), of a beginning that all sequences share and that
             `hidden` then leaves out.
     """
 
     hidden: Tensor
     layer: int
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Mapping[str, Any]]
     prefix: Residual | None = None
 
     def shifted(self, vector: Tensor) -> Residual:
@@ -128,7 +129,10 @@ class Residual:
     def to(self, device: torch.device) -> Residual:
         """The same on another device; where it lies there already, nothing is copied."""
         prefix = self.prefix.to(device) if self.prefix else None
-        arguments = {name: _moved(value, device) for name, value in self.arguments.items()}
+        arguments = {
+            kind: {name: _moved(value, device) for name, value in given.items()}
+            for kind, given in self.arguments.items()
+        }
         return Residual(self.hidden.to(device), self.layer, arguments, prefix)
 
 

@@ -63,7 +63,7 @@ def add(layers: Sequence[nn.Module], layer: int, vector: Tensor) -> Iterator[Non
 
 @contextmanager
 def ablate(layers: Sequence[nn.Module], direction: Tensor) -> Iterator[None]:
-    """Project `direction` (width,) out of every block input and every attention and MLP output, to score a candidate."""
+    """Project `direction` (width,) out of every block input and all that a block adds to it, to score a candidate."""
     like = _copied_once(direction.float() / direction.float().norm())
 
     def project_out(hidden: Tensor) -> Tensor:
@@ -73,9 +73,17 @@ def ablate(layers: Sequence[nn.Module], direction: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         for block in layers:
             _on_input(block, project_out, stack)
-            _on_output(block.get_submodule("self_attn"), project_out, stack)
-            _on_output(block.get_submodule("mlp"), project_out, stack)
+            for module in _additions(block):
+                _on_output(module, project_out, stack)
         yield
+
+
+def _additions(block: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs a block adds to the residual stream: attention and MLP, or the norms behind them, as in
+    Gemma 2 and 3."""
+    normed = hasattr(block, "post_feedforward_layernorm")
+    names = ("post_attention_layernorm", "post_feedforward_layernorm") if normed else ("self_attn", "mlp")
+    return [block.get_submodule(name) for name in names]
 
 
 @contextmanager

@@ -45,11 +45,16 @@ def with_adapter(model: nn.Module, tokenizer: Any, adapter: Adapter, seed: int) 
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        target_modules=linear_layers(decoder.layers[0]),
         layers_to_transform=list(range(adapter.first_layer, depth)),
         layers_pattern="layers",
     )
     return PlainModel(get_peft_model(model, config, autocast_adapter_dtype=False), tokenizer, adapter.first_layer)
+
+
+def linear_layers(block: nn.Module) -> list[str]:
+    """The names of a block's linear layers; some families have one for queries, keys and values together."""
+    return sorted(name.rpartition(".")[2] for name, part in block.named_modules() if isinstance(part, nn.Linear))
 
 
 def save_adapter(model: PlainModel, folder: Path) -> None:

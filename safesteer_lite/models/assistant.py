@@ -67,11 +67,9 @@ class Policy:
                 longer than `prompt_tokens`, the user's last turn loses its middle.
 
         Raises:
-            ModelError: the template has no place for a system prompt that is given, or too little room is left.
+            ModelError: too little room is left for the user's last turn.
         """
         conversation = Conversation(asked) if isinstance(asked, str) else asked
-        if conversation.system and not self.template.knows_system:
-            raise ModelError("The model's chat template has no place for a system prompt.", "Leave it out.")
         ids = self._template_ids(conversation)
         if len(ids) > self.prompt_tokens:
             text = self.tokenizer(conversation.prompt, add_special_tokens=False).input_ids

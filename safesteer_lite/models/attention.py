@@ -47,17 +47,18 @@ def attend(
         module: the block's attention layer.
         query: (rows, heads, queries, size).
         key, value: (rows, key heads, keys, size); the number of heads is a multiple of that of key heads.
-        attention_mask: (rows, 1, queries, keys), or that of `mask_for`; None where each query sees all up to itself.
+        attention_mask: (rows, 1, queries, keys), or that of `mask_for`; None where each query sees all up to itself, which
+            several queries whose products are bounded always have to be told by a mask.
         dropout: share of the weights that is left out.
         scaling: of the products; None for 1 / sqrt(size).
-        options: what else transformers tells.
+        options: what else transformers tells, such as the bound of the products (`softcap`).
 
     Returns:
         (rows, queries, heads, size), and no weights.
     """
     rows, heads, queries, size = query.shape
-    shared = heads // key.shape[1]
-    if shared == 1 or (attention_mask is None and queries > 1):
+    shared, softcap = heads // key.shape[1], options.get("softcap")
+    if softcap is None and (shared == 1 or (attention_mask is None and queries > 1)):
         # Nothing to be copied, or torch's kernel for a causal mask, which knows of groups itself.
         from transformers import AttentionInterface
 
@@ -68,17 +69,27 @@ def attend(
         return result
     if attention_mask is not None and attention_mask.shape[2] == queries:
         attention_mask = _end_to_end(attention_mask, shared)
-    found = scaled_dot_product_attention(
-        query.reshape(rows, key.shape[1], shared * queries, size),
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    joined = query.reshape(rows, key.shape[1], shared * queries, size)
+    if softcap is None:
+        found = scaled_dot_product_attention(
+            joined, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
+    else:
+        found = _softcapped(joined, key, value, attention_mask, scaling, softcap)
     # Kernels lay this out in one way or another: heads are taken apart first, which no layout is in the way of.
     apart = found.unflatten(2, (shared, queries)).permute(0, 3, 1, 2, 4)
     return apart.reshape(rows, queries, heads, size), None
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, bound: float
+) -> Tensor:
+    """Attention whose products are bent to stay below a bound (Gemma 2), which no kernel of torch does."""
+    products = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    products = (products / bound).tanh() * bound
+    if mask is not None:
+        products = products + mask
+    return products.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def mask_for(*, config: Any, dtype: torch.dtype, **wanted: Any) -> Tensor | None:
@@ -98,8 +109,10 @@ def mask_for(*, config: Any, dtype: torch.dtype, **wanted: Any) -> Tensor | None
     """
     from transformers import AttentionMaskInterface
 
-    if wanted["q_length"] == 1 and wanted["attention_mask"] is not None:
-        # Whether nothing is padded is asked of the device, which would have to catch up with the host at every token.
+    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+    if softcapped or (wanted["q_length"] == 1 and wanted["attention_mask"] is not None):
+        # Whether nothing is padded is asked of the device, which would have to catch up with the host at every token; and
+        # where products are bounded, no kernel adds a causal mask by itself.
         wanted["allow_is_causal_skip"] = False
     plain: Any = AttentionMaskInterface()["sdpa"]
     visible: Tensor | None = plain(config=config, dtype=dtype, **wanted)

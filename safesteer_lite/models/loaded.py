@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,29 @@ _OF_THE_CACHE = ("past_key_values", "past_key_value", "use_cache")
 
 
 class _Reached(Exception):
-    """Ends a forward once what was wanted of it is known."""
+    """Ends a forward once what was wanted of it is known.
+
+    Attributes:
+        hidden: the residual stream where it ended.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _Taker(nn.Module):
+    """Stands in for a block: notes what blocks of its kind are given, and passes the residual stream on as it came."""
+
+    def __init__(self, kind: str, kinds: frozenset[str], seen: dict[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.kind, self.kinds, self.seen = kind, kinds, seen
+
+    def forward(self, hidden: Tensor, **given: Any) -> Tensor:
+        self.seen.setdefault(self.kind, {key: value for key, value in given.items() if key not in _OF_THE_CACHE})
+        if self.seen.keys() == self.kinds:
+            raise _Reached(hidden)
+        return hidden
 
 
 class _KeepPrefix:
@@ -69,6 +91,10 @@ class PlainModel:
         self.causal = causal
         self.decoder: Any = causal.model
         self.layers: list[nn.Module] = list(self.decoder.layers)
+        # Blocks of one kind are given the same mask and positions.
+        self._kinds: list[str] = getattr(causal.config, "layer_types", None) or ["block"] * len(self.layers)
+        self._window: int | None = getattr(causal.config, "sliding_window", None)
+        self._softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self._first_adapter_layer = first_adapter_layer if first_adapter_layer is not None else len(self.layers)
         self._end_of_turn = end_of_turn_ids(causal, tokenizer)
         # A special token that the vocabulary does not have has no id.
@@ -117,24 +143,35 @@ class PlainModel:
         A prefix that several sequences share is read once, apart from them: half of a short prompt is the system
         prompt that its chat template adds.
         """
+        batch = self._shared(batch, 0)
         if batch.prefix and len(batch) > 1:
             first, rest = batch.split_prefix()
             return replace(self._embed(rest, batch.prefix), prefix=self._embed(first))
         return self._embed(batch)
 
+    def _shared(self, batch: Batch, further: int) -> Batch:
+        """The batch without a shared prefix where it would be read wrongly: padding stands between it and what follows, and
+        a window that ends within the sequence counts it.
+
+        Args:
+            batch: prompts.
+            further: tokens that will follow.
+        """
+        longer = self._window is not None and batch.input_ids.shape[1] + further > self._window
+        return replace(batch, prefix=0) if longer else batch
+
     def _embed(self, batch: Batch, behind: int = 0) -> Residual:
         """`start` of a batch that comes behind `behind` other tokens.
 
-        The decoder itself prepares mask and positions; a hook on the first block takes them and ends the forward there.
+        The decoder itself prepares mask and positions; what stands where its blocks are called takes them, and ends the
+        forward once there are those of each kind of block.
         """
-        seen: list[Residual] = []
-
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = {key: value for key, value in kwargs.items() if key not in _OF_THE_CACHE}
-            seen.append(Residual(args[0], 0, arguments))
-            raise _Reached
-
-        handle = self.layers[0].register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
+        arguments: dict[str, Mapping[str, Any]] = {}
+        kinds = frozenset(self._kinds)
+        blocks, self.decoder.layers = (
+            self.decoder.layers,
+            nn.ModuleList(_Taker(kind, kinds, arguments) for kind in self._kinds),
+        )
         try:
             self.decoder(
                 input_ids=batch.input_ids,
@@ -143,11 +180,11 @@ class PlainModel:
                 past_key_values=self._cache_of(behind) if behind else None,
                 use_cache=bool(behind),
             )
-        except _Reached:
-            pass
+        except _Reached as reached:
+            return Residual(reached.hidden, 0, arguments)
         finally:
-            handle.remove()
-        return seen[0]
+            self.decoder.layers = blocks
+        raise AssertionError("The decoder did not call its blocks.")
 
     def advance(self, residual: Residual, layer: int) -> Residual:
         """Run blocks `residual.layer` to `layer - 1`."""
@@ -161,14 +198,14 @@ class PlainModel:
 
     def _block(self, residual: Residual) -> Residual:
         """Run one block, over the shared prefix first where there is one."""
-        block, prefix = self.layers[residual.layer], residual.prefix
+        block, kind, prefix = self.layers[residual.layer], self._kinds[residual.layer], residual.prefix
         extra: dict[str, Any] = {}
         if prefix:
             kept = _KeepPrefix()
-            output = block(prefix.hidden, **prefix.arguments, past_key_values=kept)
+            output = block(prefix.hidden, **prefix.arguments[kind], past_key_values=kept)
             prefix = replace(prefix, hidden=_first(output), layer=residual.layer + 1)
             extra["past_key_values"] = _PutBefore(kept)
-        hidden = _first(block(residual.hidden, **residual.arguments, **extra))
+        hidden = _first(block(residual.hidden, **residual.arguments[kind], **extra))
         return replace(residual, hidden=hidden, layer=residual.layer + 1, prefix=prefix)
 
     def _cache_of(self, tokens: int) -> Any:
@@ -187,9 +224,9 @@ class PlainModel:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The LM head: (positions, width) to (positions, vocabulary)."""
+        """The LM head, and the bound that some models put on logits: (positions, width) to (positions, vocabulary)."""
         result: Tensor = self.causal.lm_head(hidden)
-        return result
+        return result if self._softcap is None else (result / self._softcap).tanh() * self._softcap
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -227,8 +264,8 @@ class PlainModel:
         """Sample `repeats` completions a prompt (copies side by side); temperature 0 is greedy."""
         return sampling.generate(
             self.decoder,
-            self.causal.lm_head,
-            prompts,
+            self.logits,
+            self._shared(prompts, max_new_tokens),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             chance=chance,

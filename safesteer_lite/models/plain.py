@@ -128,7 +128,7 @@ def skeleton(base: Base, dtype: torch.dtype) -> nn.Module:
     with loading(base.folder, "config.json"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             library_config(base.folder, base.config),
-            attn_implementation=ATTENTION,
+            attn_implementation=attention.register(),
             trust_remote_code=False,
             dtype=dtype,
         )

@@ -89,7 +89,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
 
 def generate(
     decoder: nn.Module,
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     prompts: Batch,
     *,
     max_new_tokens: int,
@@ -105,7 +105,7 @@ def generate(
 
     Args:
         decoder: the transformer without LM head; hooks on its blocks take part, so a steered model is sampled steered.
-        head: the LM head.
+        head: the LM head, (positions, width) to (positions, vocabulary).
         prompts: left-padded.
         max_new_tokens: tokens at most.
         temperature: 0 is greedy.
@@ -161,7 +161,7 @@ class _Reader:
 
     logits: Tensor
 
-    def __init__(self, decoder: nn.Module, head: nn.Module, prompts: Batch, cache: Cache) -> None:
+    def __init__(self, decoder: nn.Module, head: Callable[[Tensor], Tensor], prompts: Batch, cache: Cache) -> None:
         self._decoder, self._head, self._cache = decoder, head, cache
         behind = prompts.prefix if len(prompts) > 1 else 0
         if behind:

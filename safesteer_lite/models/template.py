@@ -20,6 +20,7 @@ Message = dict[str, str]
 
 _NO_OPTIONS: Mapping[str, bool] = {}
 _UNOPENED = {"add_generation_prompt": False}
+_BEFORE_THE_QUESTION = "\n\n"
 # What the templates of models that may or may not think call the switch.
 _WITHOUT_THINKING: tuple[Mapping[str, bool], ...] = ({"enable_thinking": False}, {"thinking": False})
 _OPEN_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)", re.DOTALL | re.IGNORECASE)
@@ -66,6 +67,9 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]], day: date | None = None) -> str:
         """The text that the model reads, up to the opening of its answer.
 
+        A system prompt that the template has no place for begins the first question, which is what the makers of such
+        models advise (Gemma, Mistral).
+
         Args:
             messages: `role` and `content` of each turn.
             day: another date than the template's own.
@@ -73,7 +77,7 @@ class ChatTemplate:
         Raises:
             ModelError: the template cannot write this conversation, or would never be done with it.
         """
-        return self._render(messages, day=day)
+        return self._render(messages if self.knows_system else _folded(messages), day=day)
 
     def encode(self, messages: Sequence[Mapping[str, str]], beginning: str = "") -> list[int]:
         """The token ids of `render`, in which the tokens that mark turns come from the template alone.
@@ -242,6 +246,17 @@ def ids_of(*named: object) -> frozenset[int]:
     """The token ids among what settings hold, which name one, a list, or none."""
     ids = [index for entry in named for index in (entry if isinstance(entry, Iterable) else [entry])]
     return frozenset(index for index in ids if isinstance(index, int) and not isinstance(index, bool) and index >= 0)
+
+
+def _folded(messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """A conversation whose system prompt begins the first question."""
+    system = [turn["content"] for turn in messages if turn["role"] == "system"]
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    first = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if system and first is not None:
+        content = _BEFORE_THE_QUESTION.join([*system, turns[first]["content"]])
+        turns[first] = {**turns[first], "content": content}
+    return turns
 
 
 def _turn(role: str, content: str) -> Message:

@@ -63,14 +63,14 @@ class UnslothModel(PlainModel):
         return [(nothing, nothing)] * len(self.layers)
 
     def _block(self, residual: Residual) -> Residual:
-        block, prefix = self.layers[residual.layer], residual.prefix
+        block, kind, prefix = self.layers[residual.layer], self._kinds[residual.layer], residual.prefix
         extra: dict[str, Any] = {}
         if prefix:
-            hidden, (keys, values) = block(prefix.hidden, **prefix.arguments, use_cache=True)
+            hidden, (keys, values) = block(prefix.hidden, **prefix.arguments[kind], use_cache=True)
             prefix = replace(prefix, hidden=hidden, layer=residual.layer + 1)
             rows = len(residual.hidden)
             extra["past_key_value"] = (keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
-        hidden = block(residual.hidden, **residual.arguments, **extra)[0]
+        hidden = block(residual.hidden, **residual.arguments[kind], **extra)[0]
         return replace(residual, hidden=hidden, layer=residual.layer + 1, prefix=prefix)
 
 

@@ -151,15 +151,14 @@ def asked_in(prompts: Sequence[str], drawn: Sequence[Context]) -> list[Conversat
     return [drawn[place % len(drawn)].around(prompt) for place, prompt in enumerate(prompts)]
 
 
-def partly_in_contexts(prompts: Sequence[str], share: float, *, system: bool) -> list[str | Conversation]:
+def partly_in_contexts(prompts: Sequence[str], share: float) -> list[str | Conversation]:
     """The prompts to train with, an evenly spread share of them in contexts of the training split.
 
     Args:
         prompts: as they are.
         share: of them that is asked in a context, 0 to 1; the kinds of contexts take turns, and so do those of a kind.
-        system: whether the model's chat template has a place for a system prompt; without it there is none.
     """
-    drawn = [contexts(name, "train") for name in TRAINED if system or name != "system"]
+    drawn = [contexts(name, "train") for name in TRAINED]
     asked: list[str | Conversation] = []
     count = 0
     for place, prompt in enumerate(prompts):

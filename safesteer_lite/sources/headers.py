@@ -182,15 +182,16 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     found = {"model.embed_tokens.weight": (shape.vocabulary, shape.width), "model.norm.weight": (shape.width,)}
     if not shape.tied:
         found["lm_head.weight"] = (shape.vocabulary, shape.width)
-    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    biases = [shape.qkv_bias] * 3 + [shape.output_bias] + [shape.mlp_bias] * 3
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if shape.block_norms == 4:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for layer in range(shape.layers):
         block = f"model.layers.{layer}."
-        for name, (inputs, outputs), bias in zip(names, shape.linears, biases, strict=True):
+        for name, (inputs, outputs) in shape.linears.items():
             found[f"{block}{name}.weight"] = (outputs, inputs)
-            if bias:
+            if shape.has_bias(name):
                 found[f"{block}{name}.bias"] = (outputs,)
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        for name in norms:
             found[f"{block}{name}.weight"] = (shape.width,)
         for name in ("q_norm", "k_norm") if shape.head_norms else ():
             found[f"{block}self_attn.{name}.weight"] = (shape.head_dim,)

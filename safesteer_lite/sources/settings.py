@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.hardware.shape import ModelShape, shape_from_config
+from safesteer_lite.hardware.shape import MIXTURE, ModelShape, is_mixture, shape_from_config
 from safesteer_lite.runs import durable
 from safesteer_lite.sources.folder import AGAIN, Findings, brief, few, read_json
 
@@ -18,11 +18,28 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "MistralForCausalLM": "mistral",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
 }
 """Architectures that the method has been made for, with their model_type: dense decoders whose blocks take and return the
 residual stream."""
 
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
+
+# What can be trained in place of a model that sees pictures too, by the model_type of that.
+_OF_TEXT_ALONE = {
+    "gemma3": "google/gemma-3-1b-it",
+    "mistral3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "mllama": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama4": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2_vl": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2_5_vl": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3_vl": "Qwen/Qwen3-4B-Instruct-2507",
+}
+
+# The code of Phi 3 and Phi 4, which transformers has taken over: models of both still name it.
+_IN_LIBRARY = {"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"}
 
 # What libraries can run or switch on because a settings file says so.
 _OWN_CODE = ("auto_map", "custom_pipelines")
@@ -127,7 +144,11 @@ def _read_config(folder: Path, findings: Findings) -> tuple[dict[str, Any], Mode
 def check_code(name: str, settings: Mapping[str, Any], findings: Findings) -> None:
     """Code that a repository brings along is never run, and a model that expects some would be another without it."""
     for key in _OWN_CODE:
-        if settings.get(key):
+        named = settings.get(key)
+        known = isinstance(named, dict) and all(
+            isinstance(entry, str) and entry in _IN_LIBRARY for entry in named.values()
+        )
+        if named and not (known and settings.get("model_type") == "phi3"):
             findings.add(
                 f"{name} names Python code of the model's own ({key}), and such code is never run here",
                 f"If you know that the model works without it, remove {key} from {name}; otherwise choose another model.",
@@ -142,6 +163,16 @@ def _check_architecture(config: Mapping[str, Any], findings: Findings) -> bool:
         findings.add(f"config.json names no architecture (architectures is {brief(named)})", advice)
         return False
     architecture = next((name for name in named if name in FAMILIES), None)
+    if is_mixture(config):
+        findings.add(f"it is {MIXTURE} ({few(named)})", f"Choose a dense model. {advice}")
+        return False
+    if architecture is None and _reads_more_than_text(config, named):
+        other = _OF_TEXT_ALONE.get(str(config.get("model_type")), "")
+        findings.add(
+            f"it reads more than text ({few(named)}), and only models that read nothing else can be trained",
+            f"Choose a model that reads text alone{other and f', such as {other}'}. {advice}",
+        )
+        return False
     if architecture is None:
         findings.add(f"it has the architecture {few(named)}, which is not supported", advice)
         return False
@@ -152,6 +183,15 @@ def _check_architecture(config: Mapping[str, Any], findings: Findings) -> bool:
             AGAIN,
         )
     return True
+
+
+def _reads_more_than_text(config: Mapping[str, Any], named: list[str]) -> bool:
+    parts = ("vision_config", "audio_config", "text_config", "thinker_config")
+    # What is conditioned on in this name of transformers is a picture or a sound, but for encoders of text, such as T5.
+    other_input = any(name.endswith("ForConditionalGeneration") for name in named)
+    return any(isinstance(config.get(part), dict) for part in parts) or (
+        other_input and not config.get("is_encoder_decoder")
+    )
 
 
 def check_attention(config: Mapping[str, Any], findings: Findings) -> None:

@@ -69,13 +69,11 @@ def compare(
 
 
 def context_questions(session: Session, policy: Policy, sets: PromptSets) -> list[Question]:
-    """What base and student are asked in contexts, as the settings say; under no system prompt where the template has no
-    place for one, and nothing that is too long with its context."""
+    """What base and student are asked in contexts, as the settings say; nothing that is too long with its context."""
     config = session.config.evaluate
     names: list[ContextName] = [name for name in CONTEXTS if name in config.contexts]
     if "system" in names and not policy.template.knows_system:
-        names.remove("system")
-        session.note("The model's chat template has no place for a system prompt: nothing is asked under one.")
+        session.note("The model's chat template has no place for a system prompt: it is put before the first question.")
     few = sets.first(config.context_prompts)
     asked = questions({kind: few.of(kind) for kind in contexts.ASKED_KINDS}, names)
     # Cut in the middle, what is left of a role play may be the play without its prompt.

@@ -145,7 +145,7 @@ class Session:
     def asked(self, prompts: Sequence[Prompt]) -> list[str | Conversation]:
         """What is asked of the model when it trains: the prompts, a share of them in contexts (`distill.contexts`)."""
         share = self.config.distill.contexts
-        return partly_in_contexts(texts(prompts), share, system=self.policy.template.knows_system)
+        return partly_in_contexts(texts(prompts), share)
 
     def drop_policy(self) -> None:
         """Forget the loaded model, and give its memory back."""

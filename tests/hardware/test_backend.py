@@ -144,6 +144,8 @@ def test_unsloth_is_chosen_for_long_rollouts_on_a_card_that_has_it_and_the_reaso
     lengths = {tokens: choose_library(WITH_UNSLOTH, "cuda", "nf4", "auto", tokens).name for tokens in (4, 63, 64)}
     assert lengths == {4: "plain", 63: "plain", 64: "unsloth"}
     assert choose_library(WITH_UNSLOTH, "cuda", "nf4", "unsloth", 4).name == "unsloth"
+    for other in (replace(SMALL, fused=True), replace(SMALL, block_norms=4)):
+        assert choose_backend(WITH_UNSLOTH, other, "auto", demand=Demand(completion_tokens=512)).library.name == "plain"
 
 
 @pytest.mark.parametrize(

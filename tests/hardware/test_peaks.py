@@ -59,16 +59,21 @@ class Sized:
 
 
 @pytest.fixture(
-    scope="module", params=[(size, precision) for size in SIZES for precision in ("bf16", "nf4")], ids="-".join
+    scope="module",
+    params=[
+        *(("qwen2", size, precision) for size in SIZES for precision in ("bf16", "nf4")),
+        *((family, "small", "bf16") for family in ("gemma2", "gemma3_text", "phi3")),
+    ],
+    ids="-".join,
 )
 def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sized:
     """Loaded as a run loads it, in each size, plain and packed."""
-    size, precision = request.param
+    family, size, precision = request.param
     folder = tmp_path_factory.mktemp("model")
     numbers = SIZES[size]
     tiny.save_model(
         folder,
-        "qwen2",
+        family,
         layers=numbers["layers"],
         width=numbers["width"],
         intermediate_size=numbers["intermediate"],

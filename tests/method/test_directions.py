@@ -191,7 +191,7 @@ def ablated_logits(policy: Policy, batch: Batch, direction: Tensor) -> Tensor:
     hidden = start.hidden
     for block in model.decoder.layers:
         hidden = clean(hidden)
-        attended, _ = block.self_attn(block.input_layernorm(hidden), **start.arguments)
+        attended, _ = block.self_attn(block.input_layernorm(hidden), **start.arguments["full_attention"])
         hidden = hidden + clean(attended)
         hidden = hidden + clean(block.mlp(block.post_attention_layernorm(hidden)))
     return model.logits(model.decoder.norm(hidden)[:, -1])

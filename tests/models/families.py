@@ -254,6 +254,65 @@ PHI_3 = Family(
     ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 )
 
+GEMMA_3 = Family(
+    # A system prompt begins the first of the user's turns; contents may be a text or parts.
+    """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set opening = messages[0]['content'] + '\n\n' -%}
+    {%- else -%}
+        {%- set opening = messages[0]['content'][0]['text'] + '\n\n' -%}
+    {%- endif -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set opening = "" -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("User and assistant must take turns.") }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\n' + (opening if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}{{ '<start_of_image>' }}
+            {%- elif part['type'] == 'text' -%}{{ part['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
+""",
+    *(GEMMA.prompt, GEMMA.closing, GEMMA.markers, GEMMA.begin),
+)
+
+PHI_4 = Family(
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<|im_start|>assistant<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+    "<|im_start|>user<|im_sep|>Hi there<|im_end|><|im_start|>assistant<|im_sep|>",
+    "<|im_end|>",
+    ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+)
+
+PHI_4_MINI = Family(
+    # No lines between marks and texts; tools may stand in the system turn.
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+    "<|user|>Hi there<|end|><|assistant|>",
+    "<|end|>",
+    PHI_3.markers,
+)
+
 IN_PARTS = Family(
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
@@ -273,7 +332,10 @@ FAMILIES = {
     "mistral": MISTRAL,
     "mistral-v3": MISTRAL_V3,
     "gemma": GEMMA,
+    "gemma-3": GEMMA_3,
     "phi-3": PHI_3,
+    "phi-4": PHI_4,
+    "phi-4-mini": PHI_4_MINI,
     "in-parts": IN_PARTS,
 }
 

@@ -86,12 +86,12 @@ def log_probabilities(policy: Policy, implementation: str) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "mistral"])
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *tiny.FURTHER])
 def test_a_model_computes_the_same_and_learns_the_same(architecture: str, tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy(architecture, filled=True)
     assert policy.model.causal.config._attn_implementation == attention.GROUPED
     found = []
-    for implementation in (attention.GROUPED, "sdpa"):
+    for implementation in (attention.GROUPED, "eager"):
         expected = log_probabilities(policy, implementation)
         gradients = torch.autograd.grad(expected.exp().square().sum(), policy.model.parameters_to_train())
         found.append([expected, *gradients])

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 from safesteer_lite.method import policies, steering
 from safesteer_lite.method.policies import Batch, Steering
 from safesteer_lite.models.assistant import Policy
-from safesteer_lite.models.sampling import GrowingCache
+from safesteer_lite.models.sampling import GrowingCache, draw
 from safesteer_lite.models.selfcheck import self_check
 from tests import tiny
 
-CASES = [(architecture, precision) for architecture in tiny.ARCHITECTURES for precision in tiny.PRECISIONS]
+EVERY = (*tiny.ARCHITECTURES, *tiny.FURTHER)
+CASES = [
+    *((architecture, precision) for architecture in tiny.ARCHITECTURES for precision in tiny.PRECISIONS),
+    *((architecture, "fp32") for architecture in tiny.FURTHER),
+    *(("gemma2", "bf16"), ("phi3", "nf4-packed")),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -26,6 +32,18 @@ def loaded(request: pytest.FixtureRequest, tiny_policy: tiny.Loader) -> Iterator
     """One policy a case with a non-zero adapter, and its precision; tests leave it as they found it."""
     architecture, precision = request.param
     yield tiny_policy(architecture, precision, filled=True), precision
+
+
+def projections(architecture: str) -> set[str]:
+    """The linear layers of a block."""
+    if architecture == "phi3":
+        return {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    return {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def windowed(policy: Policy) -> bool:
+    """Whether some blocks see less than a prompt, so that nothing is read apart."""
+    return getattr(policy.model.causal.config, "sliding_window", None) is not None
 
 
 def full_forward(policy: Policy, batch: Batch, positions: bool = True) -> Tensor:
@@ -57,7 +75,10 @@ def test_a_hook_fires_at_every_token_that_is_sampled(loaded: tuple[Policy, str])
         sampled = policy.model.generate(batch, 4, 5.0, torch.Generator().manual_seed(1), 2)
     assert sampled.tokens.shape == (10, 4)
     # The prefix that all prompts share, what follows it, and each further token.
-    assert [shape[1] for shape in calls] == [batch.prefix, batch.input_ids.shape[1] - batch.prefix, 1, 1, 1]
+    read = [batch.prefix, batch.input_ids.shape[1] - batch.prefix]
+    if windowed(policy):
+        read = [sum(read)]
+    assert [shape[1] for shape in calls] == [*read, 1, 1, 1]
 
 
 def test_steering_moves_the_logits_and_its_removal_restores_them(loaded: tuple[Policy, str]) -> None:
@@ -77,6 +98,22 @@ def test_removal_also_follows_an_error(loaded: tuple[Policy, str]) -> None:
     with pytest.raises(KeyboardInterrupt), steering.ablate(policy.model.layers, tiny.vector(1.0)):
         raise KeyboardInterrupt
     assert torch.equal(full_forward(policy, batch), before)
+
+
+def test_ablation_leaves_nothing_of_a_direction(loaded: tuple[Policy, str]) -> None:
+    """Neither in what a block reads nor in what it adds, which in some families has passed a norm behind the MLP."""
+    policy, precision = loaded
+    model, axis = policy.model, tiny.vector(1.0) / tiny.vector(1.0).norm()
+    residual = model.start(replace(tiny.prompt_batch(policy), prefix=0))
+    own = tiny.prompt_batch(policy).attention_mask > 0
+    with torch.no_grad(), steering.ablate(model.layers, axis):
+        for layer in range(len(model.layers)):
+            # Projected out of the input, so that what is left comes from what the block adds.
+            stream = residual.hidden.float()
+            residual = replace(residual, hidden=(stream - (stream @ axis).unsqueeze(-1) * axis).to(residual.hidden))
+            residual = model.advance(residual, layer + 1)
+            left = (residual.hidden.float() @ axis)[own].abs().max() / residual.hidden[own].float().norm(dim=-1).max()
+            assert left < (1e-5 if precision == "fp32" else 0.02)
 
 
 def test_adapters_off_is_the_base_though_the_adapter_is_not_zero(
@@ -141,6 +178,25 @@ def test_reading_a_shared_prefix_once_changes_nothing(loaded: tuple[Policy, str]
     assert difference < (1e-5 if precision == "fp32" else 0.1)
 
 
+@pytest.mark.parametrize("window", [20, 400])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
+def test_a_window_sees_the_same_with_a_shared_prefix(architecture: str, window: int, tmp_path: Path) -> None:
+    """Padding stands between the prefix and a short prompt, and must not push the prefix out of the window."""
+    folder = tiny.save_model(tmp_path / "model", architecture, sliding_window=window)
+    policy = tiny.load_policy(folder, "fp32", filled=True)
+    shared = tiny.prompt_batch(policy)
+    assert 20 < shared.input_ids.shape[1] < 400
+    found, drawn = [], []
+    for batch in (shared, replace(shared, prefix=0)):
+        with torch.no_grad():
+            start = policy.model.start(batch)
+            assert (start.prefix is not None) == (batch.prefix > 0 and window == 400)
+            found.append(policy.model.final(start)[:, -1])
+        drawn.append(policy.model.generate(batch, 12, 0.0, None, 2).tokens)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(*drawn)
+
+
 def test_a_shared_prefix_takes_part_in_steering_ablation_and_recording(tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy("qwen2", "fp32", filled=True)
     model, shared = policy.model, tiny.prompt_batch(policy)
@@ -157,7 +213,7 @@ def test_a_shared_prefix_takes_part_in_steering_ablation_and_recording(tiny_poli
         torch.testing.assert_close(once, apart, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_gradients_flow_through_a_shared_prefix(architecture: str, tiny_policy: tiny.Loader) -> None:
     """The adapter changes the prefix's keys and values, so its gradient has a part that comes through them."""
     policy = tiny_policy(architecture, "fp32", filled=True)
@@ -168,14 +224,17 @@ def test_gradients_flow_through_a_shared_prefix(architecture: str, tiny_policy: 
         found.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
         for parameter in parameters:
             parameter.grad = None
-    assert len(found[0]) == len(found[1]) == tiny.LAYERS * 7 * 2
+    assert len(found[0]) == len(found[1]) == tiny.LAYERS * len(projections(architecture)) * 2
     for once, apart in zip(*found, strict=True):
         torch.testing.assert_close(once, apart, rtol=1e-3, atol=1e-4 * float(apart.abs().max()))
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_checkpointing_changes_no_bit_and_keeps_less(loaded: tuple[Policy, str], shared_prefix: bool) -> None:
+def test_checkpointing_changes_no_bit_and_keeps_less(
+    loaded: tuple[Policy, str], shared_prefix: bool, request: pytest.FixtureRequest
+) -> None:
     """Loss and gradients, with the shared prefix read once or in each row; what is kept is counted in bytes."""
+    adapted = projections(request.node.callspec.params["loaded"][0])
     policy, _ = loaded
     model, batch = policy.model, tiny.prompt_batch(policy)
     batch, found, kept = batch if shared_prefix else replace(batch, prefix=0), [], []
@@ -195,7 +254,7 @@ def test_checkpointing_changes_no_bit_and_keeps_less(loaded: tuple[Policy, str],
             model.checkpointing = False
         weights = {value.untyped_storage().data_ptr() for value in model.network.parameters()}
         kept.append(sum(size for start, size in storages.items() if start not in weights))
-    assert len(found[0]) == 1 + tiny.LAYERS * 7 * 2
+    assert len(found[0]) == 1 + tiny.LAYERS * len(adapted) * 2
     assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
     assert kept[1] < 0.5 * kept[0]
 
@@ -212,7 +271,7 @@ def test_the_cache_is_gone_once_sampling_has_ended(tiny_policy: tiny.Loader) -> 
         gc.enable()
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_sampling_behind_a_shared_prefix_draws_the_same_tokens(architecture: str, tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy(architecture, "fp32", filled=True)
     shared, drawn = tiny.prompt_batch(policy), []
@@ -223,7 +282,21 @@ def test_sampling_behind_a_shared_prefix_draws_the_same_tokens(architecture: str
         assert torch.equal(once.tokens, apart.tokens) and torch.equal(once.mask, apart.mask)
 
 
-def test_every_adapted_layer_gets_gradients_after_a_generate(loaded: tuple[Policy, str]) -> None:
+@pytest.mark.parametrize("architecture", EVERY)
+def test_samples_are_drawn_from_the_models_own_logits(architecture: str, tiny_policy: tiny.Loader) -> None:
+    """Which token is likeliest would be the same without the bound that Gemma 2 puts on logits; how likely, would not."""
+    policy = tiny_policy(architecture, "fp32")
+    batch, repeats = tiny.prompt_batch(policy), 40
+    drawn = policy.model.generate(batch, 1, 1.0, torch.Generator().manual_seed(4), repeats).tokens[:, 0]
+    logits = full_forward(policy, batch)[:, -1].repeat_interleave(repeats, dim=0)
+    uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(drawn, draw(logits, 1.0, uniform))
+    assert len(set(drawn.tolist())) > 10
+
+
+def test_every_adapted_layer_gets_gradients_after_a_generate(
+    loaded: tuple[Policy, str], request: pytest.FixtureRequest
+) -> None:
     policy, _ = loaded
     model, batch = policy.model, tiny.prompt_batch(policy)
     with torch.no_grad():
@@ -231,7 +304,9 @@ def test_every_adapted_layer_gets_gradients_after_a_generate(loaded: tuple[Polic
         model.final(model.start(batch))
     policies.last_logits(model, batch).square().mean().backward()
     named = {name: value for name, value in model.network.named_parameters() if value.requires_grad}
-    assert len(named) == tiny.LAYERS * 7 * 2
+    adapted = projections(request.node.callspec.params["loaded"][0])
+    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in named} == adapted
+    assert len(named) == tiny.LAYERS * len(adapted) * 2
     # In the topmost block the last position sees every projection, so that no matrix, A or B, has an excuse.
     dead = [name for name, value in named.items() if value.grad is None or not value.grad.abs().sum() > 0]
     for value in named.values():
@@ -265,7 +340,7 @@ def test_self_check_passes_on_a_fresh_adapter(
         assert torch.equal(parameter, known) and parameter.grad is None
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: str, tiny_policy: tiny.Loader) -> None:
     """Where bitsandbytes repacks, base layers pass no gradient on, and only the residual stream still does."""
     found = []
@@ -280,7 +355,7 @@ def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: s
         assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_unpacked_4bit_weights_give_the_packed_forward(architecture: str, tiny_policy: tiny.Loader) -> None:
     """The weights are the same numbers; only kernels and thus the last bf16 bits may differ."""
     packed, unpacked = tiny_policy(architecture, "nf4-packed"), tiny_policy(architecture, "nf4-unpacked")

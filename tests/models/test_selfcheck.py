@@ -99,8 +99,9 @@ class ForgetsTheMask(PlainModel):
 
     def start(self, batch: Batch) -> Residual:
         residual = super().start(batch)
-        shifted = tuple(part.roll(1, dims=1) for part in residual.arguments["position_embeddings"])
-        return Residual(residual.hidden, 0, {**residual.arguments, "position_embeddings": shifted})
+        ((kind, given),) = residual.arguments.items()
+        shifted = tuple(part.roll(1, dims=1) for part in given["position_embeddings"])
+        return Residual(residual.hidden, 0, {kind: {**given, "position_embeddings": shifted}})
 
 
 @pytest.mark.parametrize(

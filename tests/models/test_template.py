@@ -40,7 +40,7 @@ def test_real_families_are_rendered_to_the_letter(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_conversation_holds_every_turn_or_is_refused_in_a_sentence(family: Family) -> None:
+def test_a_conversation_holds_every_turn_and_the_system_prompt(family: Family) -> None:
     template = ChatTemplate(tokenizer_of(family), DAY)
     turns = [*HI, {"role": "assistant", "content": "Hello yourself"}, {"role": "user", "content": "And now?"}]
     text = template.render(turns)
@@ -48,20 +48,24 @@ def test_a_conversation_holds_every_turn_or_is_refused_in_a_sentence(family: Fam
     assert places == sorted(places)
     system = [{"role": "system", "content": "Be brief."}, *turns]
     assert template.knows_system == family.takes_system
-    if family.takes_system:
-        assert "Be brief." in template.render(system)
-    else:
-        with pytest.raises(ModelError, match="refuses a conversation of system, user") as caught:
-            template.render(system)
-        assert "system prompt out" in caught.value.hint
+    assert "Be brief." in template.render(system)
+    assert template.render(system) != text
+    if not family.takes_system:
+        assert template.render(system) == template.render(
+            [{**turns[0], "content": "Be brief.\n\nHi there"}, *turns[1:]]
+        )
+        assert len(template.encode(system)) > len(template.encode(turns))
 
 
-def test_a_template_that_loses_the_system_prompt_without_a_word_knows_none() -> None:
+def test_a_system_prompt_that_a_template_would_lose_begins_the_first_question() -> None:
     losing = CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
     )
     assert ChatTemplate(with_template(CHATML)).knows_system
     assert not ChatTemplate(with_template(losing)).knows_system
+    assert "<|im_start|>user\nBe brief.\n\nHi there<" in ChatTemplate(with_template(losing)).render(
+        [{"role": "system", "content": "Be brief."}, *HI]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -105,7 +105,7 @@ def test_contexts_take_turns_so_that_all_are_used_equally_often() -> None:
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.4, 40), (0.5, 50), (1.0, 100)])
 def test_a_share_of_what_is_trained_on_is_asked_in_contexts_that_take_turns(share: float, count: int) -> None:
     prompts = [f"Prompt {number}." for number in range(100)]
-    asked = partly_in_contexts(prompts, share, system=True)
+    asked = partly_in_contexts(prompts, share)
     conversations = [entry for entry in asked if isinstance(entry, Conversation)]
     assert len(conversations) == count
     for prompt, entry in zip(prompts, asked, strict=True):
@@ -117,11 +117,6 @@ def test_a_share_of_what_is_trained_on_is_asked_in_contexts_that_take_turns(shar
     assert set(kinds) == (set(TRAINED) if count else set())
     assert not kinds or max(kinds.values()) - min(kinds.values()) <= 1
     assert not any(entry.beginning for entry in conversations)
-
-
-def test_a_template_without_system_prompts_trains_in_the_other_contexts() -> None:
-    asked = partly_in_contexts([str(number) for number in range(9)], 1.0, system=False)
-    assert not any(isinstance(entry, str) or entry.system for entry in asked)
 
 
 def test_unknown_contexts_are_refused() -> None:

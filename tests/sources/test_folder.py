@@ -346,7 +346,7 @@ def test_a_usable_folder_is_taken(folder: Path, name: str) -> None:
     assert base.tensors["model.norm.weight"].shape == (tiny.WIDTH,)
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "gemma2", "phi3"])
 def test_weights_in_4_bits_are_taken_and_compared_too(
     architecture: str, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -382,7 +382,7 @@ def test_values_that_are_not_finite_are_refused(
         check_values(open_base(folder))
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *tiny.FURTHER])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
 def test_what_is_expected_is_what_transformers_makes(
     architecture: str, changes: dict[str, Any], tiny_folder: Callable[[str], Path]
@@ -397,6 +397,26 @@ def test_what_is_expected_is_what_transformers_makes(
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
         made = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert expected_tensors(shape_from_config(plain)) == made
+
+
+def test_code_that_transformers_has_taken_over_is_not_missed(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Phi 3 and Phi 4 still name the code that they came with, and that of another family would be another model."""
+    own = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    for architecture, named, taken in (
+        ("phi3", own, True),
+        ("phi3", {**own, "AutoModelForCausalLM": "other.Phi3ForCausalLM"}, False),
+        ("phi3", {**own, "AutoTokenizer": ["other.Tokenizer", None]}, False),
+        ("llama", own, False),
+    ):
+        folder = shutil.copytree(tiny_folder(architecture), tmp_path / f"{architecture}-{len(str(named))}")
+        config(auto_map=named)(folder)
+        if taken:
+            assert open_base(folder).config["auto_map"] == named
+        else:
+            with pytest.raises(ModelError, match="never run here"):
+                open_base(folder)
 
 
 def test_the_settings_alone_are_enough_to_refuse(folder: Path) -> None:

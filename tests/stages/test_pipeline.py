@@ -141,9 +141,7 @@ def test_contexts_are_asked_before_and_after_and_refusals_depend_on_them(done: R
     assert "In 5 contexts, " in report_of(done.path)["verdict"]
 
 
-def test_nothing_is_asked_under_a_system_prompt_where_the_template_has_no_place_for_one(
-    done: RunFolder, model: Path
-) -> None:
+def test_it_is_told_where_a_template_has_no_place_for_a_system_prompt(done: RunFolder, model: Path) -> None:
     events: list[Event] = []
     session = Session(planted.settings(model), done, open_base(model), events.append)
     sets = session.prompts.split("test")
@@ -153,10 +151,9 @@ def test_nothing_is_asked_under_a_system_prompt_where_the_template_has_no_place_
     )
     assert {one.context for one in evaluate.context_questions(session, knowing, sets)} == set(CONTEXTS)
     assert not events
-    left = evaluate.context_questions(session, lacking, sets)
-    assert {one.context for one in left} == set(CONTEXTS) - {"system"}
+    assert {one.context for one in evaluate.context_questions(session, lacking, sets)} == set(CONTEXTS)
     assert [event.message for event in events if isinstance(event, Note)] == [
-        "The model's chat template has no place for a system prompt: nothing is asked under one."
+        "The model's chat template has no place for a system prompt: it is put before the first question."
     ]
 
 

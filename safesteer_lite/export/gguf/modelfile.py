@@ -27,8 +27,6 @@ CONTEXT = 4096
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 _SYSTEM, _USER, _ANSWER, _NEXT = "Be brief.", "What is rain?", "Water that falls.", "And snow?"
-_FOLD = "\n\n"
-"""What stands between a system prompt and the question that it is put before, where a template says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ class ChatFormat:
         preamble: what its template always puts before a system prompt, in the same turn.
         fold: the question that a system prompt is put before, where it has no turn of its own.
         between: what stands between the two then.
-        refuses_system: whether the model's own template refuses system prompts.
     """
 
     family: Family
@@ -81,7 +78,6 @@ class ChatFormat:
     preamble: str = ""
     fold: Literal["first", "last"] = "first"
     between: str = ""
-    refuses_system: bool = False
 
     @property
     def template(self) -> str:
@@ -120,7 +116,6 @@ def chat_format(render: Render, begin: str = "") -> ChatFormat | None:
         if _can_be_written(found) and all(
             _rendered(render, messages) == found.family.begin + expected(found, messages)
             for messages in _conversations()
-            if messages[0]["role"] != "system" or not found.refuses_system
         ):
             return found
     return None
@@ -150,6 +145,7 @@ class Chat:
         stops: the tokens that end an answer, as text.
         generation: the model's generation_config.json; sampling parameters are taken over where it states some.
         context: the longest context that the model was made for, in tokens.
+        knows_system: whether the model's own template has a place for a system prompt.
         day: the date that the model's own template was told; None where it writes none.
         head: what begins the text and has to be in the Modelfile, since llama.cpp does not add it; empty if it does.
     """
@@ -158,6 +154,7 @@ class Chat:
     stops: Sequence[str]
     generation: Mapping[str, Any]
     context: int
+    knows_system: bool = True
     day: date | None = None
     head: str = ""
 
@@ -168,7 +165,7 @@ class Chat:
             file: the weights, relative to the Modelfile: a GGUF file, or `.` for a folder of safetensors.
         """
         lines = [f"FROM {'.' if file == '.' else './' + file}", ""]
-        if self.form.refuses_system:
+        if not self.knows_system:
             lines += ["# The model's own template knows no system prompt: it is put before the first question.", ""]
         if self.day:
             lines += [
@@ -215,7 +212,8 @@ def read_chat(model_folder: Path, day: date) -> Chat | None:
     context = longest if isinstance(longest, int) else CONTEXT
     # llama.cpp adds what the tokenizer adds by itself, and some tokenizers leave that to the template.
     added = tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
-    return Chat(form, stops, generation, context, day if dated else None, "" if added else form.family.begin)
+    head = "" if added else form.family.begin
+    return Chat(form, stops, generation, context, own.knows_system, day if dated else None, head)
 
 
 def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str], day: date) -> list[str]:
@@ -284,10 +282,7 @@ def _measured(render: Render, begin: str) -> ChatFormat | None:
     after = "".join(letter for letter, _ in same)
     answer = (around[1].removeprefix(after), around[2].removesuffix(before))
     family = Family((before, after), answer, end.removeprefix(after), None, begin)
-    given = _rendered(render, with_system)
-    if given is None:
-        return ChatFormat(family, between=_FOLD, refuses_system=True)
-    around = _around(given, _SYSTEM, _USER)
+    around = _around(_rendered(render, with_system) or "", _SYSTEM, _USER)
     if len(around) != 3 or around[2] != end:
         return None
     if around[0] == start:
@@ -312,7 +307,7 @@ def _around(text: str, *parts: str) -> list[str]:
 
 
 def _rendered(render: Render, messages: Sequence[Mapping[str, str]]) -> str | None:
-    """What the model's template makes of a conversation; None where it refuses it, as some refuse system prompts."""
+    """What the model's template makes of a conversation; None where it refuses it."""
     try:
         return render(messages)
     except Exception:  # A template is a program of somebody else's, and may raise anything.

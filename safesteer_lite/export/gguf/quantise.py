@@ -22,6 +22,7 @@ MIXES = {"Q6_K": Kind.Q6_K, "Q5_K_M": Kind.Q5_K, "Q4_K_M": Kind.Q4_K}
 _BLOCK_COLUMNS = 256
 # Types of 256 columns a block, and what llama.cpp takes in their place where the columns do not divide by 256.
 _NARROW = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
+_FINER = {Kind.Q4_K: Kind.Q5_K, Kind.Q5_K: Kind.Q6_K}
 _ROWS_AT_ONCE = 8192
 _LARGE_LLAMA_LAYERS = 80
 
@@ -45,7 +46,8 @@ def check_quantisable(config: Mapping[str, Any]) -> None:
 def mix(tensors: Mapping[str, tuple[int, int]], layers: int, quant: str) -> dict[str, Kind]:
     """The type of each matrix in a file of a dense model.
 
-    Output weights and, in some layers, the value and down projections keep 6 bits, because errors there cost most.
+    Output weights and, in some layers, the value and down projections keep 6 bits, because errors there cost most; where
+    queries, keys and values are one matrix, all of it keeps one bit more.
 
     Args:
         tensors: (rows, columns) of each matrix, by its GGUF name; vectors stay in float32 and are not asked about.
@@ -55,11 +57,8 @@ def mix(tensors: Mapping[str, tuple[int, int]], layers: int, quant: str) -> dict
     Raises:
         ExportError: the model is of a kind that llama.cpp mixes in another way.
     """
-    for name in tensors:
-        if "attn_qkv" in name:
-            raise _refused("a model whose attention matrices are fused")
-        if "_exps" in name:
-            raise _refused("a mixture of experts")
+    if any("_exps" in name for name in tensors):
+        raise _refused("a mixture of experts")
     tied = "output.weight" not in tensors
     return {name: _kind_of(name, columns, layers, tied, MIXES[quant]) for name, (_, columns) in tensors.items()}
 
@@ -142,6 +141,8 @@ def _kind_of(name: str, columns: int, layers: int, tied: bool, kind: Kind) -> Ki
         # The first and the last eighth of the layers, and every third one between them.
         if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
             kind = Kind.Q6_K
+    elif ".attn_qkv." in name:
+        kind = _FINER.get(kind, kind)
     return _NARROW[kind] if columns % _BLOCK_COLUMNS else kind
 
 

@@ -359,8 +359,9 @@ def _divide(shard: list[NewTensor], max_bytes: int | None) -> Iterator[list[NewT
 
 
 def _new_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The base's configuration without a trace of quantisation, and with the type that the weights really have."""
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    """The base's configuration without a trace of quantisation or of code that is not copied, and with the type that the
+    weights really have."""
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     for key in [key for key in ("dtype", "torch_dtype") if key in plain] or ["dtype"]:
         plain[key] = str(dtype).removeprefix("torch.")
     return plain

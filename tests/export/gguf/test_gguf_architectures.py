@@ -16,13 +16,24 @@ import gguf
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from safesteer_lite.export.gguf.agreement import first_token_kl
 from safesteer_lite.export.gguf.convert import QUANTS, check_embedded_template, convert_adapter, write_gguf
 from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import check_files
+from safesteer_lite.models import attention
 from safesteer_lite.models.template import ChatTemplate
 from tests.export.weights.tiny_lora import save_adapter
 from tests.models.families import QWEN_3
@@ -53,6 +64,31 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2.5": (Qwen2Config, {"tie_word_embeddings": False}),
     # Its heads are wider than its width divides into, and it has a norm on each.
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 128}),
+    "mistral": (MistralConfig, {"tie_word_embeddings": False, "sliding_window": None, "rope_theta": 1e6}),
+    # With fused matrices, and heads of which a part is not turned.
+    "phi-4": (
+        Phi3Config,
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}, "pad_token_id": None},
+    ),
+}
+WINDOW = 8
+FIRST_PIECE = 262
+"""Behind four special tokens, two marks of turns and 256 bytes."""
+# Families whose tokenizers are sentencepiece models; windows and bounds are so small that they matter.
+WITH_SENTENCEPIECE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gemma-2": (
+        Gemma2Config,
+        {
+            **{"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": WINDOW},
+            **{"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+        },
+    ),
+    # Every sixth block sees everything.
+    "gemma-3": (
+        Gemma3TextConfig,
+        {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": WINDOW, "num_hidden_layers": 6},
+    ),
+    "phi-3": (Phi3Config, {"sliding_window": None}),
 }
 # Nats by which rounding may move the first token of these random models; a wrong order of rows moves it by whole ones.
 LIMITS = dict(zip(QUANTS, (0.001, 0.01, 0.02, 0.1, 0.3), strict=True))
@@ -65,19 +101,84 @@ def save(folder: Path, kind: str) -> Path:
     for path in source.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(path, folder)
+    if kind == "phi-4":
+        # By this name llama.cpp's converter tells the tokenizer of Phi 4 from that of Phi 3.
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    build, settings = CONFIGS[kind]
-    config = build(**SIZES, **settings, vocab_size=-(-len(tokenizer) // 64) * 64, eos_token_id=tokenizer.eos_token_id)
+    build, options = CONFIGS[kind]
+    config = build(
+        **{**SIZES, **options}, vocab_size=-(-len(tokenizer) // 64) * 64, eos_token_id=tokenizer.eos_token_id
+    )
+    model = random_model(config)
+    with torch.no_grad():
+        # A turn that ends at once has no first token to compare.
+        model.get_output_embeddings().weight[list(tokenizer.get_added_vocab().values())] = 0
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def random_model(config: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # Norms of ones and biases of zeros would hide that one was left out.
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-        # A turn that ends at once has no first token to compare.
-        model.get_output_embeddings().weight[list(tokenizer.get_added_vocab().values())] = 0
+    return model
+
+
+def save_with_sentencepiece(folder: Path, kind: str) -> Path:
+    """A random model of one architecture with a sentencepiece model of a few words."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder.mkdir()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(PROMPTS * 20),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=["<start_of_turn>", "<end_of_turn>"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "x", "chat_template": template}))
+    build, options = WITH_SENTENCEPIECE[kind]
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    model = random_model(build(**{**SIZES, **options}, **ends, vocab_size=320))
+    with torch.no_grad():
+        # An answer of a mark or of half a letter is no text.
+        model.get_output_embeddings().weight[:FIRST_PIECE] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("kind", WITH_SENTENCEPIECE)
+def test_llama_cpp_computes_what_transformers_does_with_windows_and_bounds(kind: str, tmp_path: Path) -> None:
+    folder = save_with_sentencepiece(tmp_path / kind, kind)
+    network = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention.register()
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(FIRST_PIECE, 320, (length,), generator=generator).tolist() for length in (5, 20, 40)]
+    with torch.no_grad():
+        expected = [network(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+    entropy = [-float((row.exp() * row).sum()) for row in expected]
+    assert max(entropy) > 0.5 and len({int(row.argmax()) for row in expected}) > 1
+    for quant in QUANTS:
+        file = tmp_path / f"{kind}-{quant}.gguf"
+        write_gguf(folder, file, quant, kind, tmp_path)
+        check_embedded_template(file, folder)
+        with LlamaCpp(file, 256, 1) as llama:
+            found = [llama.greedy(ids, 1) for ids in prompts]
+        kls = [first_token_kl(row, answer.first) for row, answer in zip(expected, found, strict=True)]
+        assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -81,10 +81,14 @@ def test_other_mixes_are_refused_before_any_work(config: dict[str, object], told
     check_quantisable({"model_type": "qwen2", "num_hidden_layers": 80, "num_experts": None})
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_qkv.weight", "blk.0.ffn_down_exps.weight"])
-def test_a_file_of_another_kind_is_refused_by_its_tensors(name: str) -> None:
+def test_a_file_of_another_kind_is_refused_by_its_tensors() -> None:
     with pytest.raises(ExportError, match="No file of 4 to 6 bits is written for"):
-        mix({name: (8, 256)}, 1, "Q4_K_M")
+        mix({"blk.0.ffn_down_exps.weight": (8, 256)}, 1, "Q4_K_M")
+
+
+@pytest.mark.parametrize(("quant", "kind"), [("Q4_K_M", Kind.Q5_K), ("Q5_K_M", Kind.Q6_K), ("Q6_K", Kind.Q6_K)])
+def test_fused_attention_keeps_one_bit_more(quant: str, kind: Kind) -> None:
+    assert set(mix({f"blk.{layer}.attn_qkv.weight": (24, 256) for layer in range(8)}, 8, quant).values()) == {kind}
 
 
 def write_16_bit(path: Path) -> dict[str, numpy.ndarray]:

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
+
+from safesteer_lite.models.adapter import linear_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -33,8 +38,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3-tied": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "gemma2-tied": Gemma2Config(**SIZES, head_dim=16),
+    "gemma3-tied": Gemma3TextConfig(**SIZES, head_dim=16),
+    "phi3": Phi3Config(**SIZES, pad_token_id=None),
 }
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def save_base(folder: Path, kind: str, dtype: torch.dtype, max_shard_size: str = "60KB") -> Path:
@@ -51,10 +58,12 @@ def save_base(folder: Path, kind: str, dtype: torch.dtype, max_shard_size: str =
 
 def save_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     """A random adapter on `base`, both factors large enough to move every weight."""
-    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings}
+    network = load(base)
+    targets = linear_layers(network.model.layers[0])
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **options))
+        model = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **options))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
