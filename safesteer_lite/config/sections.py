@@ -28,6 +28,7 @@ class ModelConfig:
 
     name: str = setting("", "Hub id or local folder", "the user")
     revision: str = setting("", "Hub commit or branch; empty is the default branch", "the user")
+    chat_template: str = setting("", "file with a chat template; empty is the model's own", "the user")
     precision: str = setting(
         "nf4", "how weights are kept", "this project: 4 bits fit small cards", ("nf4", "bf16", "fp32")
     )

@@ -21,7 +21,14 @@ _BYTES_A_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q6_K": 1.07, "Q5_K_M": 1.0, "Q4_K_
 
 
 def rehearse(
-    base: Path, out: Path, weights: Weights, day: date, *, original: Path | None = None, quants: Sequence[str] = ()
+    base: Path,
+    out: Path,
+    weights: Weights,
+    day: date,
+    *,
+    words: Path | None = None,
+    original: Path | None = None,
+    quants: Sequence[str] = (),
 ) -> None:
     """Do everything that an export does but read weights and write them; seconds where GGUF files are asked for.
 
@@ -30,6 +37,7 @@ def rehearse(
         out: where the export goes; it need not exist yet.
         weights: what will be merged into.
         day: what a chat template that asks the date is told.
+        words: the folder with its tokenizer and chat template; None for the model's own.
         original: the 16-bit weights of a base that is itself in 4 bits; None if they are not used.
         quants: the GGUF files to write; none for merged weights alone.
 
@@ -37,12 +45,12 @@ def rehearse(
         ExportError: the export would fail; the message names everything that is in its way.
         DiskSpaceError: nothing but room is missing.
     """
-    faults = _Faults()
-    plan = faults.of(lambda: plan_merge(original or base, {}, weights=weights, words=base))
-    faults.add(*(verify.check_form(plan.config, plan.tensors, base).problems if plan else verify.check_words(base)[1]))
+    faults, own = _Faults(), words or base
+    plan = faults.of(lambda: plan_merge(original or base, {}, weights=weights, words=own))
+    faults.add(*(verify.check_form(plan.config, plan.tensors, own).problems if plan else verify.check_words(own)[1]))
     if not faults.told:
         # What a tokenizer that is damaged makes of a template is of no interest.
-        faults.of(lambda: modelfile.read_chat(base, day))
+        faults.of(lambda: modelfile.read_chat(own, day))
     if plan:
         needed = plan.room
         if quants:
@@ -56,7 +64,7 @@ def rehearse(
                 raise
             faults.add(error.message.rstrip("."), hint=error.hint)
     if quants:
-        _rehearse_gguf(base, quants, faults)
+        _rehearse_gguf(own, quants, faults)
     if faults.told:
         count = f"{len(faults.told)} reasons" if len(faults.told) > 1 else "one reason"
         raise ExportError(

@@ -88,7 +88,7 @@ def check_template(base: Base, day: date | None = None) -> ChatTemplate:
     Raises:
         ModelError: the chat template will not do, or nothing ends an answer.
     """
-    tokenizer = plain.load_tokenizer(base.folder, base.config)
+    tokenizer = plain.load_tokenizer(base.words, base.config)
     with plain.loading(base.folder, "chat template"):
         stop_ids(tokenizer, base.generation.get("eos_token_id"), base.config.get("eos_token_id"))
         return ChatTemplate(tokenizer, day)

@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
     if not tokenizer.chat_template:
         raise ModelError(
             f"{folder} has no chat template, so it cannot be prompted as an assistant.",
-            "Use an instruct model, or add its chat_template.jinja to the folder.",
+            "Use an instruct model, or give its template with --chat-template FILE.",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -77,7 +77,7 @@ def load(base: Base, *, precision: str, device: str, unpack: bool, compute: str 
 
     # On CPUs it warns that an optional accelerated kernel is not installed; nothing here needs it.
     getLogger("bitsandbytes").setLevel("ERROR")
-    tokenizer = load_tokenizer(base.folder, base.config)
+    tokenizer = load_tokenizer(base.words, base.config)
     use_card(device)
     if device.startswith("cuda"):
         cap_cuda_memory()

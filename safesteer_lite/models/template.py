@@ -121,7 +121,7 @@ class ChatTemplate:
             if "default" not in found:
                 raise ModelError(
                     f"The model has the chat templates {names or '(none)'}, and none is called default.",
-                    "Save the one for plain conversations as chat_template.jinja in the model's folder.",
+                    "Save the one for plain conversations in a file, and give that with --chat-template FILE.",
                 )
             if len(found) > 1:
                 self.notes.append(f"Of the model's chat templates ({names}), default is the one that is used.")
@@ -129,7 +129,7 @@ class ChatTemplate:
         if not isinstance(found, str) or not found.strip():
             raise ModelError(
                 "The model has no chat template, so it cannot be prompted as an assistant.",
-                "Use an instruct model, or add its chat_template.jinja to the folder.",
+                "Use an instruct model, or give its template with --chat-template FILE.",
             )
         refuse_powers(found)
         return found

@@ -132,4 +132,4 @@ def load(base: Base, precision: str, adapter: Adapter, seed: int, device: str = 
             use_gradient_checkpointing=False,
             random_state=seed,
         )
-    return UnslothModel(network.eval(), plain.load_tokenizer(base.folder, base.config), adapter.first_layer)
+    return UnslothModel(network.eval(), plain.load_tokenizer(base.words, base.config), adapter.first_layer)

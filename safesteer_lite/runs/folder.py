@@ -50,6 +50,7 @@ from safesteer_lite.runs.steps import Checkpoints
 
 RUNS_FOLDER = Path("runs")
 
+_CHAT_TEMPLATE = "chat_template.jinja"
 _NEW_RUN = re.compile(r"\.[0-9a-f]{32}")
 _MAKING_SECONDS = 60.0
 
@@ -79,6 +80,7 @@ def create(
     planned: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     made_from: Mapping[str, str] | None = None,
+    chat_template: str = "",
 ) -> RunFolder:
     """Make a new run folder, which no other process gets too, and which only its owner may look into.
 
@@ -89,6 +91,7 @@ def create(
         planned: the stages whose results make the run finished.
         versions: package versions to keep in the manifest.
         made_from: fingerprints to keep of what the run starts from and is not in its folder, by what it is.
+        chat_template: the one that the user gives; empty for the model's own, of which nothing is kept.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -116,6 +119,8 @@ def create(
             # What is in there was said to, and by, a model that answers harmful requests.
             draft.mkdir(mode=0o700)
             write_atomically(draft / "config.toml", content)
+            if chat_template:
+                write_atomically(draft / _CHAT_TEMPLATE, chat_template.encode())
             write_atomically(draft / "manifest.json", manifest_bytes(manifest))
             for attempt in itertools.count(1):
                 path = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
@@ -188,6 +193,22 @@ class RunFolder:
                 hint,
             )
         return content.decode("utf-8", "surrogateescape")
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template that the run was given in place of the model's own.
+
+        Raises:
+            RunFolderError: it is missing, or cannot be read.
+        """
+        path = self.path / _CHAT_TEMPLATE
+        try:
+            return read_bytes(path, LARGEST_JSON).decode()
+        except (OSError, ValueError) as error:
+            said = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise RunFolderError(
+                f"{path}, the chat template that this run was given, {said}.", "Restore it from a copy."
+            ) from error
 
     @property
     def events_path(self) -> Path:

@@ -262,6 +262,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--column", type=_filled, metavar="NAME", help="column of that file")
     parser.add_argument(
+        "--chat-template", type=_filled, metavar="FILE", help="a chat template, in Jinja, in place of the model's own"
+    )
+    parser.add_argument(
         "--recipe", choices=RECIPES, help="how it is distilled: lite, minutes; paper, as published, hours (lite)"
     )
     parser.add_argument("--effort", choices=("quick", "standard", "thorough"), help="how thorough (standard)")

@@ -17,6 +17,7 @@ from safesteer_lite.sources.card import read_card
 from safesteer_lite.sources.folder import Findings, matches, read_json
 from safesteer_lite.sources.headers import Tensors, check_tensors, read_tensors
 from safesteer_lite.sources.settings import is_quantised, read_settings
+from safesteer_lite.sources.words import words_of
 
 _FINGERPRINTED = (
     "config.json",
@@ -46,6 +47,8 @@ class Base:
         fingerprint: SHA-256 in hex that tells it apart from other models; see `model_fingerprint`.
         licence: as its folder states it, an identifier of the model hub; empty if it states none.
         tensors: where each of its tensors lies.
+        words: the folder with its tokenizer and chat template, which is another one where the user gives a template.
+        template: the chat template that the user gives; empty for the model's own.
     """
 
     folder: Path
@@ -55,6 +58,8 @@ class Base:
     fingerprint: str
     licence: str
     tensors: Tensors = field(repr=False)
+    words: Path
+    template: str = field(default="", repr=False)
 
     @property
     def is_quantised(self) -> bool:
@@ -67,21 +72,28 @@ class Base:
         return sum(stored.size for stored in self.tensors.values())
 
 
-def open_base(folder: Path) -> Base:
+def open_base(folder: Path, template: str = "") -> Base:
     """Look through a model's folder: its settings, its tokenizer and the headers of its weights.
+
+    Args:
+        folder: where it lies.
+        template: the chat template that the user gives; empty for the model's own.
 
     Raises:
         ModelError: names everything in it that this method cannot use, and what to do about it.
     """
     findings = Findings(folder)
-    settings = read_settings(folder, findings)
+    words = words_of(folder, template)
+    settings = read_settings(folder, findings, words)
     tensors = read_tensors(folder, findings)
     if settings.shape and tensors:
         check_tensors(tensors, settings.shape, is_quantised(settings.config), findings)
     findings.report()
     assert settings.shape is not None
     mark, licence = model_fingerprint(folder), licence_in(folder)
-    return Base(folder, settings.config, settings.generation, settings.shape, mark, licence, tensors)
+    if template:
+        mark = hashlib.sha256(json.dumps([mark, template]).encode()).hexdigest()
+    return Base(folder, settings.config, settings.generation, settings.shape, mark, licence, tensors, words, template)
 
 
 # Models whose values this process has read already.

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit
 from safesteer_lite.sources.base import Base, open_base
 from safesteer_lite.sources.download import quiet_hub
 from safesteer_lite.sources.hub import cached_model, fetch_model, is_hub_id
+from safesteer_lite.sources.settings import check_settings
 from safesteer_lite.text import typed_path
 
 
 def resolve_model(
-    name_or_path: str, revision: str | None, emit: Emit, *, download: bool = True, stage: str = "model"
+    name_or_path: str,
+    revision: str | None,
+    emit: Emit,
+    *,
+    download: bool = True,
+    stage: str = "model",
+    template: str = "",
 ) -> Base:
     """A model that this method can use, fetched from the model hub if need be.
 
@@ -23,6 +32,7 @@ def resolve_model(
         emit: takes one Note before a download, then its Progress in bytes.
         download: False to use only what this machine already has.
         stage: the name that the events carry.
+        template: the chat template that the user gives; empty for the model's own.
 
     Raises:
         ModelError: the model is not there, may not be fetched, or cannot be used; the hint says what to do.
@@ -35,14 +45,18 @@ def resolve_model(
             "Give the model it was made from: its folder of safetensors, or its id on the model hub.",
         )
     if path.is_dir():
-        return open_base(path)
+        return open_base(path, template)
     if path.exists() or not is_hub_id(name_or_path):
         raise ModelError(
             f"{name_or_path} is neither a folder nor the id of a model.",
             "Give a folder with config.json and *.safetensors, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
         )
     with quiet_hub():
-        folder = fetch_model(name_or_path, revision, emit, stage) if download else cached_model(name_or_path, revision)
+        folder = (
+            fetch_model(name_or_path, revision, emit, stage, partial(check_settings, template=template))
+            if download
+            else cached_model(name_or_path, revision)
+        )
     if folder is None:
         raise ModelError(f"{name_or_path} is not on this machine.", "Allow its download, or give a local folder.")
-    return open_base(folder)
+    return open_base(folder, template)

@@ -12,6 +12,7 @@ from safesteer_lite.errors import ModelError
 from safesteer_lite.hardware.shape import MIXTURE, ModelShape, is_mixture, shape_from_config
 from safesteer_lite.runs import durable
 from safesteer_lite.sources.folder import AGAIN, Findings, brief, few, read_json
+from safesteer_lite.sources.words import words_of
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -88,30 +89,35 @@ def check_config(folder: Path) -> ModelShape:
     return shape
 
 
-def check_settings(folder: Path) -> None:
+def check_settings(folder: Path, template: str = "") -> None:
     """Refuse a model by its small files, before its weights are fetched.
+
+    Args:
+        folder: where they lie.
+        template: the chat template that the user gives; empty for the model's own.
 
     Raises:
         ModelError: names everything in them that this method cannot use.
     """
     findings = Findings(folder)
-    read_settings(folder, findings)
+    read_settings(folder, findings, words_of(folder, template))
     findings.report()
 
 
-def read_settings(folder: Path, findings: Findings) -> Settings:
+def read_settings(folder: Path, findings: Findings, words: Path) -> Settings:
     """Read and check config.json, generation_config.json and the tokenizer's files.
 
     Args:
         folder: where the model lies.
         findings: takes what is wrong with them.
+        words: the folder with its tokenizer and chat template.
     """
     config, shape = _read_config(folder, findings)
     generation = read_json(folder, "generation_config.json", findings) or {}
     check_code("generation_config.json", generation, findings)
     if shape:
         _check_token_ids("generation_config.json", generation, shape.vocabulary, findings)
-    tokens = _read_tokenizer(folder, findings)
+    tokens = _read_tokenizer(words, findings)
     if shape and tokens > shape.vocabulary:
         findings.add(
             f"its tokenizer has {tokens} tokens, and config.json gives the model {shape.vocabulary}",
@@ -350,5 +356,5 @@ def _check_chat_template(folder: Path, settings: Mapping[str, Any], findings: Fi
         return
     findings.add(
         "it has no chat template, so it is a base model or its template was lost",
-        "Use the model's instruct or chat version, or copy its chat_template.jinja into the folder.",
+        "Use the model's instruct or chat version, or give its template with --chat-template FILE.",
     )

@@ -77,11 +77,11 @@ def merged(
         adapter,
         out,
         strength=strength,
-        words=session.base.folder,
+        words=session.base.words,
         weights=weights,
         progress=lambda done, total: session.emit(Progress(session.stage, "bytes merged", done, total)),
     )
-    report = verify.check_files(out, session.base.folder)
+    report = verify.check_files(out, session.base.words)
     kl, same = compare_reloaded(out, trained, session.config.distill.chunk)
     limit = kl_limit(session, weights)
     if not kl <= limit:
@@ -148,7 +148,7 @@ def rehearse_stage(config: RunConfig, base: Base, run: Path, day: date) -> None:
     """
     weights, _ = weights_to_take(config, base, config.export.weights)
     # Where a killed attempt has left weights, which then count as room.
-    rehearse(base.folder, run / "06-export.partial" / "merged", weights, day)
+    rehearse(base.folder, run / "06-export.partial" / "merged", weights, day, words=base.words)
 
 
 def reopen(out: Path) -> None:

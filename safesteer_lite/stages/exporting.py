@@ -92,7 +92,15 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
     """
     weights, _ = export.weights_to_take(session.config, session.base, request.weights, request.original)
     quants = request.quants if request.kind == "gguf" else ()
-    rehearse(session.base.folder, out, weights, session.day, original=request.original, quants=quants)
+    rehearse(
+        session.base.folder,
+        out,
+        weights,
+        session.day,
+        words=session.base.words,
+        original=request.original,
+        quants=quants,
+    )
     with exported(out) as draft:
         measured = measure_trained(session, adapter, request)
         folder = draft / WORK / MERGED
@@ -374,7 +382,7 @@ def _without_paths(session: Session) -> RunConfig:
     config, own = session.config, session.config.prompts
     return replace(
         config,
-        model=replace(config.model, name=_base_name(session)),
+        model=replace(config.model, name=_base_name(session), chat_template=Path(config.model.chat_template).name),
         prompts=replace(own, training=Path(own.training).name, folder=Path(own.folder).name),
     )
 

@@ -36,12 +36,20 @@ def export_lora(session: Session, adapter: Path, out: Path, request: Request) ->
         FailedCheck: it failed a check; the file is kept beside `out`.
         ExportError, DiskSpaceError: nothing was left under `out`.
     """
-    base, words = request.original or session.base.folder, session.base.folder
+    base, words = request.original or session.base.folder, session.base.words
     weights, reason = export.weights_to_take(session.config, session.base, request.weights, request.original)
     if reason:
         session.note(reason)
     request = replace(request, weights=weights)
-    rehearse(words, out, weights, session.day, original=request.original, quants=(_ON,))
+    rehearse(
+        session.base.folder,
+        out,
+        weights,
+        session.day,
+        words=words,
+        original=request.original,
+        quants=(_ON,),
+    )
     with exported(out) as draft:
         measured = measure_trained(session, adapter, request)
         session.drop_policy()

@@ -118,9 +118,9 @@ def _value(config: RunConfig, name: str) -> object:
         return value
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()} | former_settings(section)
     if section == "model":
-        # The weights themselves are fingerprinted; where they lie may change.
-        plain.pop("name")
-        plain.pop("revision")
+        # The weights themselves are fingerprinted, and the chat template with them; where they lie may change.
+        for place in ("name", "revision", "chat_template"):
+            plain.pop(place)
     if section == "evaluate":
         # Judges read answers that are there already.
         plain = {name: entry for name, entry in plain.items() if not name.startswith("judge")}

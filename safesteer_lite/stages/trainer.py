@@ -105,7 +105,8 @@ def _train(request: Request, emit: Callable[[Event], None], stop_requested: Call
 
     torch.set_num_threads(request.threads)
     settings = config.build([("the run", config.parse_toml(request.settings, "the run's settings")[0])])
-    base, run = open_base(Path(request.base)), RunFolder(Path(request.run))
+    run = RunFolder(Path(request.run))
+    base = open_base(Path(request.base), run.chat_template if settings.model.chat_template else "")
     session = Session(settings, run, base, emit, request.stage, stop_requested, decision, trainer=True)
     checkpoints = Checkpoints(Path(request.steps), request.fingerprint, session.warn)
     training = begin(session, checkpoints)

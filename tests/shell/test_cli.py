@@ -470,17 +470,63 @@ def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture
     assert told[-1] == {"event": "Exported", "path": "merged"}
 
 
-def test_a_run_in_plain_lines(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("small.toml").write_text(config.to_toml(planted.settings(model, {"distill.steps": 1})), encoding="utf-8")
+def test_a_run_in_plain_lines_with_a_template_that_is_given(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has lost its chat template; with the one that is given, all goes as if it had it still."""
+    monkeypatch.setenv("SAFESTEER_LITE_CACHE", str(Path("cache").absolute()))
+    bare = shutil.copytree(model, Path("bare").absolute())
+    (bare / "chat_template.jinja").rename("own.jinja")
+    template = Path("own.jinja").read_bytes()
+    Path("small.toml").write_text(config.to_toml(planted.settings(bare, {"distill.steps": 1})), encoding="utf-8")
+    assert "give its template with --chat-template FILE" in complaint(capsys, 1, "run", "--config", "small.toml")
     with planted.one_thread():
-        assert main(["run", "--config", "small.toml", "--runs", "kept"]) == 0
+        assert main(["run", "--config", "small.toml", "--chat-template", "own.jinja", "--runs", "kept"]) == 0
     told = capsys.readouterr()
     for words in ("== Refusal direction", "Refusals on the test split", "The hardened model:", "14 (50 %, 33 to 67)"):
         assert words in told.out
     assert "\x1b[" not in told.out
     assert told.out.splitlines()[0] == f"   {LITE}"
-    assert main(["resume", *map(str, Path("kept").iterdir())]) == 0
+    [run] = Path("kept").iterdir()
+    assert (run / "chat_template.jinja").read_bytes() == template
+    assert (run / "06-export" / "merged" / "chat_template.jinja").read_bytes() == template
+    assert not (bare / "chat_template.jinja").exists()
+    # What the run keeps is all that it needs.
+    Path("own.jinja").unlink()
+    shutil.rmtree("cache")
+    assert main(["resume", str(run)]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
         f"   {LITE}",
         "== baseline: done already, with the same settings",
     ]
+    (run / "chat_template.jinja").write_bytes(b"{# another #}" + template)
+    assert main(["resume", str(run)]) == 1
+    assert "its weights, its tokenizer or its chat template are others" in capsys.readouterr().err
+    (run / "chat_template.jinja").unlink()
+    assert main(["resume", str(run)]) == 1
+    assert "the chat template that this run was given, is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "own.jinja cannot be read (No such file or directory)"),
+        (b" \n", "own.jinja is empty"),
+        (b"\xff\xfe\x00", "own.jinja cannot be read (it is no text)"),
+        (b"x" * 1_000_001, "own.jinja cannot be read (it has 1,000,001 bytes"),
+        (b"{% for message in %}", "The chat template cannot be run"),
+        (b"Hello.", "The chat template loses or changes what the user says"),
+    ],
+    ids=["missing", "empty", "no text", "too long", "no template", "deaf"],
+)
+def test_a_given_template_that_will_not_do(
+    content: bytes | None,
+    told: str,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SAFESTEER_LITE_CACHE", str(Path("cache").absolute()))
+    if content is not None:
+        Path("own.jinja").write_bytes(content)
+    assert told in complaint(capsys, 1, "run", str(model), "--chat-template", "own.jinja")

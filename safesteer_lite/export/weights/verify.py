@@ -60,7 +60,7 @@ def check_files(
 
     Args:
         folder: what was written.
-        base_folder: the model it was made from; its tokenizer and chat template must be the same bytes.
+        base_folder: where its tokenizer and chat template come from; they must be the same bytes.
         progress: called with bytes read and bytes in all, after each tensor.
 
     Raises:

@@ -109,7 +109,8 @@ def _weights_of(options: argparse.Namespace, settings: RunConfig, base: Base, em
     if options.original:
         place = typed_path(options.original)
         wanted = str(place.resolve()) if place.exists() else options.original
-        folder = resolve(replace(settings, model=replace(settings.model, name=wanted, revision="")), emit).folder
+        named = replace(settings, model=replace(settings.model, name=wanted, revision=""))
+        folder = resolve(named, emit, base.template).folder
     elif options.weights == "original":
         found = original.find_original(base.folder, name)
         if found is None or found.folder is None:

@@ -50,6 +50,8 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
         flags["recipe"] = options.recipe
     if options.prompts:
         flags["prompts.training"] = str(options.prompts)
+    if options.chat_template:
+        flags["model.chat_template"] = str(options.chat_template)
     if options.column:
         flags["prompts.column"] = options.column
     asked = flags.get("recipe") or environment.get("recipe")
@@ -70,7 +72,12 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
     # Kept whole, so that a run can be resumed from another folder.
     own = settings.prompts
     own = replace(own, training=_whole_path(own.training), folder=_whole_path(own.folder))
-    return replace(settings, prompts=own, model=replace(settings.model, name=_whole_name(settings.model.name)))
+    model = replace(
+        settings.model,
+        name=_whole_name(settings.model.name),
+        chat_template=_whole_path(settings.model.chat_template),
+    )
+    return replace(settings, prompts=own, model=model)
 
 
 def _whole_name(name: str) -> str:
@@ -113,15 +120,24 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
     return settings
 
 
-def resolve(settings: RunConfig, emit: Emit) -> Base:
-    """The base model that the settings name, fetched if need be."""
+def resolve(settings: RunConfig, emit: Emit, template: str | None = None) -> Base:
+    """The base model that the settings name, fetched if need be.
+
+    Args:
+        settings: all settings.
+        emit: sink for events.
+        template: the chat template that takes the place of the model's own; None for the one that the settings name.
+    """
     from safesteer_lite.sources.base import open_base
     from safesteer_lite.sources.demo import DEMO, demo_model
     from safesteer_lite.sources.resolve import resolve_model
+    from safesteer_lite.sources.words import read_template
 
+    if template is None:
+        template = read_template(Path(settings.model.chat_template)) if settings.model.chat_template else ""
     if settings.model.name == DEMO.name:
-        return open_base(demo_model(emit))
-    return resolve_model(settings.model.name, settings.model.revision or None, emit)
+        return open_base(demo_model(emit), template)
+    return resolve_model(settings.model.name, settings.model.revision or None, emit, template=template)
 
 
 def base_of_run(
@@ -147,7 +163,7 @@ def base_of_run(
         # An absolute path is never taken for the name of a model on the hub.
         named = replace(settings, model=replace(settings.model, name=str(place.absolute())))
     try:
-        base = resolve(named, emit)
+        base = resolve(named, emit, folder.chat_template if settings.model.chat_template else "")
     except ModelError as error:
         raise ModelError(
             f"The run's base model cannot be used: {error.message}",

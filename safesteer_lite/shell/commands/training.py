@@ -132,6 +132,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
         planned=STAGE_NAMES,
         versions=package_versions(),
         made_from=origin(settings, base),
+        chat_template=base.template,
     )
     return _work(options, settings, folder, base, decision, emit)
 
