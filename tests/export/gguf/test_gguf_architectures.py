@@ -86,9 +86,12 @@ WITH_SENTENCEPIECE: dict[str, tuple[Any, dict[str, Any]]] = {
     # Every sixth block sees everything.
     "gemma-3": (
         Gemma3TextConfig,
-        {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": WINDOW, "num_hidden_layers": 6},
+        {
+            **{"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": WINDOW},
+            **{"num_hidden_layers": 6, "initializer_range": 0.05},
+        },
     ),
-    "phi-3": (Phi3Config, {"sliding_window": None}),
+    "phi-3": (Phi3Config, {"sliding_window": None, "initializer_range": 0.07}),
 }
 # Nats by which rounding may move the first token of these random models; a wrong order of rows moves it by whole ones.
 LIMITS = dict(zip(QUANTS, (0.001, 0.01, 0.02, 0.1, 0.3), strict=True))
@@ -140,7 +143,8 @@ def save_with_sentencepiece(folder: Path, kind: str) -> Path:
         vocab_size=320,
         byte_fallback=True,
         hard_vocab_limit=False,
-        control_symbols=["<start_of_turn>", "<end_of_turn>"],
+        # llama.cpp looks for the latter in whatever is called after Phi 3.
+        control_symbols=["<end_of_turn>", "<|endoftext|>"],
         pad_id=0,
         eos_id=1,
         bos_id=2,
