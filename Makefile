@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/safesteer-lite demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --slow
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check safesteer_lite tests

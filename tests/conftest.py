@@ -28,10 +28,15 @@ from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.listing import list_runs
 from tests import planted, tiny
 
-_ONLY_WHERE_NAMED = ("real", "gpu", "faults")
+_ONLY_WHERE_NAMED = ("slow", "faults", "real", "gpu")
 # Each of them holds a few gigabytes at times.
 _MOST_PROCESSES = 4
 _BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test` and CI run the slow tests too."""
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,14 +46,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     The processes begin at different places, and one that is done takes over tests from another, so that most tests of a
     file stay together and share its fixtures.
     """
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not _named(config) and not _BESIDE_OTHERS
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr
+    whole = whole and not _BESIDE_OTHERS
     processes = min(usable_cores(), _MOST_PROCESSES)
     if whole and processes > 1 and config.getoption("numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = processes, "worksteal"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs more than this machine, or minutes, unless `-m` names it."""
+    """Leave out what needs more than this machine, or long, unless `-m` or `--slow` names it."""
     left_out = set(_ONLY_WHERE_NAMED) - _named(config)
     dropped = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     config.hook.pytest_deselected(items=dropped)
@@ -56,8 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _named(config: pytest.Config) -> set[str]:
-    """What `-m` asks for of that which is otherwise left out."""
-    return {name for name in _ONLY_WHERE_NAMED if name in (config.option.markexpr or "")}
+    """What is asked for of that which is otherwise left out."""
+    named = {name for name in _ONLY_WHERE_NAMED if name in (config.option.markexpr or "")}
+    return named | {"slow"} if config.option.slow else named
 
 
 @pytest.fixture(scope="session")
