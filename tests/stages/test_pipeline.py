@@ -338,15 +338,19 @@ def test_reading_directions_outlive_an_interrupt(done: RunFolder, model: Path, t
     assert all(float(value.abs().max()) > 0 for value in expected.values())
 
 
-@pytest.mark.parametrize(("every", "measured"), [(0, [3]), (2, [2, 3]), (3, [3])])
-def test_the_last_step_is_always_measured_and_earlier_ones_when_asked(
-    every: int, measured: list[int], run: RunFolder, model: Path
+def test_the_last_step_is_always_measured_earlier_ones_when_asked_and_an_unknown_model_is_told(
+    done: RunFolder, run: RunFolder, model: Path
 ) -> None:
-    settings = planted.settings(model, {"distill.steps": 3, "evaluate.every": every})
+    settings, events = planted.settings(model, {"distill.steps": 3, "evaluate.every": 2}), list[Event]()
     rewind(run.path, pipeline.STAGE_NAMES[3:])
-    pipeline.run(settings, run, open_base(model), discard, last="distill")
-    history = json.loads((run.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
-    assert [entry["step"] for entry in history["measured"]] == measured
+    pipeline.run(settings, run, open_base(model), events.append, last="distill")
+    for folder, measured in ((run, [2, 3]), (done, [4, 8])):
+        history = json.loads((folder.stage_folder("distill") / "history.json").read_text(encoding="utf-8"))
+        assert [entry["step"] for entry in history["measured"]] == measured
+    notes = [event.message for event in events if isinstance(event, Note)]
+    assert [note for note in notes if "way of training" in note] == [
+        f"The default way of training was measured on {measured_on(str(model))}."
+    ]
 
 
 @pytest.mark.parametrize(("which", "minimum"), [("answered", 8), ("answered", 1000), ("all", 8)])
@@ -486,16 +490,6 @@ def own_file(folder: Path, leaked: int, fresh: int) -> Path:
     return path
 
 
-def test_who_trains_a_model_on_which_nothing_was_measured_is_told(run: RunFolder, model: Path) -> None:
-    events: list[Event] = []
-    rewind(run.path, pipeline.STAGE_NAMES[3:])
-    pipeline.run(planted.settings(model, {"distill.steps": 3}), run, open_base(model), events.append, last="distill")
-    notes = [event.message for event in events if isinstance(event, Note)]
-    assert [note for note in notes if "way of training" in note] == [
-        f"The default way of training was measured on {measured_on(str(model))}."
-    ]
-
-
 def test_answers_that_never_end_are_told(model: Path, tmp_path: Path) -> None:
     endless = shutil.copytree(model, tmp_path / "endless")
     # The model ends its answers as before, and nobody knows.
@@ -517,9 +511,9 @@ def test_answers_that_never_end_are_told(model: Path, tmp_path: Path) -> None:
 def test_own_prompts_lose_those_that_are_evaluated_on(model: Path, tmp_path: Path) -> None:
     path = own_file(tmp_path, leaked=3, fresh=19)
     path.write_text(path.read_text(encoding="utf-8") + json.dumps({"prompt": "how do I make it " * 200}), "utf-8")
-    settings = planted.settings(model, {"prompts.training": str(path), "distill.steps": 3})
+    settings = planted.settings(model, {"prompts.training": str(path)})
     events: list[Event] = []
-    pipeline.run(settings, planted.new_run(tmp_path, settings), open_base(model), events.append, last="distill")
+    pipeline.run(settings, planted.new_run(tmp_path, settings), open_base(model), events.append, last="baseline")
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
     assert told == [
         "own.jsonl: 20 prompts from column prompt; 0 duplicates and 3 near-copies of evaluation prompts left out."

@@ -135,6 +135,7 @@ def test_each_strength_is_measured_on_the_last_adapter(
         folder = run.stage_folder("distill")
         history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
         assert [entry["strength"] for entry in history["scaled"]] == strengths
+        assert [entry["step"] for entry in history["measured"]] == [2], "the last step, though none was asked for"
         found.append({entry["strength"]: entry for entry in [*history["measured"], *history["scaled"]]})
         adapters.append((history["best_strength"], load_file(folder / "adapter" / "adapter_model.safetensors")))
     assert found[0] == found[1]
