@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from safesteer_lite.sources.base import open_base
 from tests.benchmarks import first_card
 from tests.benchmarks.common import say
 from tests.benchmarks.random_models import PRESETS, write
+from tests.recipe import RECIPE
 
 _CONTEXT = 500_000_000
 _RANK = 16
@@ -115,23 +116,14 @@ class Naive(Distillation):
 
 def recipe_for(sizes: Sizes, micro_batch: int) -> Recipe:
     """The general defaults, without anchors: the paper's step."""
-    return Recipe(
-        objective="full",
+    return replace(
+        RECIPE,
         top_k=50,
         steps=25,
         prompts=sizes.prompts,
         rollouts=sizes.rollouts,
         completion_tokens=sizes.completion,
-        temperature=1.0,
-        anchors=0,
-        anchor_objective="full",
-        anchor_weight=1.0,
-        score_weight=0.0,
-        half_life=0.0,
-        averaging=0.0,
         learning_rate=2e-4,
-        warmup=0.1,
-        gradient_clip=1.0,
         micro_batch=micro_batch,
         chunk=64,
         seed=0,

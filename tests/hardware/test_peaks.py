@@ -26,7 +26,7 @@ from safesteer_lite.hardware.peaks import (
 )
 from safesteer_lite.hardware.shape import ModelShape, shape_from_config
 from safesteer_lite.method.discriminant import RunningMean, reading_directions
-from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Steering, last_logits
 from safesteer_lite.method.tokens import VotePositions, vote
 from safesteer_lite.models import plain
@@ -36,6 +36,7 @@ from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.sources.base import open_base
 from tests import tiny
 from tests.live_bytes import LiveBytes
+from tests.recipe import RECIPE
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 128, "intermediate": 448, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 3000},
@@ -218,26 +219,14 @@ def test_the_cache(sized: Sized) -> None:
 
 def training(sized: Sized, objective: Any, chunk: int) -> Distillation:
     """A loop over nothing."""
-    recipe = Recipe(
+    recipe = replace(
+        RECIPE,
         objective=objective,
-        top_k=8,
-        steps=2,
-        prompts=1,
-        rollouts=1,
         completion_tokens=DEMAND.completion_tokens,
-        temperature=1.0,
-        anchors=0,
-        anchor_objective="full",
-        anchor_weight=1.0,
-        score_weight=0.0,
-        half_life=0.0,
         averaging=0.8,
         learning_rate=1e-3,
         warmup=0.0,
-        gradient_clip=1.0,
-        micro_batch=8,
         chunk=chunk,
-        seed=0,
     )
     steer = Steering(sized.shape.layers - 1, torch.zeros(sized.shape.width))
     return Distillation(sized.model, steer, torch.arange(20, 70), [], [], recipe)

@@ -24,29 +24,9 @@ from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Ended
 from safesteer_lite.stages.history import History, restore_step, save_step
 from tests import tiny
+from tests.recipe import RECIPE
 
 SAFETY_TOKENS = torch.arange(20, 70)
-RECIPE = Recipe(
-    objective="full",
-    top_k=8,
-    steps=6,
-    prompts=2,
-    rollouts=4,
-    completion_tokens=8,
-    temperature=1.0,
-    anchors=0,
-    anchor_objective="full",
-    anchor_weight=1.0,
-    half_life=0.0,
-    score_weight=0.0,
-    averaging=0.0,
-    learning_rate=1e-2,
-    warmup=0.1,
-    gradient_clip=1.0,
-    micro_batch=8,
-    chunk=16,
-    seed=1,
-)
 ANCHORED = replace(RECIPE, anchors=3, anchor_weight=0.5)
 HARMLESS = ("Name a tree.", "How is bread baked?", "Where is the sea?")
 

@@ -26,7 +26,8 @@ from safesteer_lite.models.selfcheck import self_check, stays_finite
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, planted, tiny
-from tests.method.test_distill import RECIPE, SAFETY_TOKENS
+from tests.method.test_distill import SAFETY_TOKENS
+from tests.recipe import RECIPE
 
 pytestmark = pytest.mark.gpu
 has_unsloth = pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")

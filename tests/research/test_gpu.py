@@ -18,7 +18,8 @@ from safesteer_lite.shell.arguments import build_parser
 from tests import REPOSITORY, tiny
 from tests.benchmarks import decoding, first_card, gpu
 from tests.benchmarks.random_models import PRESETS, write
-from tests.method.test_distill import RECIPE, SAFETY_TOKENS
+from tests.method.test_distill import SAFETY_TOKENS
+from tests.recipe import RECIPE
 
 
 def test_a_case_measures_every_stage(tmp_path: Path) -> None:

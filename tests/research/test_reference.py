@@ -17,7 +17,8 @@ from safesteer_lite.models.assistant import Policy
 from tests import tiny
 from tests.benchmarks import plain_procedure as authors
 from tests.benchmarks.reference_sides import compare_gradients, spread
-from tests.method.test_distill import RECIPE, SAFETY_TOKENS
+from tests.method.test_distill import SAFETY_TOKENS
+from tests.recipe import RECIPE
 
 REFUSAL = torch.tensor([40, 41, 200])
 STEER = Steering(2, tiny.vector(1.0))
