@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,10 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def brief(value: object) -> str:
     """A value from somebody's file as a message can show it, however large it is."""
-    return value if isinstance(value, str) and 0 < len(value) <= 60 else reprlib.repr(value)
+    return value if isinstance(value, str) and 0 < len(value) <= 80 else reprlib.repr(value)
 
 
-def few(names: list[str]) -> str:
+def few(names: Sequence[str]) -> str:
     """The first names, and how many there are beyond."""
     rest = len(names) - 3
     return ", ".join(map(brief, names[:3])) + (f" and {rest} more" if rest > 0 else "")

@@ -18,7 +18,8 @@ _BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
-_FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+"""The types of numbers that weights may be, as safetensors names them."""
 LARGEST_HEADER = 100_000_000
 _CHUNK = 1 << 25
 
@@ -244,7 +245,7 @@ def check_tensors(tensors: Tensors, shape: ModelShape, quantised: bool, findings
         has = f"holds {2 * stored.size} values in 4 bits" if name in packed else f"has the shape {_sizes(stored.shape)}"
         more = f", and so {len(differing) - 1} more" if len(differing) > 1 else ""
         findings.add(f"{name} {has}, and config.json asks for {_sizes(expected[name])}{more}", AGAIN)
-    odd = sorted({tensors[name].dtype for name in both if name not in packed and tensors[name].dtype not in _FLOATS})
+    odd = sorted({tensors[name].dtype for name in both if name not in packed and tensors[name].dtype not in FLOATS})
     if odd:
         findings.add(
             f"its weights are stored as {few(odd)}, and only those of 16 and 32 bits and of bitsandbytes 4-bit can be trained",
@@ -270,7 +271,7 @@ def check_values(tensors: Tensors, findings: Findings) -> None:
     broken = [
         name
         for name, stored in in_order
-        if stored.dtype in _FLOATS and not all(_is_finite(chunk, stored.dtype) for chunk in _chunks(stored))
+        if stored.dtype in FLOATS and not all(_is_finite(chunk, stored.dtype) for chunk in _chunks(stored))
     ]
     if broken:
         findings.add(f"values of {few(broken)} are not finite", AGAIN)

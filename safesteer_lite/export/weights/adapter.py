@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import shards
-from safesteer_lite.export.weights.shards import few
+from safesteer_lite.sources.folder import few
 
 # Everything in an adapter's configuration that changes the model by more than W + scale * B @ A.
 _UNSUPPORTED = (
@@ -78,9 +78,13 @@ def read_adapter(folder: Path) -> dict[str, Update]:
             broken.append(stored.name)
         factors.setdefault(match[1], {})[match[2]] = factor
     if unknown:
-        raise ExportError(f"The adapter holds {few(unknown)}, which cannot be merged.", "Only LoRA A and B can.")
+        raise ExportError(
+            f"The adapter holds {few(sorted(unknown))}, which cannot be merged.", "Only LoRA A and B can."
+        )
     if broken:
-        raise ExportError(f"The adapter holds NaN or infinite values in {few(broken)}.", "Train again, more gently.")
+        raise ExportError(
+            f"The adapter holds NaN or infinite values in {few(sorted(broken))}.", "Train again, more gently."
+        )
     if not factors:
         raise ExportError(f"The adapter in {folder} is empty.")
     return {f"{module}.weight": _update(module, pair, config) for module, pair in factors.items()}

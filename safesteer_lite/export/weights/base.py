@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.errors import ExportError
-from safesteer_lite.export.weights.shards import DTYPE_NAMES, Checkpoint, StoredTensor, few
+from safesteer_lite.export.weights.shards import DTYPE_NAMES, Checkpoint, StoredTensor
+from safesteer_lite.sources.folder import few
 
 Weights = Literal["original", "dequantised"]
 BLOCK_VALUES = 1 << 22

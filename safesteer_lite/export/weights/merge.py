@@ -20,11 +20,13 @@ from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.adapter import Update, read_adapter
 from safesteer_lite.export.weights.base import Source, Weights, read_sources
-from safesteer_lite.export.weights.shards import DTYPE_NAMES, DTYPES, FLOATS, NewTensor, few
+from safesteer_lite.export.weights.shards import DTYPE_NAMES, DTYPES, NewTensor
 from safesteer_lite.export.weights.verify import SUMS
 from safesteer_lite.runs.durable import read_json, sha256_of, write_json
 from safesteer_lite.runs.manifest import Json, fingerprint
 from safesteer_lite.sources.base import is_quantised, model_fingerprint
+from safesteer_lite.sources.folder import INDEX, WEIGHTS, few
+from safesteer_lite.sources.headers import FLOATS
 
 RECORD = "merge.json"
 """In a merged folder: what was merged, as a fingerprint, and the SHA-256 of each weight file that is whole."""
@@ -300,7 +302,7 @@ def _check_targets(updates: Mapping[str, Update], sources: Mapping[str, Source],
         )
     ends = ("embed_tokens.weight", "lm_head.weight")
     if config.get("tie_word_embeddings") and (tied := [name for name in updates if name.endswith(ends)]):
-        raise ExportError(f"The adapter changes {few(tied)}, which this model shares between input and output.")
+        raise ExportError(f"The adapter changes {few(sorted(tied))}, which this model shares between input and output.")
     for name, update in updates.items():
         expected = (update.up.shape[0], update.down.shape[1])
         if sources[name].shape != expected:
@@ -369,5 +371,5 @@ def _new_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
 def is_ours(name: str) -> bool:
     """Whether a merge writes files of this name."""
-    fixed = (*COPIED, TEMPLATES, "config.json", shards.WEIGHTS, shards.INDEX, RECORD, f"{RECORD}.tmp", SUMS)
+    fixed = (*COPIED, TEMPLATES, "config.json", WEIGHTS, INDEX, RECORD, f"{RECORD}.tmp", SUMS)
     return name in fixed or _SHARD.fullmatch(name) is not None

@@ -19,10 +19,9 @@ from torch import Tensor
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export import drafts
 from safesteer_lite.runs import durable
+from safesteer_lite.sources.folder import INDEX, WEIGHTS, few
 from safesteer_lite.sources.headers import read_header
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,7 +35,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 # A name and nothing that leads elsewhere: no way through other folders, no drive, no control characters.
 _SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f]+\.safetensors")
 _CHUNK = 1 << 24
@@ -273,12 +271,6 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
-
-
-def few(names: Sequence[str]) -> str:
-    """The first few names, and how many there are beyond, for a message."""
-    rest = len(names) - 3
-    return ", ".join(sorted(names)[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _damaged(path: Path) -> ExportError:

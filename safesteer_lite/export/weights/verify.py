@@ -14,8 +14,10 @@ from safesteer_lite.errors import ExportError
 from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.base import empty_model
-from safesteer_lite.export.weights.shards import DTYPES, FLOATS, Checkpoint, NewTensor, StoredTensor
+from safesteer_lite.export.weights.shards import DTYPES, Checkpoint, NewTensor, StoredTensor
 from safesteer_lite.runs.durable import read_bytes, sha256_of
+from safesteer_lite.sources.folder import few
+from safesteer_lite.sources.headers import FLOATS
 
 SUMS = "SHA256SUMS"
 _LARGEST_SUMS = 1 << 24
@@ -229,7 +231,7 @@ def _check_dtype(
         if tensor.dtype not in ("BF16", "F16"):
             odd.setdefault(tensor.dtype, []).append(tensor.name)
     problems += [
-        f"{shards.few(names)} {'is' if len(names) == 1 else 'are'} stored as {dtype}" for dtype, names in odd.items()
+        f"{few(sorted(names))} {'is' if len(names) == 1 else 'are'} stored as {dtype}" for dtype, names in odd.items()
     ]
     dtype = counts.most_common(1)[0][0] if counts else ""
     actual = str(DTYPES.get(dtype, "")).removeprefix("torch.")
@@ -277,7 +279,7 @@ def _check_vocabulary(
     # named_parameters lists a parameter that the model shares (a tied LM head) once, and once is how it is stored.
     expected = dict(model.named_parameters())
     if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"tensors are missing: {shards.few(missing)}")
+        problems.append(f"tensors are missing: {few(missing)}")
     for name, parameter in expected.items():
         stored = tensors.get(name)
         if stored is not None and stored.shape != tuple(parameter.shape):

@@ -11,6 +11,7 @@ import pytest
 from safesteer_lite.errors import ExportError
 from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.merge import merge_adapter
+from safesteer_lite.sources.folder import INDEX
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path, base: Path, adapter: Path) -> None:
@@ -21,7 +22,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path, base: Path, adapter: Path) -
 
 
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
-    path = base / shards.INDEX
+    path = base / INDEX
     index = json.loads(path.read_text())
     index["weight_map"]["model.extra"] = min(index["weight_map"].values())
     path.write_text(json.dumps(index))
@@ -39,7 +40,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, base: Path, adapt
 def test_an_index_that_leads_elsewhere_is_refused_before_anything_is_read(
     tmp_path: Path, base: Path, name: str
 ) -> None:
-    path = base / shards.INDEX
+    path = base / INDEX
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = name
     path.write_text(json.dumps(index))
