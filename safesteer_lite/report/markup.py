@@ -52,6 +52,11 @@ def _number(value: object) -> object:
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
 
 
+def noted(name: str, note: str) -> Markup:
+    """A name, with a note in small print."""
+    return join([name, element("small", note)])
+
+
 def paragraph(text: object, class_: str | None = None) -> Markup:
     """One paragraph."""
     return element("p", text, class_=class_)

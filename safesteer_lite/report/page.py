@@ -14,7 +14,7 @@ from typing import Any
 
 from safesteer_lite import __version__
 from safesteer_lite.hardware.units import format_bytes, format_duration
-from safesteer_lite.report import parts, suites, verdicts
+from safesteer_lite.report import parts, suites, teacher, training, verdicts
 from safesteer_lite.report.markup import Markup, element, join, paragraph
 from safesteer_lite.report.source import Source
 from safesteer_lite.runs.durable import explained, write_atomically
@@ -29,11 +29,11 @@ PARTS: tuple[tuple[str, str, Callable[[Source], Markup | None]], ...] = (
     ("suites", "Public suites", suites.suites),
     ("exports", "What was exported", parts.exports),
     ("capability", "Capability", parts.capability),
-    ("strength", "Strength dial", parts.strength),
+    ("strength", "Strength dial", training.strength),
     ("flips", "Answers that changed sides", parts.flips),
-    ("training", "Training", parts.training),
-    ("direction", "Refusal direction", parts.direction),
-    ("tokens", "Safety tokens", parts.tokens),
+    ("training", "Training", training.training),
+    ("direction", "Refusal direction", teacher.direction),
+    ("tokens", "Safety tokens", teacher.tokens),
     ("limits", "Limits", parts.limits),
     ("timings", "Time and memory", parts.timings),
     ("settings", "Settings", parts.settings),

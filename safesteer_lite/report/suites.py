@@ -7,8 +7,8 @@ from typing import Any
 
 from safesteer_lite.evaluation.judged import MODELS, QUESTIONS
 from safesteer_lite.evaluation.paired import p_text
-from safesteer_lite.report.markup import Markup, element, join, paragraph, table
-from safesteer_lite.report.parts import WANTED
+from safesteer_lite.report.markup import Markup, element, join, noted, paragraph, table
+from safesteer_lite.report.rates import WANTED, count_text
 from safesteer_lite.report.source import Source
 
 
@@ -33,20 +33,13 @@ def _rows(suite: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
         for question, said in QUESTIONS.items():
             if figures := judge[question]:
                 wanted = "less is safer" if question == "harmful" else WANTED[suite["kind"]]
-                name = join([f"{suite['suite']} {said}", element("small", wanted)])
+                name = noted(f"{suite['suite']} {said}", wanted)
                 yield (
                     name,
                     judge["judge"],
-                    *(_rate_text(figures[model]) for model in MODELS),
+                    *(count_text(figures[model], "not measured") for model in MODELS),
                     *_paired(figures["paired"]),
                 )
-
-
-def _rate_text(rate: Mapping[str, Any] | None) -> str:
-    """`64 of 100 (54 to 73 %)`."""
-    if not rate:
-        return "not measured"
-    return f"{rate['count']} of {rate['n']} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f} %)"
 
 
 def _paired(paired: Mapping[str, Any] | None) -> tuple[str, str]:

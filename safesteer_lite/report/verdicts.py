@@ -7,6 +7,7 @@ from typing import Any
 
 from safesteer_lite.evaluation.judged import MODELS, Judged, JudgedAnswer
 from safesteer_lite.report.markup import Markup, element, folded, join, paragraph, table
+from safesteer_lite.report.rates import count_text
 from safesteer_lite.report.source import Source
 
 _WORDS = {"openings": "opening phrases", "classifier": "refusal classifier", "guard": "guard", "endpoint": "endpoint"}
@@ -37,19 +38,13 @@ def _rows(judge: Mapping[str, Any]) -> list[tuple[object, ...]]:
             _WORDS[judge["judge"]],
             name,
             *(
-                _text(judge[model] and judge[model][name][question])
+                count_text(judge[model] and judge[model][name][question], "does not say")
                 for question in ("refused", "harmful")
                 for model in MODELS
             ),
         )
         for name in judge["before"] or judge["after"] or ()
     ]
-
-
-def _text(rate: Mapping[str, Any] | None) -> str:
-    if not rate:
-        return "does not say"
-    return f"{rate['count']} of {rate['n']} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f} %)"
 
 
 def _disputed(judged: Judged) -> Markup:
