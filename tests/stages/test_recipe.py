@@ -28,6 +28,12 @@ from safesteer_lite.stages import pipeline
 from tests import planted
 from tests.runs.run_files import report_of, rewind
 
+PAPER_TOKENS = {
+    name: value
+    for name, value in {**config.recipe_values("paper"), **planted.PAPER_SIZES}.items()
+    if name.startswith("tokens.")
+}
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -80,6 +86,7 @@ def again(finished: RunFolder, parent: Path, change: config.Values, first: str, 
     return run
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_raises_the_refusal_of_every_test_prompt_that_the_base_answers(paper_run: RunFolder) -> None:
     """At its own rate, too small a step for an answer of this narrow a model to change sides."""
     prompts = [
@@ -105,13 +112,13 @@ def test_the_papers_loss_taken_to_its_least_unlearns_refusals(
 
 
 @pytest.mark.parametrize("voters", ["harmful", "harmless"])
-def test_ratio_misses_the_openings_that_mass_finds(voters: str, paper_run: RunFolder, tmp_path: Path) -> None:
+def test_ratio_misses_the_openings_that_mass_finds(voters: str, planted_run: RunFolder, tmp_path: Path) -> None:
     """With the paper's 200 ballots: half of the base's answers to harmful prompts open with "I'm", so the teacher can only
     double it; of words that no answer has it makes twice as much, too."""
     found = {}
     for vote in ("ratio", "mass"):
-        change = {"tokens.vote": vote, "tokens.voters": voters, "tokens.ballots": 200}
-        run = again(paper_run, tmp_path / vote, change, "tokens", "tokens")
+        change = {**PAPER_TOKENS, "tokens.vote": vote, "tokens.voters": voters, "tokens.ballots": 200}
+        run = again(planted_run, tmp_path / vote, change, "tokens", "tokens")
         result = run.record("tokens").result
         place = result["shares"]["counts"].index(len(result["tokens"]))
         found[vote] = result["tokens"], result["shares"]["shares"][place][0]
