@@ -443,7 +443,9 @@ LITE = "Recipe lite: short rollouts, reading directions and anchors."
 
 
 def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("small.toml").write_text(config.to_toml(planted.settings(model, {"distill.steps": 1})), encoding="utf-8")
+    quick: config.Values = {"distill.steps": 1, "distill.adapter_strengths": [], "evaluate.contexts": []}
+    wanted = planted.settings(model, quick)
+    Path("small.toml").write_text(config.to_toml(wanted), encoding="utf-8")
     with planted.one_thread():
         assert main(["run", "--config", "small.toml", "--json", "--runs", "kept"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -454,7 +456,7 @@ def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture
     assert (run / "config.toml").read_text(encoding="utf-8") == Path("small.toml").read_text(encoding="utf-8")
     assert records[-1] == {"event": "Report", **json.loads((run / "report.json").read_text(encoding="utf-8"))}
     options = build_parser().parse_args(["run", "--config", str(run / "config.toml")])
-    assert settings_from(options, "", options.config, {}) == planted.settings(model, {"distill.steps": 1})
+    assert settings_from(options, "", options.config, {}) == wanted
     assert main(["runs", "--runs", "kept"]) == 0
     assert re.fullmatch(rf"{run.name}  \S+  finished\n", capsys.readouterr().out)
     assert main(["runs", "--runs", "kept", "--json"]) == 0

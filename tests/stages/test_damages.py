@@ -26,7 +26,13 @@ from safesteer_lite.stages.tokens import load_tokens
 from tests import planted
 from tests.runs.run_files import files_of, rewind
 
-CHANGES: config.Values = {"distill.steps": 4, "distill.save_every": 1, "evaluate.every": 0}
+CHANGES: config.Values = {
+    "distill.steps": 4,
+    "distill.save_every": 1,
+    "distill.adapter_strengths": [],
+    "evaluate.every": 0,
+    "evaluate.contexts": [],
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -341,7 +341,8 @@ def test_reading_directions_outlive_an_interrupt(done: RunFolder, model: Path, t
 def test_the_last_step_is_always_measured_earlier_ones_when_asked_and_an_unknown_model_is_told(
     done: RunFolder, run: RunFolder, model: Path
 ) -> None:
-    settings, events = planted.settings(model, {"distill.steps": 3, "evaluate.every": 2}), list[Event]()
+    change = {"distill.steps": 3, "distill.adapter_strengths": [], "evaluate.every": 2}
+    settings, events = planted.settings(model, change), list[Event]()
     rewind(run.path, pipeline.STAGE_NAMES[3:])
     pipeline.run(settings, run, open_base(model), events.append, last="distill")
     for folder, measured in ((run, [2, 3]), (done, [4, 8])):
@@ -538,7 +539,8 @@ def test_a_folder_of_own_sets_is_used_and_its_own_leak_left_out(model: Path, tmp
     leaked = json.dumps({"split": "train", "prompt": prompt_set("harmful", "test")[0].text.upper()})
     lines = (folder / "harmful.jsonl").read_text(encoding="utf-8")
     (folder / "harmful.jsonl").write_text(f"{leaked}\n{lines}", encoding="utf-8")
-    settings = planted.settings(model, {"prompts.folder": str(folder), "distill.steps": 1})
+    change = {"prompts.folder": str(folder), "distill.steps": 1, "distill.adapter_strengths": []}
+    settings = planted.settings(model, change)
     run, events = planted.new_run(tmp_path, settings), list[Event]()
     assert pipeline.run(settings, run, open_base(model), events.append, last="distill") == {}
     told = [event.message for event in events if isinstance(event, Note) and "near-copies" in event.message]
