@@ -104,6 +104,8 @@ def test_the_readme_has_the_two_commands_and_the_same_without_make() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     steps = re.findall(r"^\t\$\(BIN\)/(?:python -m )?((?:ruff|mypy|pytest)\b.*)$", makefile, flags=re.MULTILINE)
     assert len(steps) >= 4
+    # What CI runs; nothing else runs what plain pytest leaves out.
+    assert "pytest --slow" in steps
     for step in dict.fromkeys(step for step in steps if "pytest -m" not in step):
         assert ["python", "-m", *step.split()] in lines, f"the README leaves out `{step}`"
 
