@@ -440,11 +440,11 @@ def test_a_recipe_is_asked_for_once() -> None:
 
 
 LITE = "Recipe lite: short rollouts, reading directions and anchors."
+QUICK: config.Values = {"distill.steps": 1, "distill.adapter_strengths": [], "evaluate.contexts": []}
 
 
 def test_a_run_in_json_and_its_replay(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick: config.Values = {"distill.steps": 1, "distill.adapter_strengths": [], "evaluate.contexts": []}
-    wanted = planted.settings(model, quick)
+    wanted = planted.settings(model, QUICK)
     Path("small.toml").write_text(config.to_toml(wanted), encoding="utf-8")
     with planted.one_thread():
         assert main(["run", "--config", "small.toml", "--json", "--runs", "kept"]) == 0
@@ -480,7 +480,7 @@ def test_a_run_in_plain_lines_with_a_template_that_is_given(
     bare = shutil.copytree(model, Path("bare").absolute())
     (bare / "chat_template.jinja").rename("own.jinja")
     template = Path("own.jinja").read_bytes()
-    Path("small.toml").write_text(config.to_toml(planted.settings(bare, {"distill.steps": 1})), encoding="utf-8")
+    Path("small.toml").write_text(config.to_toml(planted.settings(bare, QUICK)), encoding="utf-8")
     assert "give its template with --chat-template FILE" in complaint(capsys, 1, "run", "--config", "small.toml")
     with planted.one_thread():
         assert main(["run", "--config", "small.toml", "--chat-template", "own.jinja", "--runs", "kept"]) == 0
