@@ -17,6 +17,7 @@ from safesteer_lite.hardware.known import KNOWN, fit_table
 from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.report.picture import picture
 from tests import REPOSITORY as ROOT
+from tests.benchmarks import card_minutes
 from tests.test_structure import FLOOR_OF
 
 DOCS = ROOT / "docs"
@@ -220,6 +221,9 @@ def _row(path: Path) -> str:
 
 PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "graphics-card.md", "fit table"): presets_on_cards,
+    (DOCS / "graphics-card.md", "minutes table"): card_minutes.minutes_table,
+    (DOCS / "graphics-card.md", "cards table"): card_minutes.cards_table,
+    (DOCS / "graphics-card.md", "stages table"): card_minutes.stages_table,
     (SETTINGS, "settings"): settings_table,
     (SETTINGS, "expert settings"): expert_tables,
     (SETTINGS, "recipes"): recipe_table,

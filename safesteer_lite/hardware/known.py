@@ -131,14 +131,21 @@ def fit_table(names: Sequence[str], demands: Mapping[str, Demand], gigabytes: Se
         model = KNOWN[name]
         for recipe, demand in demands.items():
             least = smallest_need(model.shape, "nf4", False, "bf16", demand).peak_bytes
-            fits = [_on_card(model.shape, size, demand) for size in gigabytes]
+            fits = [fit_on_card(model.shape, size, demand) for size in gigabytes]
             lines.append(
                 f"| {name} | {model.size / 1e9:.1f} GB | `{recipe}` | {least / 1e9:.1f} GB | " + " | ".join(fits) + " |"
             )
     return "\n".join(lines)
 
 
-def _on_card(shape: ModelShape, gigabytes: int, demand: Demand) -> str:
+def fit_on_card(shape: ModelShape, gigabytes: int, demand: Demand) -> Fit:
+    """Whether a model fits a card in 4 bits, with 0.6 GB of it taken by the desktop.
+
+    Args:
+        shape: the model.
+        gigabytes: of the card, as its maker counts them (1 GB = 2^30 bytes).
+        demand: what the run's settings ask for.
+    """
     total = gigabytes << 30
     card = Gpu(f"{gigabytes} GB card", total, total - 600_000_000, (8, 6), None, True)
     machine = Machine("", "3.11.0", "", 8, 1, 1, 10**12, (card,), {}, "12.8", True)

@@ -21,8 +21,8 @@ PROBE_SECONDS = 1.0
 _EFFICIENCY = 0.52
 _DECODE, _TRAIN = 2.3, 3.4
 
-# The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all.
-_PROMPT_TOKENS = 19
+PROMPT_TOKENS = 19
+"""The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all."""
 
 # The mean that a bundled test context adds to a prompt, counted in the same way, and the bundled requests for help in danger.
 _CONTEXT_TOKENS = 24
@@ -38,9 +38,9 @@ _INDUCE_SHARE, _TEACHER_SHARE = 0.25, 1 / 3
 # Candidates below 0.8 of the depth of the demo's model, which is what `shortlist = 0` scores (docs/research/log.md).
 _ALL_CANDIDATES = 100
 
-# Not measured, because no card was at hand: an assumption that a CUDA card answers a decoding step no faster than Python can
-# launch its kernels, seconds a decoder block.
-_LAUNCH_SECONDS = 1e-3
+LAUNCH_SECONDS = 1e-3
+"""Not measured, because no card was at hand: an assumption that a CUDA card answers a decoding step no faster than Python can
+launch its kernels, seconds a decoder block."""
 _ANSWER_BATCH = 64
 
 SHARE_PLACES = 8
@@ -76,18 +76,32 @@ class Work:
     """One stage's work.
 
     Attributes:
-        tokens: each counted as often as it takes the time of a token that is read.
+        read: tokens that are read, without a gradient.
+        written: tokens that are decoded.
+        trained: tokens that a gradient is taken of.
         steps: decoding steps, one after another.
     """
 
-    tokens: float
+    read: float = 0.0
+    written: float = 0.0
+    trained: float = 0.0
     steps: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.steps + other.steps)
+        return Work(
+            self.read + other.read,
+            self.written + other.written,
+            self.trained + other.trained,
+            self.steps + other.steps,
+        )
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.tokens * times, self.steps * times)
+        return Work(self.read * times, self.written * times, self.trained * times, self.steps * times)
+
+    @property
+    def tokens(self) -> float:
+        """All tokens, each counted as often as it takes the time of one that is read, on a CPU."""
+        return self.read + self.written * _DECODE + self.trained * _TRAIN
 
 
 def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
@@ -106,13 +120,13 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     voting = sets.direction + sets.selection if tokens.voters == "harmless" else sets.train
     voted = _continued(voting * tokens.samples, tokens.horizon) + _continued(sets.selection, SHARE_PLACES)
     rows = distill.prompts * distill.rollouts + distill.anchors
-    trained = Work(rows * (_PROMPT_TOKENS + distill.completion_tokens) * _TRAIN)
+    trained = Work(trained=rows * (PROMPT_TOKENS + distill.completion_tokens))
     reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
     answered = (sets.train if training is None else training) + sets.direction if reads_answered else 0
     measured = (-(-distill.steps // evaluate.every) if evaluate.every else 1) + len(distill.adapter_strengths)
     return {
         "baseline": selection,
-        "direction": Work(read * _PROMPT_TOKENS) + _answers(sets.selection, TEACHER_TOKENS),
+        "direction": Work(read * PROMPT_TOKENS) + _answers(sets.selection, TEACHER_TOKENS),
         "tokens": voted,
         "distill": (_answers(rows, distill.completion_tokens) + trained) * distill.steps
         + _answers(answered, evaluate.selection_tokens)
@@ -128,7 +142,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
 def _answers(count: int, tokens: int) -> Work:
     """Reading prompts and answering them, in whole batches."""
     batches = -(-count // _ANSWER_BATCH)
-    return Work(count * (_PROMPT_TOKENS + tokens * _DECODE), batches * tokens)
+    return Work(count * PROMPT_TOKENS, count * tokens, steps=batches * tokens)
 
 
 def answering_share(settings: RunConfig) -> float:
@@ -154,13 +168,13 @@ def _in_contexts(settings: RunConfig) -> Work:
 
 def _continued(count: int, places: int) -> Work:
     """Answers of `places` tokens, read by base and teacher."""
-    written = Work(count * places * _DECODE, -(-count // _ANSWER_BATCH) * places)
+    written = Work(written=count * places, steps=-(-count // _ANSWER_BATCH) * places)
     return written + _along(count, places) * (1 + _TEACHER_SHARE)
 
 
 def _along(count: int, tokens: int) -> Work:
     """Reading prompts with answers that are known."""
-    return Work(count * (_PROMPT_TOKENS + tokens))
+    return Work(count * (PROMPT_TOKENS + tokens))
 
 
 def _reference(count: int, tokens: int) -> Work:
@@ -210,7 +224,7 @@ def expected_seconds(
         training: see `work`.
     """
     token = 2 * parameters(shape) / (flops * _EFFICIENCY)
-    step = _LAUNCH_SECONDS * shape.layers if device == "cuda" else 0.0
+    step = LAUNCH_SECONDS * shape.layers if device == "cuda" else 0.0
     seconds = {stage: load.tokens * token + load.steps * step for stage, load in work(settings, training).items()}
     seconds["baseline"] += _LOADING_SECONDS
     return {**seconds, "export": _EXPORT_SECONDS * parameters(shape)}
