@@ -33,19 +33,24 @@ class MasterAdamW:
 
     def zero(self) -> None:
         """Forget the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        for master in self.masters:
+            master.grad = None
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add to the adapter's gradients; None is zero."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        """Add a micro-batch's gradients to those of the others, in float32: a sum in bf16 would lose the small ones.
+
+        Args:
+            gradients: of each of `parameters`; None is zero.
+        """
+        for master, gradient in zip(self.masters, gradients, strict=True):
             if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     def step(self, learning_rate: float, gradient_clip: float) -> float:
-        """One update; returns the gradient's norm before clipping."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+        """One update by the gradients that were added; returns their norm before clipping."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, gradient_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -20,6 +20,7 @@ from safesteer_lite.method import directions as method
 from safesteer_lite.method import tokens as voting
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering, pad_left, teacher
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.direction import keep_clear, read, score
 from safesteer_lite.stages.session import Session
@@ -299,9 +300,7 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         loss = loop.backward(repeated, rollouts, steered=True)
-        for name, value in policy.model.network.named_parameters():
-            if value.grad is not None:
-                gradients[name] = value.grad
+        gradients.update(gradients_of(policy.model, loop))
         loop.optimizer.step(1e-5, 1.0)
         return {
             "loss": loss,
@@ -361,6 +360,13 @@ def their_step(options: argparse.Namespace) -> dict[str, Any]:
     result = measured(train)
     result |= compare_gradients(known, found)
     return result
+
+
+def gradients_of(model: PlainModel, loop: Distillation) -> dict[str, Tensor]:
+    """What a loop has summed up so far, by the names of the weights; those that nothing reached are left out."""
+    names = [name for name, value in model.network.named_parameters() if value.requires_grad]
+    summed = zip(names, loop.optimizer.masters, strict=True)
+    return {name: master.grad for name, master in summed if master.grad is not None}
 
 
 def compare_gradients(known: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:

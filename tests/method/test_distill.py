@@ -81,7 +81,7 @@ def test_steps_bring_the_student_to_the_teacher(tiny_policy: tiny.Loader) -> Non
         assert result.prompt == prompts_at(place, 2, 5, 1)[0]
         assert result.gradient_norm > 0 and math.isnan(result.anchor_loss) and result.micro_batch == 8
         assert 8 <= result.tokens <= 64 and 1 <= len(result.rollout) <= 8
-    assert all(parameter.grad is None for parameter in policy.model.parameters_to_train())
+    assert all(master.grad is None for master in loop.optimizer.masters)
 
 
 def test_only_the_adapter_is_trained(tiny_policy: tiny.Loader) -> None:
@@ -197,23 +197,43 @@ def test_streams_of_random_numbers_do_not_overlap() -> None:
     assert len(drawn) == len(set(drawn)) == 3 * 40 * 2 * 200
 
 
+def advance(optimizer: MasterAdamW, gradient: Tensor) -> None:
+    """One step with one gradient."""
+    optimizer.zero()
+    optimizer.add([gradient.clone()])
+    optimizer.step(1e-2, 1.0)
+
+
 def test_masters_keep_what_bf16_would_round_away() -> None:
     parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = MasterAdamW([parameter])
     for _ in range(100):
-        parameter.grad = torch.ones(3, dtype=torch.bfloat16)
+        optimizer.zero()
+        optimizer.add([torch.ones(3, dtype=torch.bfloat16)])
         optimizer.step(1e-3, 10.0)
     # Each step is a quarter of bf16's spacing below 1; one by one they would all be lost.
     assert optimizer.masters[0].detach().tolist() == pytest.approx([0.9] * 3, abs=1e-3)
     assert parameter.detach().float().tolist() == pytest.approx([0.9] * 3, abs=3e-3)
 
 
-def gradients(model: PlainModel, loop: Distillation, prompts: Batch, seed: int = 0) -> tuple[float, list[Tensor]]:
+def test_gradients_of_micro_batches_are_summed_in_float32() -> None:
+    """One of 1 and a hundred of 1/1000, each of which a sum in bf16 would lose; a weight that none reaches stays."""
+    reached, other = (nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = MasterAdamW([reached, other])
+    for value in (1.0, *[0.001] * 100):
+        optimizer.add([torch.full((2,), value, dtype=torch.bfloat16), None])
+    total = 1 + 100 * float(torch.tensor(0.001, dtype=torch.bfloat16))
+    assert optimizer.step(1e-3, 10.0) == pytest.approx(total * math.sqrt(2), rel=1e-5)
+    trained, left = (master.detach() for master in optimizer.masters)
+    assert bool((trained < 1).all()) and left.tolist() == [1.0, 1.0]
+
+
+def gradients(loop: Distillation, prompts: Batch, seed: int = 0) -> tuple[float, list[Tensor]]:
     """Loss and adapter gradients of one set of rollouts."""
     found = loop.sample(prompts, 4, stream=seed)
     loop.optimizer.zero()
     loss = loop.backward(prompts.repeat(4), found, steered=True)
-    grads = [parameter.grad for parameter in model.parameters_to_train()]
+    grads = [master.grad for master in loop.optimizer.masters]
     assert all(grad is not None for grad in grads)
     return loss, [grad.clone() for grad in grads if grad is not None]
 
@@ -225,10 +245,10 @@ def test_the_size_of_micro_batches_does_not_matter(objective: str, tiny_policy: 
     policy.model.end_of_turn = frozenset(range(0, 320, 9))
     prompts = tiny.prompt_batch(policy, 2)
     recipe = replace(RECIPE, objective=objective)  # type: ignore[arg-type]
-    loss, expected = gradients(policy.model, training(policy, recipe), prompts)
+    loss, expected = gradients(training(policy, recipe), prompts)
     assert max(float(grad.abs().max()) for grad in expected) > 1e-4
     for size in (1, 3):
-        other, found = gradients(policy.model, training(policy, replace(recipe, micro_batch=size)), prompts)
+        other, found = gradients(training(policy, replace(recipe, micro_batch=size)), prompts)
         assert other == pytest.approx(loss, rel=1e-4)
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
@@ -285,11 +305,11 @@ def test_anchors_also_pay_for_a_rise_of_the_refusal_score(tiny_policy: tiny.Load
     expected = torch.autograd.grad(2.0 * rise, weights, allow_unused=True)
     loop.micro_batch = 2
     loop.backward(anchors, found, steered=False)
-    for weight, gradient in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight.grad, gradient)
+    for master, gradient in zip(loop.optimizer.masters, expected, strict=True):
+        torch.testing.assert_close(master.grad, gradient)
     harmful = pad_left(list(loop.harmful[:3]))
     unscored = training(policy, replace(ANCHORED, micro_batch=2))
-    scored, plain = (gradients(policy.model, each, harmful) for each in (loop, unscored))
+    scored, plain = (gradients(each, harmful) for each in (loop, unscored))
     assert scored[0] == plain[0] and equal(scored[1], plain[1])
 
 
@@ -349,7 +369,7 @@ def test_when_memory_runs_out_in_a_backward_the_same_rollouts_are_taken_up_again
     """The failed backward has reached half of the adapter; what is done before it is not done again."""
     roomy, tight = tiny_policy(filled=True), tiny_policy(filled=True)
     prompts = replace(tiny.prompt_batch(roomy, 2), prefix=0)
-    loss, expected = gradients(roomy.model, training(roomy, RECIPE), prompts)
+    loss, expected = gradients(training(roomy, RECIPE), prompts)
     loop = training(tight, replace(RECIPE, micro_batch=4))
     sizes: list[int] = []
 
@@ -364,7 +384,7 @@ def test_when_memory_runs_out_in_a_backward_the_same_rollouts_are_taken_up_again
             arguments[0].register_hook(partial(short_of_memory, len(arguments[0])))
 
     handle = tight.model.layers[2].register_forward_pre_hook(watch)
-    other, found = gradients(tight.model, loop, prompts)
+    other, found = gradients(loop, prompts)
     handle.remove()
     assert sizes == [4, 4, 2, 2] and loop.micro_batch == 2
     assert other == pytest.approx(loss, rel=1e-4)
@@ -396,13 +416,11 @@ def test_an_optimizer_that_is_loaded_goes_on_as_if_it_had_not_been() -> None:
     first, second = (MasterAdamW([nn.Parameter(torch.ones(64, 80))], 0.5) for _ in range(2))
     second.load(first.state())
     for step, gradient in enumerate(gradients):
-        first.parameters[0].grad = gradient.clone()
-        first.step(1e-2, 1.0)
+        advance(first, gradient)
         if step == 2:
             second.load(first.state())
         if step > 2:
-            second.parameters[0].grad = gradient.clone()
-            second.step(1e-2, 1.0)
+            advance(second, gradient)
     assert torch.equal(first.parameters[0], second.parameters[0])
     assert torch.equal(first.averages[0], second.averages[0])
     moments = [{name: value for name, value in first.state().items() if not name.endswith("exp_avg")}]
@@ -467,9 +485,9 @@ def test_sharing_the_lower_blocks_changes_nothing(
     """Blocks below the first adapter and the steered one run once; the general path runs all blocks for each policy."""
     policy = tiny_policy("qwen2", precision, first_layer=first_layer, filled=True)
     prompts = tiny.prompt_batch(policy, 2)
-    loss, found = gradients(policy.model, training(policy, RECIPE, layer=steered_layer), prompts)
+    loss, found = gradients(training(policy, RECIPE, layer=steered_layer), prompts)
     general = PlainModel(policy.model.network, policy.tokenizer, 0)
-    other, expected = gradients(policy.model, training(policy, RECIPE, general, layer=steered_layer), prompts)
+    other, expected = gradients(training(policy, RECIPE, general, layer=steered_layer), prompts)
     assert loss == pytest.approx(other, rel=1e-3 if precision == "fp32" else 0.05)
     assert len(found) == (tiny.LAYERS - first_layer) * 7 * 2
     together = torch.cat([grad.flatten().float() for grad in found])
@@ -501,7 +519,7 @@ def test_half_life_is_passed_on(tiny_policy: tiny.Loader) -> None:
     """With a half-life far below one token only the first position counts."""
     policy = tiny_policy(filled=True)
     prompts = tiny.prompt_batch(policy, 2)
-    _, sharp = gradients(policy.model, training(policy, replace(RECIPE, half_life=0.01)), prompts)
-    _, single = gradients(policy.model, training(policy, replace(RECIPE, completion_tokens=1)), prompts)
+    _, sharp = gradients(training(policy, replace(RECIPE, half_life=0.01)), prompts)
+    _, single = gradients(training(policy, replace(RECIPE, completion_tokens=1)), prompts)
     for one, two in zip(sharp, single, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)

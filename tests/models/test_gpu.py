@@ -26,7 +26,7 @@ from safesteer_lite.models.selfcheck import self_check, stays_finite
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import REPOSITORY, planted, tiny
-from tests.method.test_distill import SAFETY_TOKENS
+from tests.method.test_distill import SAFETY_TOKENS, advance
 from tests.recipe import RECIPE
 
 pytestmark = pytest.mark.gpu
@@ -153,13 +153,11 @@ def test_the_optimizers_moments_survive_a_resume() -> None:
     weights = [nn.Parameter(torch.ones(512, 512, device="cuda")) for _ in range(2)]
     first, second = (MasterAdamW([weight]) for weight in weights)
     for step, gradient in enumerate(gradients):
-        first.parameters[0].grad = gradient.clone()
-        first.step(1e-2, 1.0)
+        advance(first, gradient)
         if step == 1:
             second.load(first.state())
         if step > 1:
-            second.parameters[0].grad = gradient.clone()
-            second.step(1e-2, 1.0)
+            advance(second, gradient)
     assert torch.equal(first.parameters[0], second.parameters[0])
 
 

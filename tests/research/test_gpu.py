@@ -93,7 +93,7 @@ def test_the_naive_objective_is_the_chunked_one(tiny_policy: tiny.Loader) -> Non
         prompts = tiny.prompt_batch(policy, 2)
         rollouts = loop.sample(prompts, 3, stream=0)
         loss = loop.backward(prompts.repeat(3), rollouts, steered=True)
-        grads = [value.grad.flatten() for value in policy.model.parameters_to_train() if value.grad is not None]
+        grads = [master.grad.flatten() for master in loop.optimizer.masters if master.grad is not None]
         found.append((loss, torch.cat(grads)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)

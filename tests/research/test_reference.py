@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from safesteer_lite.method import directions as method
 from safesteer_lite.method import tokens as voting
@@ -16,7 +15,7 @@ from safesteer_lite.method.policies import Steering, teacher
 from safesteer_lite.models.assistant import Policy
 from tests import tiny
 from tests.benchmarks import plain_procedure as authors
-from tests.benchmarks.reference_sides import compare_gradients, spread
+from tests.benchmarks.reference_sides import compare_gradients, gradients_of, spread
 from tests.method.test_distill import SAFETY_TOKENS
 from tests.recipe import RECIPE
 
@@ -113,11 +112,10 @@ def test_loss_and_gradients_are_the_same(tiny_policy: tiny.Loader) -> None:
     )
     assert loss == pytest.approx(known, rel=1e-4)
 
-    def gradients(of: Policy) -> dict[str, Tensor]:
-        return {name: value.grad for name, value in of.model.network.named_parameters() if value.grad is not None}
-
-    found = compare_gradients(gradients(policy), gradients(other))
-    assert len(gradients(other)) == tiny.LAYERS * 7 * 2
+    named = [(name, value.grad) for name, value in other.model.network.named_parameters() if value.requires_grad]
+    theirs = {name: gradient for name, gradient in named if gradient is not None}
+    found = compare_gradients(gradients_of(policy.model, loop), theirs)
+    assert len(theirs) == tiny.LAYERS * 7 * 2
     assert found["gradient_distance"] < 1e-3 and found["gradient_cosine"] > 0.99999
 
 
