@@ -20,6 +20,9 @@ Fit = Literal["fits", "tight", "does not fit"]
 _UNPACK_SHARE = 0.6
 _FITS_SHARE = 0.8
 
+CUDA_CONTEXT = 500_000_000
+"""CUDA's own context takes about half a gigabyte that the estimate does not know of."""
+
 LONG_ROLLOUT = 64
 """Tokens from which on a run takes Unsloth by itself: with a handful a step there is little for it to speed up."""
 
@@ -78,12 +81,13 @@ def fit(bytes_needed: int, bytes_free: int) -> Fit:
 
 
 def smallest_need(
-    shape: ModelShape, precision: Precision, unpacked: bool, compute_dtype: str, demand: Demand = LITE
+    shape: ModelShape, device: str, precision: Precision, unpacked: bool, compute_dtype: str, demand: Demand = LITE
 ) -> Need:
     """The need of the least work that batch sizes can be reduced to: what decides whether a model can run at all.
 
     Args:
         shape: the model.
+        device: `cuda` or `cpu`.
         precision, unpacked, compute_dtype: as `estimate` takes them.
         demand: what the run's settings ask for.
     """
@@ -96,7 +100,7 @@ def smallest_need(
         prompt_tokens=128,
         micro_batch=1,
         compute_dtype=compute_dtype,
-        checkpointing=True,
+        checkpointing=demand.recomputes(device),
     )
 
 
@@ -107,10 +111,12 @@ def require_fit(decision: Decision) -> Decision:
         ModelError: it does not.
     """
     if decision.fit == "does not fit":
+        # On a card blocks are computed again anyway.
+        slower = ", or, slower, distill.checkpointing=yes" if decision.device == "cpu" else ""
         raise ModelError(
             f"The model does not fit this machine. {decision.reason}",
             "Close other programs, choose a smaller model (`safesteer-lite presets`), or ask for less: --recipe lite, or a "
-            "lower distill.completion_tokens.",
+            f"lower distill.completion_tokens{slower}.",
         )
     return decision
 
@@ -233,7 +239,8 @@ def _choose_device(machine: Machine, shape: ModelShape, requested: str, demand: 
     return on_gpu if on_cpu.fit == "does not fit" else on_cpu
 
 
-_NAMES = {"nf4": "4-bit weights", "bf16": "16-bit weights", "fp32": "32-bit weights"}
+WEIGHTS: dict[Precision, str] = {"nf4": "4-bit weights", "bf16": "16-bit weights", "fp32": "32-bit weights"}
+"""A precision in words."""
 
 
 def card_dtype(gpu: Gpu) -> str:
@@ -243,11 +250,10 @@ def card_dtype(gpu: Gpu) -> str:
 
 def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision, demand: Demand) -> Decision:
     compute = "fp32" if precision == "fp32" else card_dtype(gpu)
-    need = smallest_need(shape, precision, False, compute, demand)
-    # CUDA's own context takes about half a gigabyte that the estimate does not know of.
-    needed = need.peak_bytes + 500_000_000
+    need = smallest_need(shape, "cuda", precision, False, compute, demand)
+    needed = need.peak_bytes + CUDA_CONTEXT
     result = fit(needed, gpu.memory_free)
-    name = f"{_NAMES[precision]} on the {gpu.name}"
+    name = f"{WEIGHTS[precision]} on the {gpu.name}"
     amounts = f"at least {format_bytes(needed)} needed, {format_bytes(gpu.memory_free)} free"
     reason = f"{name}: {amounts}."
     if result == "does not fit":
@@ -265,7 +271,7 @@ def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, de
     """Unpacked where memory allows, in fp32 where the CPU has no bf16 arithmetic and memory allows that too."""
     dtypes = ["fp32"] if precision == "fp32" else ["bf16"] if machine.cpu_bf16 else ["fp32", "bf16"]
     for compute in dtypes:
-        need = smallest_need(shape, precision, precision == "nf4", compute, demand)
+        need = smallest_need(shape, "cpu", precision, precision == "nf4", compute, demand)
         if need.peak_bytes > _UNPACK_SHARE * machine.ram_available:
             continue
         where = f"on the CPU{instead}"
@@ -274,13 +280,13 @@ def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, de
             reason = f"4-bit weights unpacked once to {compute} {where}: {kept}"
         else:
             because = " in fp32, because this CPU has no bf16 arithmetic" if compute != precision else ""
-            reason = f"{_NAMES[precision]} {where}{because}"
+            reason = f"{WEIGHTS[precision]} {where}{because}"
         reason += f", {format_bytes(need.weights_bytes)} of memory."
         return Decision("cpu", precision, precision == "nf4", compute, "fits", reason)
     compute = dtypes[-1]
-    needed = smallest_need(shape, precision, False, compute, demand).peak_bytes
+    needed = smallest_need(shape, "cpu", precision, False, compute, demand).peak_bytes
     result = fit(needed, machine.ram_available)
-    name = _NAMES[precision] + (" left packed" if precision == "nf4" else "")
+    name = WEIGHTS[precision] + (" left packed" if precision == "nf4" else "")
     amounts = f"{format_bytes(needed)} needed, {format_bytes(machine.ram_available)} available"
     verdict = {"does not fit": " do not fit", "tight": " are a tight fit", "fits": ""}[result]
     return Decision("cpu", precision, False, compute, result, f"{name} on the CPU{instead}{verdict}: {amounts}.")

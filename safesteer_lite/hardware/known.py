@@ -105,7 +105,7 @@ def outlook(
         demand: what the run's settings ask for.
     """
     decision = choose_backend(machine, shape, precision, demand=demand)
-    need = smallest_need(shape, decision.precision, decision.unpack, decision.compute_dtype, demand)
+    need = smallest_need(shape, decision.device, decision.precision, decision.unpack, decision.compute_dtype, demand)
     # The estimate counts the published weights too, which a local model has on the disk already.
     on_disk = need.disk_bytes - 2 * parameters(shape) + download
     result, reason = decision.fit, decision.reason
@@ -130,7 +130,7 @@ def fit_table(names: Sequence[str], demands: Mapping[str, Demand], gigabytes: Se
     for name in names:
         model = KNOWN[name]
         for recipe, demand in demands.items():
-            least = smallest_need(model.shape, "nf4", False, "bf16", demand).peak_bytes
+            least = smallest_need(model.shape, "cuda", "nf4", False, "bf16", demand).peak_bytes
             fits = [fit_on_card(model.shape, size, demand) for size in gigabytes]
             lines.append(
                 f"| {name} | {model.size / 1e9:.1f} GB | `{recipe}` | {least / 1e9:.1f} GB | " + " | ".join(fits) + " |"

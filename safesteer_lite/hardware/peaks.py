@@ -36,6 +36,7 @@ class Demand:
         samples, horizon: continuations of a prompt that vote for safety tokens, and positions of each.
         answer_tokens: longest answer that is judged.
         chunk: positions whose logits exist at a time.
+        checkpointing: whether blocks are recomputed in the backward pass: `auto` (on a card), `yes` or `no`.
     """
 
     rank: int = 8
@@ -49,6 +50,7 @@ class Demand:
     horizon: int = 4
     answer_tokens: int = 150
     chunk: int = 64
+    checkpointing: str = "auto"
 
     @staticmethod
     def of(settings: RunConfig) -> Demand:
@@ -66,7 +68,12 @@ class Demand:
             horizon=tokens.horizon,
             answer_tokens=settings.evaluate.answer_tokens,
             chunk=distill.chunk,
+            checkpointing=distill.checkpointing,
         )
+
+    def recomputes(self, device: str) -> bool:
+        """Whether blocks are recomputed in the backward pass on `cuda` or `cpu`."""
+        return self.checkpointing == "yes" or (self.checkpointing == "auto" and device == "cuda")
 
 
 LITE = Demand()
@@ -156,23 +163,28 @@ def solving_bytes(tokens: int, width: int) -> int:
     return max(6 * tokens * width, 4 * tokens * width + 8 * min(tokens, width) ** 2)
 
 
-def layer_activation_bytes(shape: ModelShape, tokens: int, rank: int, element: int) -> int:
+def layer_activation_bytes(shape: ModelShape, demand: Demand, tokens: int, element: int) -> int:
     """What one block keeps for backward, with frozen weights, LoRA everywhere and fused attention.
 
-    A token keeps in the compute dtype: the two normed inputs (2 width), queries, what attention made of them and its copy
-    for the next layer (3 heads * head_dim), keys and values (2 kv_heads * head_dim), gate, its activation, up and their
-    product (4 intermediate), and rank numbers for each adapter; and what each norm reads, in float32: width numbers, or
-    where queries and keys have norms theirs ((heads + kv_heads) * head_dim).
-    Where the A matrices are frozen less is kept, since nobody needs their inputs again: that is not taken off here.
+    A token keeps in the compute dtype: queries and what attention made of them (2 heads * head_dim), keys and values
+    (2 kv_heads * head_dim), gate, its activation and up (3 intermediate), and rank numbers for each adapter; and what each
+    norm reads, in float32: width numbers, or where queries and keys have norms theirs ((heads + kv_heads) * head_dim).
+    Where A matrices are trained these need their inputs again: the two normed ones (2 width), the copy of what attention
+    made (heads * head_dim), and the product within the MLP (intermediate). Where one layer makes queries, keys and values
+    all it made is kept with the values, which are a part of it.
 
     Args:
         shape: the model.
+        demand: what the settings ask for.
         tokens: in the whole micro-batch, padding included.
-        rank: LoRA r, 0 for none.
         element: bytes of a number in the compute dtype.
     """
-    attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    numbers = 2 * shape.width + attention + 4 * shape.intermediate + len(shape.linears) * rank
+    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    numbers = attention + 3 * shape.intermediate + len(shape.linears) * demand.rank
+    if not demand.reading:
+        numbers += 2 * shape.width + shape.heads * shape.head_dim + shape.intermediate
+    if shape.fused:
+        numbers += (shape.heads + shape.kv_heads) * shape.head_dim
     normed = shape.block_norms * shape.width + shape.head_norms * (shape.heads + shape.kv_heads) * shape.head_dim
     return tokens * (numbers * element + 4 * normed)
 
@@ -192,8 +204,10 @@ def training_bytes(
     Kept for backward are, with gradient checkpointing, every adapted block's input, else every adapted block's
     `layer_activation_bytes`. To these come first both policies' final hidden states, what the norm before them keeps, those
     at the answers' positions and the gradient there, and the rows of logits of a chunk; later, for one block, its
-    activations if it is computed again, with what attention keeps of its products where no kernel fuses them, and the
-    gradients within it (2 intermediate, width, and 2 head_dim of positions).
+    activations if it is computed again, with what attention keeps of its products where no kernel fuses them and the
+    product within the MLP, which is still there, and the gradients within it (2 intermediate, width, and 2 head_dim of
+    positions). Where one layer makes gate and up the most is there later, when that product is gone and the gradient of
+    either half is as wide as both (4 intermediate).
 
     Args:
         shape: the model.
@@ -205,25 +219,30 @@ def training_bytes(
         checkpointing: whether blocks are recomputed in backward.
     """
     every, answers = micro_batch * tokens, micro_batch * completion_tokens
-    block = layer_activation_bytes(shape, every, demand.rank, element)
+    block = layer_activation_bytes(shape, demand, every, element)
     block += products(shape, micro_batch, tokens) * (2 * element + 4)
     kept = adapted_layers(shape, demand) * (every * shape.width * element if checkpointing else block)
     rows = _FULL_LOSS_ROWS if demand.full_loss else _SLICED_LOSS_ROWS
     divergence = rows * min(demand.chunk, answers) * 4 * shape.vocabulary
     ends = every * shape.width * (2 * element + 4) + 3 * answers * shape.width * element
-    within = every * (2 * shape.intermediate + shape.width + 2 * shape.head_dim) * element
+    product = every * shape.intermediate * element
+    within = 2 * product + every * (shape.width + 2 * shape.head_dim) * element
+    if shape.fused:
+        within += (2 if demand.reading else 1) * product
+    elif demand.reading and checkpointing:
+        within += product
     backward = within + (block if checkpointing else 0)
     return kept + mask_bytes(shape, micro_batch, tokens, element) + max(ends + divergence, backward)
 
 
 def adapter_bytes(shape: ModelShape, demand: Demand, element: int) -> int:
-    """The adapter and its training: the weights in the compute dtype; and of those that are trained the gradient, twice in
-    the compute dtype and once in float32, and in float32 a copy, AdamW's two moments and the running average."""
+    """The adapter and its training: the weights in the compute dtype; and in float32, of those that are trained, the sum of the
+    gradients, a copy, AdamW's two moments, what it takes beside them while it updates, and the running average."""
     adapted = adapted_layers(shape, demand) / shape.layers
     trained = sum(outputs + (0 if demand.reading else inputs) for inputs, outputs in shape.linears.values())
     every = sum(inputs + outputs for inputs, outputs in shape.linears.values())
     weights = adapted * adapter_parameters(shape, demand.rank)
-    return round(weights * (element + trained / every * (2 * element + 4 * (4 + demand.averaging))))
+    return round(weights * (element + trained / every * 4 * (5 + demand.averaging)))
 
 
 def adapted_layers(shape: ModelShape, demand: Demand) -> int:

@@ -9,6 +9,7 @@ from datetime import date
 from safesteer_lite.config import RunConfig
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.machine import use_card
+from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.method.memory import release
 from safesteer_lite.models import plain, unsloth
 from safesteer_lite.models.adapter import Adapter, with_adapter
@@ -72,9 +73,7 @@ def _loaded(base: Base, decision: Decision, config: RunConfig, day: date, librar
             compute=decision.compute_dtype,
         )
         model = with_adapter(network, tokenizer, adapter, config.seed)
-    model.checkpointing = distill.checkpointing == "yes" or (
-        distill.checkpointing == "auto" and decision.device == "cuda"
-    )
+    model.checkpointing = Demand.of(config).recomputes(decision.device)
     return Policy(model, config.prompts.prompt_tokens, day)
 
 

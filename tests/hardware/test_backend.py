@@ -40,7 +40,7 @@ def test_cpu_without_fast_bf16_computes_in_fp32_while_memory_allows() -> None:
 
 
 def test_unpacking_stops_at_sixty_percent_of_memory() -> None:
-    need = smallest_need(SMALL, "nf4", True, "bf16").peak_bytes
+    need = smallest_need(SMALL, "cpu", "nf4", True, "bf16").peak_bytes
     enough, too_little = int(need / 0.6) + 1, int(need / 0.6) - 2
     assert choose_backend(replace(CPU_MACHINE, ram_available=enough), SMALL, "auto").unpack
     packed = choose_backend(replace(CPU_MACHINE, ram_available=too_little), SMALL, "auto")
@@ -74,8 +74,8 @@ def test_a_card_computes_in_what_it_is_fast_in(capability: tuple[int, int], comp
         assert (decision.device, decision.compute_dtype) == ("cuda", compute) and said in decision.reason
         assert decision.library.name == ("unsloth" if compute == "bf16" else "plain")
     assert choose_backend(machine, SMALL, "fp32").compute_dtype == "fp32"
-    with_fp32 = smallest_need(SMALL, "bf16", False, "fp32").peak_bytes
-    assert smallest_need(SMALL, "bf16", False, compute).peak_bytes <= with_fp32
+    with_fp32 = smallest_need(SMALL, "cuda", "bf16", False, "fp32").peak_bytes
+    assert smallest_need(SMALL, "cuda", "bf16", False, compute).peak_bytes <= with_fp32
 
 
 def test_the_card_with_most_free_memory_is_the_one_that_is_used() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from safesteer_lite.hardware.backend import smallest_need
 from safesteer_lite.hardware.peaks import (
     Demand,
     adapted_layers,
@@ -19,6 +20,7 @@ from safesteer_lite.hardware.peaks import (
     cache_bytes,
     kept_block_bytes,
     kl_bytes,
+    mask_bytes,
     sampling_bytes,
     solving_bytes,
     training_bytes,
@@ -30,7 +32,7 @@ from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Steering, last_logits
 from safesteer_lite.method.tokens import VotePositions, vote
 from safesteer_lite.models import plain
-from safesteer_lite.models.adapter import Adapter, freeze_reading, with_adapter
+from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import kl_of_states
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.sources.base import open_base
@@ -39,7 +41,7 @@ from tests.live_bytes import LiveBytes
 from tests.recipe import RECIPE
 
 SIZES: dict[str, dict[str, int]] = {
-    "small": {"width": 128, "intermediate": 448, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 3000},
+    "small": {"width": 128, "intermediate": 448, "layers": 4, "heads": 4, "kv_heads": 1, "vocabulary": 3000},
     "large": {"width": 256, "intermediate": 704, "layers": 6, "heads": 8, "kv_heads": 4, "vocabulary": 5000},
 }
 DEMAND = Demand(rank=4, depth_start=0.34, completion_tokens=24, chunk=32)
@@ -99,6 +101,12 @@ def batch(rows: int, tokens: int, ceiling: int = 300) -> Batch:
     return Batch(ids, mask)
 
 
+def freeze(sized: Sized, reading: bool) -> None:
+    """Whether what the adapter reads is left as it is, or trained."""
+    for name, parameter in sized.model.network.named_parameters():
+        parameter.requires_grad_("lora_B" in name or ("lora_A" in name and not reading))
+
+
 def counted(work: Callable[[], object]) -> int:
     """The most bytes that were alive at once."""
     with LiveBytes() as live:
@@ -147,14 +155,19 @@ def test_solving_for_reading_directions(tokens: int, width: int) -> None:
     assert solving_bytes(tokens, width) == pytest.approx(found, rel=TENTH)
 
 
+@pytest.mark.parametrize("reading", [True, False], ids=["directions", "random"])
 @pytest.mark.parametrize(
     ("objective", "rows", "chunk", "checkpointing"),
     [("full", 4, 32, True), ("rest-bucket", 4, 32, True), ("full", 8, 1, True), ("full", 8, 1, False)],
 )
-def test_a_training_step(sized: Sized, objective: Any, rows: int, chunk: int, checkpointing: bool) -> None:
-    """Where the logits of a chunk take most, where a block in backward does, and where all blocks do."""
+def test_a_training_step(
+    sized: Sized, objective: Any, rows: int, chunk: int, checkpointing: bool, reading: bool
+) -> None:
+    """Where the logits of a chunk take most, where a block in backward does, and where all blocks do; with what the adapter
+    reads computed beforehand and frozen, and drawn at random and trained."""
     sized.model.checkpointing = checkpointing
-    demand = replace(DEMAND, chunk=chunk, full_loss=objective == "full")
+    freeze(sized, reading)
+    demand = replace(DEMAND, chunk=chunk, full_loss=objective == "full", reading=reading)
     loop, prompts = training(sized, objective, chunk), batch(rows, 40)
     answers = tiny.fixed_completions(rows, prompts.input_ids.device, DEMAND.completion_tokens)
     found = counted(lambda: loop.backward(prompts, answers, steered=True))
@@ -170,8 +183,30 @@ def test_a_training_step(sized: Sized, objective: Any, rows: int, chunk: int, ch
     assert formula == pytest.approx(found, rel=TENTH)
 
 
-def test_the_adapter_and_its_optimizer(sized: Sized) -> None:
-    freeze_reading(sized.model)
+@pytest.mark.parametrize("sized", [("qwen2", size, "bf16") for size in SIZES], indirect=True, ids=list(SIZES))
+def test_the_smallest_work_keeps_activations_where_a_processor_does(sized: Sized) -> None:
+    """What decides whether a run begins on a CPU must know that blocks are not recomputed there unless that is asked for."""
+    demand = replace(DEMAND, reading=False, chunk=1, completion_tokens=512)
+    sized.model.checkpointing = demand.recomputes("cpu")
+    freeze(sized, demand.reading)
+    loop = training(sized, "rest-bucket", demand.chunk)
+    answers = tiny.fixed_completions(2, sized.model.device, demand.completion_tokens).rows(1, 2)
+    found = counted(lambda: loop.backward(batch(1, 128), answers, steered=True))
+    need = smallest_need(sized.shape, "cpu", "bf16", False, "bf16", demand)
+    beside = need.weights_bytes + adapter_bytes(sized.shape, demand, 2)
+    # A rollout alone has no padding, so that it needs no mask.
+    beside += mask_bytes(sized.shape, 1, 128 + demand.completion_tokens, 2)
+    assert need.memory_bytes["distill"] - beside == pytest.approx(found, rel=TENTH)
+    asked = replace(demand, checkpointing="yes")
+    on_card, recomputed = (
+        smallest_need(sized.shape, device, "bf16", False, "bf16", asked) for device in ("cuda", "cpu")
+    )
+    assert on_card == recomputed and recomputed.peak_bytes < need.peak_bytes
+
+
+@pytest.mark.parametrize("reading", [True, False], ids=["directions", "random"])
+def test_the_adapter_and_its_optimizer(sized: Sized, reading: bool) -> None:
+    freeze(sized, reading)
     weights = [value for name, value in sized.model.network.named_parameters() if "lora_" in name]
 
     def update() -> None:
@@ -183,7 +218,7 @@ def test_the_adapter_and_its_optimizer(sized: Sized) -> None:
         loop.optimizer.step(1e-3, 1.0)
 
     found = counted(update) + sum(value.nbytes for value in weights)
-    assert adapter_bytes(sized.shape, DEMAND, 2) == pytest.approx(found, rel=TENTH)
+    assert adapter_bytes(sized.shape, replace(DEMAND, reading=reading), 2) == pytest.approx(found, rel=TENTH)
 
 
 def test_the_kl_and_the_vote(sized: Sized) -> None:
