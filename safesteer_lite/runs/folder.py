@@ -39,6 +39,7 @@ from safesteer_lite.runs.durable import (
 )
 from safesteer_lite.runs.lock import OWN_FOLDER, locked
 from safesteer_lite.runs.manifest import (
+    Json,
     Manifest,
     StageRecord,
     artifacts_of,
@@ -81,6 +82,7 @@ def create(
     versions: Mapping[str, str] | None = None,
     made_from: Mapping[str, str] | None = None,
     chat_template: str = "",
+    loaded: Mapping[str, Json] | None = None,
 ) -> RunFolder:
     """Make a new run folder, which no other process gets too, and which only its owner may look into.
 
@@ -92,6 +94,7 @@ def create(
         versions: package versions to keep in the manifest.
         made_from: fingerprints to keep of what the run starts from and is not in its folder, by what it is.
         chat_template: the one that the user gives; empty for the model's own, of which nothing is kept.
+        loaded: how its model is loaded, to be kept.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -108,6 +111,7 @@ def create(
         run_date=date.today().isoformat(),
         config_sha256=hashlib.sha256(content).hexdigest(),
         made_from=dict(made_from or {}),
+        loaded=dict(loaded or {}),
     )
     # The folder gets its name only when settings and manifest are inside, so a kill never leaves a run that cannot be
     # opened. Renaming onto a folder that is not empty fails, which makes the name exclusive.

@@ -80,6 +80,7 @@ class Manifest:
         run_date: the day, ISO 8601, that chat templates are told for as long as the run lives.
         config_sha256: of `config.toml`; empty where an earlier version made the run.
         made_from: the fingerprints of what the run was started with and is not in its folder, by what it is.
+        loaded: how its model is loaded; empty where an earlier version made the run.
     """
 
     created: str
@@ -89,6 +90,7 @@ class Manifest:
     run_date: str = ""
     config_sha256: str = ""
     made_from: dict[str, str] = field(default_factory=dict)
+    loaded: dict[str, Json] = field(default_factory=dict)
 
 
 def fingerprint(parts: Mapping[str, Json]) -> str:
@@ -170,6 +172,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
             run_date=date.fromisoformat(document.get("run_date", document["created"][:10])).isoformat(),
             config_sha256=_text(document.get("config_sha256", "")),
             made_from={_text(name): _text(mark) for name, mark in document.get("made_from", {}).items()},
+            loaded=dict(document.get("loaded", {})),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         said = f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -10,7 +10,7 @@ from operator import itemgetter
 from torch import Tensor
 
 from safesteer_lite.config.constants import TOP_K
-from safesteer_lite.errors import Interrupted, TrainingError
+from safesteer_lite.errors import Interrupted, ModelError, TrainingError
 from safesteer_lite.events import Metric, Progress, Sample
 from safesteer_lite.hardware import allocator
 from safesteer_lite.hardware.limits import ram
@@ -104,9 +104,12 @@ def take_steps(session: Session, training: Training, checkpoints: Checkpoints) -
     loop, every = training.loop, session.config.evaluate.every
     shown = ShownAnswers(session, loop.recipe)
     session.progress("steps", loop.recipe.steps)(loop.done)
-    # A run that has begun keeps its sizes, whatever is free now.
-    if not training.is_over and not training.history.micro_batch:
-        _fit_micro_batch(session, loop)
+    if not training.is_over:
+        _fit_micro_batch(session, training)
+        if not training.history.micro_batch:
+            # Sums round differently in other parts: whenever the run goes on, it does so with the sizes that it began with.
+            training.history.micro_batch = loop.micro_batch
+            training.save(checkpoints)
     while not training.is_over:
         _one_step(session, training, shown)
         if training.is_over or (every > 0 and loop.done % every == 0):
@@ -149,12 +152,16 @@ def drawn_anchors(session: Session) -> list[Prompt]:
     return [prompt for kind in kinds for prompt in kind * round(most / len(kind))]
 
 
-def _fit_micro_batch(session: Session, loop: Distillation) -> None:
-    """Begin with as many rollouts a forward as free memory is reckoned to hold, by the longest prompt.
+def _fit_micro_batch(session: Session, training: Training) -> None:
+    """Begin with as many rollouts a forward as free memory is reckoned to hold, by the longest prompt; or go on with those
+    that the run began with.
 
     On a card what is too much would be told; in RAM many systems end the program without a word.
+
+    Raises:
+        ModelError: too little RAM is free to go on.
     """
-    config, model = session.config, session.policy.model
+    config, model, loop = session.config, session.policy.model, training.loop
     shape, on_card = session.base.shape, model.device.type == "cuda"
     # What glibc keeps of earlier work is free for this one too.
     allocator.return_freed_memory()
@@ -173,7 +180,17 @@ def _fit_micro_batch(session: Session, loop: Distillation) -> None:
             checkpointing=model.checkpointing,
         )
 
-    loop.micro_batch = largest_micro_batch(loop.micro_batch, free, need)
+    fitting = largest_micro_batch(loop.micro_batch, free, need)
+    if training.history.micro_batch:
+        if not on_card and need(loop.micro_batch) > free:
+            fewer = f", or resume it with --set distill.micro_batch={fitting}, which rounds sums differently"
+            raise ModelError(
+                f"The run trains {loop.micro_batch} rollouts a forward, which take {format_bytes(need(loop.micro_batch))}, "
+                f"and {format_bytes(free)} are free.",
+                f"Close other programs{fewer if fitting < loop.micro_batch else ''}.",
+            )
+        return
+    loop.micro_batch = fitting
     if not on_card and loop.micro_batch == loop.recipe.micro_batch:
         return
     session.note(

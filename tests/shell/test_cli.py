@@ -13,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from safesteer_lite import config
-from safesteer_lite.errors import UsageError
+from safesteer_lite.errors import Interrupted, UsageError
+from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell import cli
 from safesteer_lite.shell.arguments import EPILOG, build_parser
@@ -286,6 +288,38 @@ def test_resume_changes_settings_of_memory_only(model: Path, capsys: pytest.Capt
     run = run_folders.create(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
     told = complaint(capsys, 2, "resume", str(run.path), "--set", "distill.steps=9", "--set", "distill.chunk=8")
     assert "distill.steps cannot change in the middle of a run" in told and "distill.micro_batch" in told
+
+
+def test_a_resumed_run_is_loaded_as_it_was_when_it_began_or_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Decision] = []
+
+    def stop(*_: object, decision: Decision, **__: object) -> None:
+        seen.append(decision)
+        raise Interrupted("Stopped.")
+
+    def processor(fast: bool) -> None:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+
+    monkeypatch.setattr(pipeline, "run", stop)
+    processor(fast=True)
+    assert main(["run", str(model), "--runs", "kept", "--set", "model.device=cpu"]) == 130
+    (folder,) = Path("kept").iterdir()
+    processor(fast=False)
+    assert main(["resume", str(folder)]) == 130
+    assert [(one.device, one.unpack, one.compute_dtype) for one in seen] == [("cpu", True, "bf16")] * 2
+    assert seen[1].reason.startswith("As the run began: ")
+    lacking = psutil.virtual_memory()._replace(available=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: lacking)
+        told = complaint(capsys, 1, "resume", str(folder))
+        assert "cannot hold the run as it began" in told and "start a new run" in told
+        # A run of before, which does not say how it was loaded, is refused as a new one would be.
+        older = run_folders.create(Path("older"), "a", config.to_toml(planted.settings(model)), planned=["baseline"])
+        assert "The model does not fit this machine" in complaint(capsys, 1, "resume", str(older.path))
+    assert len(seen) == 2
 
 
 def test_export_writes_over_nothing_and_needs_a_finished_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

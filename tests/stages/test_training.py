@@ -1,13 +1,17 @@
-"""The loop of a training: how many rollouts it takes at a time."""
+"""The loop of a training: how many rollouts it takes at a time, when it begins and when it goes on."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from safesteer_lite.config import RunConfig
+from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Event, Note, Progress
 from safesteer_lite.hardware.backend import decide
 from safesteer_lite.runs.folder import RunFolder
@@ -21,26 +25,66 @@ class Enough(Exception):
     """A step has been done."""
 
 
-def test_fewer_rollouts_are_read_at_a_time_where_ram_is_short(
-    planted_model: Path, planted_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU nothing tells that memory runs out: the system ends the program."""
-    settings, base = planted.settings(planted_model), open_base(planted_model)
-    assert planted_run.record("distill").result["micro_batch"] == settings.distill.micro_batch > 1
-    run = RunFolder(shutil.copytree(planted_run.path, tmp_path / planted_run.path.name))
-    rewind(run.path, ("distill", "evaluate", "export"))
-    decision = decide(settings.model, base.shape, run.path)
-    short = psutil.virtual_memory()._replace(available=1)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: short)
-    told: list[str] = []
+@pytest.fixture
+def run(planted_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """A run whose distillation has not begun."""
+    copied = RunFolder(shutil.copytree(planted_run.path, tmp_path / planted_run.path.name))
+    rewind(copied.path, ("distill", "evaluate", "export"))
+    return copied
+
+
+def go_on(model: Path, run: RunFolder, until: int, free: int = 0, working: RunConfig | None = None) -> list[str]:
+    """Train up to a step that is then lost, with so many bytes of RAM free, 0 for as many as there are; returns what was said
+    of the rollouts a forward."""
+    settings, base = planted.settings(model), open_base(model)
+    decision, told = decide(settings.model, base.shape, run.path), list[str]()
 
     def watch(event: Event) -> None:
         if isinstance(event, Note) and "Rollouts a forward" in event.message:
             told.append(event.message)
-        if isinstance(event, Progress) and event.what == "steps" and event.done == 1:
+        if isinstance(event, Progress) and event.what == "steps" and event.done == until:
             raise Enough
 
-    with planted.one_thread(), pytest.raises(Enough):
-        pipeline.run(settings, run, base, watch, last="distill", decision=decision)
-    (message,) = told
-    assert message.startswith(f"Rollouts a forward: 1 of at most {settings.distill.micro_batch}; the longest takes ")
+    short = psutil.virtual_memory()._replace(available=free)
+    with pytest.MonkeyPatch.context() as patch, planted.one_thread(), pytest.raises(Enough):
+        if free:
+            patch.setattr(psutil, "virtual_memory", lambda: short)
+        pipeline.run(settings, run, base, watch, last="distill", decision=decision, working=working)
+    return told
+
+
+def kept_size(run: RunFolder, step: int) -> int:
+    """The rollouts a forward that a saved step has."""
+    history = json.loads((run.path / "04-distill.partial" / f"step-{step:06d}" / "history.json").read_text())
+    return int(history["micro_batch"])
+
+
+def test_a_run_that_began_where_ram_was_short_goes_on_with_fewer_rollouts_at_a_time(
+    planted_model: Path, planted_run: RunFolder, run: RunFolder
+) -> None:
+    """On a CPU nothing tells that memory runs out: the system ends the program. And sums round differently in other parts."""
+    most = planted.settings(planted_model).distill.micro_batch
+    assert planted_run.record("distill").result["micro_batch"] == most > 1
+    (message,) = go_on(planted_model, run, until=1, free=1)
+    assert message.startswith(f"Rollouts a forward: 1 of at most {most}; the longest takes ")
+    # Killed before the first step that the settings have saved, and taken up where there is room for all.
+    assert kept_size(run, 0) == 1
+    assert go_on(planted_model, run, until=3) == []
+    assert kept_size(run, 2) == 1
+
+
+def test_a_run_that_began_where_there_was_room_is_refused_where_there_is_none(
+    planted_model: Path, run: RunFolder
+) -> None:
+    settings = planted.settings(planted_model)
+    most = settings.distill.micro_batch
+    assert go_on(planted_model, run, until=1) == []
+    with pytest.raises(
+        ModelError, match=rf"trains {most} rollouts a forward, which take .* and 1 B are free"
+    ) as caught:
+        go_on(planted_model, run, until=1, free=1)
+    assert "--set distill.micro_batch=1," in caught.value.hint
+    small = replace(settings, distill=replace(settings.distill, micro_batch=1))
+    # As the hint says.
+    assert go_on(planted_model, run, until=3, working=small) == []
+    assert kept_size(run, 2) == 1

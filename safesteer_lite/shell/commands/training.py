@@ -57,8 +57,6 @@ def demo_command(options: argparse.Namespace) -> int:
 
 def resume_command(options: argparse.Namespace) -> int:
     """`resume`: the named run, or the newest unfinished one."""
-    from safesteer_lite.hardware.backend import decide
-    from safesteer_lite.hardware.peaks import Demand
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.runs.listing import list_runs
 
@@ -81,9 +79,27 @@ def resume_command(options: argparse.Namespace) -> int:
     emit = sink(options)
     emit(_of_recipe(settings))
     base = base_of_run(folder, settings, options.base, emit)
-    decision = decide(settings.model, base.shape, folder.path, Demand.of(settings))
     working = config.build([(str(folder.config_path), settings_of(folder)), ("flag", changes)])
-    return _work(options, settings, folder, base, decision, emit, working)
+    return _work(options, settings, folder, base, _decision_again(folder, working, base.shape), emit, working)
+
+
+def _decision_again(folder: RunFolder, working: RunConfig, shape: ModelShape) -> Decision:
+    """How the model of a run that has begun is loaded: as it was, which runs of earlier versions do not tell.
+
+    Raises:
+        ModelError: this machine cannot hold it so.
+    """
+    from safesteer_lite.hardware.backend import decide, require_fit
+    from safesteer_lite.hardware.kept import decide_again
+    from safesteer_lite.hardware.peaks import Demand
+
+    manifest, demand = folder.manifest, Demand.of(working)
+    if set(manifest.planned) <= manifest.stages.keys():
+        # Only the report is missing, which needs no model.
+        return decide(working.model, shape, folder.path, demand)
+    if manifest.loaded:
+        return decide_again(manifest.loaded, working.model, shape, folder.path, demand)
+    return require_fit(decide(working.model, shape, folder.path, demand))
 
 
 def _of_recipe(settings: RunConfig) -> Note:
@@ -100,6 +116,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
     from safesteer_lite.events import Note
     from safesteer_lite.hardware.backend import decide, require_fit
+    from safesteer_lite.hardware.kept import to_record
     from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.hardware.peaks import Demand
     from safesteer_lite.models.loading import check_template
@@ -133,6 +150,7 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
         versions=package_versions(),
         made_from=origin(settings, base),
         chat_template=base.template,
+        loaded=to_record(decision),
     )
     return _work(options, settings, folder, base, decision, emit)
 
