@@ -5,6 +5,7 @@ Sizes are bytes. torch is imported inside functions only, so that `--help` stays
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -249,6 +250,20 @@ def use_card(device: str) -> None:
         import torch
 
         torch.cuda.set_device(int(number))
+
+
+def only_card(device: str) -> dict[str, str]:
+    """What of its environment lets a new process see that card alone, as `cuda:0`.
+
+    Args:
+        device: `cuda:1`, by this process's own numbers, which another environment variable may have given out; `cpu` needs
+            nothing.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return {}
+    seen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return {"CUDA_VISIBLE_DEVICES": seen[int(number or 0)] if seen else number or "0"}
 
 
 def free_cuda_memory() -> int:

@@ -44,7 +44,7 @@ class Policy:
         self.template = ChatTemplate(model.tokenizer, day)
         self.prompt_tokens = prompt_tokens
         self._prefix, self.template_positions = self._template_around()
-        # Prompts at a time that fitted in memory where fewer than asked for did, by the longest answer.
+        # Sequences at a time that fitted in memory where fewer than asked for did, by the longest answer.
         self._fitted: dict[int, int] = {}
 
     @property
@@ -130,18 +130,20 @@ class Policy:
 
         return self.fitting(tokens, size, answer)
 
-    def fitting(self, tokens: int, size: int, work: Callable[[int], Result]) -> Result:
+    def fitting(self, tokens: int, size: int, work: Callable[[int], Result], samples: int = 1) -> Result:
         """`work(size)`, or with fewer prompts at a time where memory is short, which is remembered for the next call.
 
         Args:
-            tokens: longest answer; what did not fit for some is not tried again for as many or more.
+            tokens: longest answer, 0 where prompts are read only; what did not fit for some is not tried again for as many or
+                more.
             size: prompts at a time.
             work: must do the same whenever it is called again.
+            samples: sequences that each prompt stands for.
         """
-        known = [fitted for length, fitted in self._fitted.items() if length <= tokens]
-        found, fitted = fitting(min([size, *known]), work)
+        known = [fitted // samples for length, fitted in self._fitted.items() if length <= tokens]
+        found, fitted = fitting(max(1, min([size, *known])), work)
         if fitted < size:
-            self._fitted[tokens] = fitted
+            self._fitted[tokens] = fitted * samples
         return found
 
     def first_block_ended(self) -> Ended:

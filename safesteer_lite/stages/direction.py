@@ -20,7 +20,6 @@ from safesteer_lite.evaluation.measure import counting_from
 from safesteer_lite.events import Metric
 from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations, Candidate
-from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import Batch, Steering, teacher
 from safesteer_lite.models.assistant import Done, Policy
 from safesteer_lite.prompts.plan import texts
@@ -145,7 +144,7 @@ def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Done) -> Pro
         activations, scores = method.read_prompts(policy.model, batches, policy.template_positions, refusal, done)
         return PromptSet([prompts[place] for place in order], scores, activations)
 
-    return fitting(_BATCH, look)[0]
+    return policy.fitting(0, _BATCH, look)
 
 
 def keep_clear(sets: Sequence[PromptSet], minimum: int) -> tuple[list[PromptSet], float]:
@@ -206,7 +205,7 @@ def score(
     A direction must induce refusal. The authors test that at coefficient 1; where no candidate passes there, the next
     larger of the strengths to be searched is tried, because a weak direction that is long enough still steers.
     """
-    return fitting(_BATCH, partial(_score, session, vectors, candidates, harmful, harmless, refusal))[0]
+    return session.policy.fitting(0, _BATCH, partial(_score, session, vectors, candidates, harmful, harmless, refusal))
 
 
 def _score(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from safesteer_lite import children, config
 from safesteer_lite.errors import Interrupted
 from safesteer_lite.events import from_record
+from safesteer_lite.hardware.machine import only_card
 from safesteer_lite.runs.durable import explained
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.likeness import expectations
@@ -90,7 +93,8 @@ def _request(session: Session, checkpoints: Checkpoints, known: Path) -> Request
         run=str(session.run.path.absolute()),
         base=str(session.base.folder.absolute()),
         settings=config.to_toml(session.config),
-        decision=asdict(session.settle()),
+        # The process sees one card, which is its first.
+        decision=asdict(replace(session.settle(), card=0)),
         steps=str(checkpoints.folder.absolute()),
         fingerprint=checkpoints.fingerprint,
         known=str(known),
@@ -101,8 +105,8 @@ def _request(session: Session, checkpoints: Checkpoints, known: Path) -> Request
 
 def _follow(session: Session, request: Request) -> dict[str, Any]:
     """Pass on what the process tells until it ends, and ask it to stop when the user does; returns how it ended."""
-    asked = False
-    with _started(request) as trainer:
+    asked, gone_since = False, math.inf
+    with _started(request, only_card(session.settle().place)) as trainer:
         while True:
             if not asked and session.stop_requested():
                 asked = True
@@ -110,7 +114,13 @@ def _follow(session: Session, request: Request) -> dict[str, Any]:
             try:
                 line = trainer.lines.get(timeout=_GLANCE_SECONDS)
             except Empty:
-                continue
+                # Usually the end of what it tells says that it is gone; but a process that it started may keep that open.
+                if trainer.process.poll() is None:
+                    continue
+                gone_since = min(gone_since, time.monotonic())
+                if time.monotonic() - gone_since < _END_SECONDS:
+                    continue
+                line = ""
             if not line.endswith("\n"):
                 return {"ended": "failed", "because": trainer.last_words()}
             record: dict[str, Any] = json.loads(line)
@@ -164,15 +174,16 @@ class _Trainer:
 
 
 @contextmanager
-def _started(request: Request) -> Iterator[_Trainer]:
-    """The process at work on a request; it is gone, and its memory free, behind the block."""
+def _started(request: Request, variables: dict[str, str]) -> Iterator[_Trainer]:
+    """The process at work on a request, with these variables in its environment; it is gone, and its memory free, behind the
+    block."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             children.python_code(_SERVE),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
-            env=children.environment(HF_HUB_OFFLINE="1"),
+            env=children.environment(HF_HUB_OFFLINE="1", **variables),
             encoding="utf-8",
             # Ctrl-C at the terminal is for the process that asks, which passes it on; the step at work is then finished.
             start_new_session=True,
@@ -187,8 +198,10 @@ def _started(request: Request) -> Iterator[_Trainer]:
         finally:
             process.kill()
             process.wait()
-            listener.join()
-            for stream in (process.stdin, process.stdout):
+            listener.join(_END_SECONDS)
+            # What is still being read cannot be closed: a process that the killed one had started keeps it open.
+            ended = () if listener.is_alive() else (process.stdout,)
+            for stream in (process.stdin, *ended):
                 if stream:
                     with suppress(OSError):
                         stream.close()

@@ -13,7 +13,6 @@ from torch import Tensor
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.hardware.pace import SHARE_PLACES
 from safesteer_lite.method import tokens as method
-from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.tokens import VotePositions
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
@@ -109,7 +108,7 @@ def _collect(
             done(finished)
         return positions
 
-    return fitting(_BATCH, read)[0]
+    return policy.fitting(horizon, _BATCH, read, samples)
 
 
 def _shares(session: Session, ids: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safesteer_lite.hardware.machine import Gpu, has_code_for, inspect, parse_nvidia_smi, spills_to_ram
+from safesteer_lite.hardware.machine import Gpu, has_code_for, inspect, only_card, parse_nvidia_smi, spills_to_ram
 
 
 def test_inspect_sees_this_machine(tmp_path: Path) -> None:
@@ -110,6 +110,24 @@ def test_cards_of_another_maker_are_told_and_not_taken_for_nvidia_s(
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda number: "Arc A770")
     assert inspect(tmp_path).others == ("Apple's GPU (MPS)", "Arc A770 (XPU)")
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("cuda:1", "", "1"),
+        ("cuda:1", "3,5", "5"),
+        ("cuda:0", "GPU-ab12, GPU-cd34", "GPU-ab12"),
+        ("cuda", "2", "2"),
+        ("cuda", "", "0"),
+        ("cpu", "3,5", None),
+    ],
+)
+def test_a_new_process_can_be_shown_one_card_by_the_numbers_of_this_one(
+    device: str, visible: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert only_card(device) == ({"CUDA_VISIBLE_DEVICES": expected} if expected else {})
 
 
 def test_windows_drivers_move_a_cards_memory_to_ram_and_linux_ones_do_not() -> None:

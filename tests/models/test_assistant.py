@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,22 @@ def test_what_fitted_in_memory_is_remembered_for_answers_as_long_or_longer(
         tried.clear()
         policy.answers(tiny.PROMPTS, tokens, 4)
         assert tried[0] == (first, tokens)
+
+
+def test_prompts_that_stand_for_several_sequences_are_remembered_as_such(tiny_policy: tiny.Loader) -> None:
+    policy, tried = tiny_policy(), list[int]()
+
+    def twenty_sequences_fit(size: int, samples: int) -> int:
+        tried.append(size)
+        if size * samples > 20:
+            raise torch.OutOfMemoryError("simulated, for want of a card")
+        return size
+
+    for samples, sizes in ((8, [8, 4, 2]), (8, [2]), (1, [8]), (3, [5]), (64, [1])):
+        tried.clear()
+        with suppress(torch.OutOfMemoryError):
+            policy.fitting(7, 8, partial(twenty_sequences_fit, samples=samples), samples)
+        assert tried == sizes
 
 
 def test_a_long_prompt_loses_its_middle_and_keeps_the_template(tiny_policy: tiny.Loader) -> None:

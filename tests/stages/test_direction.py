@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations
-from safesteer_lite.stages.direction import PromptSet, keep_clear
+from safesteer_lite.method.policies import Batch
+from safesteer_lite.models.assistant import ignore
+from safesteer_lite.stages.direction import PromptSet, keep_clear, read
+from tests import tiny
+
+
+def test_what_fitted_while_prompts_were_read_is_remembered_for_the_next_ones(
+    tiny_policy: tiny.Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, tried, really = tiny_policy(), list[int](), method.read_prompts
+
+    def two_fit(model: Any, batches: list[Batch], *others: Any) -> Any:
+        tried.append(len(batches[0]))
+        if len(batches[0]) > 2:
+            raise torch.OutOfMemoryError("simulated, for want of a card")
+        return really(model, batches, *others)
+
+    monkeypatch.setattr(method, "read_prompts", two_fit)
+    prompts, refusal = list(tiny.PROMPTS * 2), torch.tensor([7, 30])
+    first = read(policy, prompts, refusal, ignore)
+    assert tried == [10, 10, 8, 4, 2]
+    second = read(policy, prompts, refusal, ignore)
+    assert tried[5:] == [2] and second.prompts == first.prompts and torch.equal(second.scores, first.scores)
 
 
 def scored(*scores: float) -> PromptSet:

@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from safesteer_lite.errors import Interrupted, SelfCheckError
 from safesteer_lite.events import Event, Note, Progress, Warned, discard
-from safesteer_lite.hardware.backend import Library, decide
+from safesteer_lite.hardware.backend import Decision, Library, decide
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.sources.base import open_base
-from safesteer_lite.stages import pipeline
+from safesteer_lite.stages import handover, pipeline
 from safesteer_lite.stages.likeness import LARGEST_KL, check_likeness
+from safesteer_lite.stages.session import Session
 from tests import children, planted
 from tests.runs.run_files import rewind
 
@@ -224,6 +226,54 @@ def test_no_process_goes_on_training_for_one_that_is_gone(planted_model: Path, r
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until, "it goes on"
         time.sleep(0.05)
+
+
+ECHO = (
+    "import json, os; asked = json.loads(input()); card = os.environ.get('CUDA_VISIBLE_DEVICES'); "
+    "print(json.dumps({'ended': 'done', 'seen': card, 'number': asked['decision']['card']}), flush=True)"
+)
+"""Tells which card it would train on."""
+
+
+def ending_of(
+    code: str, decision: Decision, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """How a process ends that does this in place of training."""
+    monkeypatch.setattr(handover, "_SERVE", code)
+    session = Session(planted.settings(model), RunFolder(folder), open_base(model), discard, decision=decision)
+    request = handover._request(session, Checkpoints(folder / "steps", "mark"), folder / "known")
+    return handover._follow(session, request)
+
+
+def test_the_other_process_sees_the_chosen_card_alone(
+    planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    decision = Decision("cuda", "nf4", False, "bf16", "fits", "", PLAIN, card=1)
+    ending = ending_of(ECHO, decision, planted_model, tmp_path, monkeypatch)
+    assert (ending["seen"], ending["number"]) == ("7", 0)
+    ending = ending_of(ECHO, replace(decision, device="cpu", card=0), planted_model, tmp_path, monkeypatch)
+    assert ending["seen"] == "4,7"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs sessions")
+def test_a_process_that_is_gone_is_not_waited_for_though_its_child_keeps_its_output_open(
+    planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_END_SECONDS", 0.5)
+    note = tmp_path / "pid"
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        f"import subprocess, sys, time, os; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        f"while not os.path.exists({str(note)!r}): time.sleep(0.01)"
+    )
+    decision, began = Decision("cpu", "nf4", False, "bf16", "fits", "", PLAIN), time.monotonic()
+    try:
+        ending = ending_of(f"exec({code!r})", decision, planted_model, tmp_path, monkeypatch)
+        assert ending == {"ended": "failed", "because": "its process ended and said last: nothing"}
+        assert time.monotonic() - began < 30
+    finally:
+        os.kill(int(note.read_text(encoding="utf-8")), signal.SIGKILL)
 
 
 def test_another_adapter_and_other_expectations_are_not_alike() -> None:
