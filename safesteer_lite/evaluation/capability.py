@@ -1,4 +1,4 @@
-"""What base and hardened model can do, problem by problem: which each of them solved, and what came of it, as a run keeps it."""
+"""What base, hardened model and its GGUF files can do: which problems each solved, and what came of it, as a run keeps it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ class Solution:
 
 
 @dataclass
+class FileSolutions:
+    """What a GGUF file of the hardened model answered so far.
+
+    Attributes:
+        sha256: of the file, in hexadecimal. Answers of another are not mixed with them.
+        found: by the problem's id.
+    """
+
+    sha256: str
+    found: dict[str, Solution] = field(default_factory=dict)
+
+
+@dataclass
 class Solutions:
     """The answers to one task so far.
 
@@ -35,6 +48,7 @@ class Solutions:
         tokens: the longest answer.
         base: by the problem's id.
         hardened: the same; empty where there is no adapter.
+        files: what GGUF files of the hardened model answered, by their names.
     """
 
     way: str
@@ -42,6 +56,7 @@ class Solutions:
     tokens: int
     base: dict[str, Solution] = field(default_factory=dict)
     hardened: dict[str, Solution] = field(default_factory=dict)
+    files: dict[str, FileSolutions] = field(default_factory=dict)
 
     @classmethod
     def none_yet(cls, task: Task, loaded: str) -> Solutions:
@@ -51,6 +66,12 @@ class Solutions:
     def of(self, who: Who) -> dict[str, Solution]:
         """The answers of one model."""
         return self.base if who == "base" else self.hardened
+
+    def of_file(self, name: str, sha256: str) -> dict[str, Solution]:
+        """The answers of a GGUF file; none yet if another one had that name."""
+        if name not in self.files or self.files[name].sha256 != sha256:
+            self.files[name] = FileSolutions(sha256)
+        return self.files[name].found
 
     def to_record(self) -> dict[str, Any]:
         """As the run keeps it."""
@@ -64,16 +85,19 @@ class Solutions:
             ValueError: they are none.
         """
         try:
-            base, hardened = (
-                {
-                    str(name): Solution(bool(entry["solved"]), str(entry["answer"]))
-                    for name, entry in record[who].items()
-                }
-                for who in ("base", "hardened")
-            )
-            return cls(str(record["way"]), int(record["problems"]), int(record["tokens"]), base, hardened)
+            base, hardened = (_solutions(record[who]) for who in ("base", "hardened"))
+            # Files were not asked at first.
+            files = {
+                str(name): FileSolutions(str(entry["sha256"]), _solutions(entry["found"]))
+                for name, entry in record.get("files", {}).items()
+            }
+            return cls(str(record["way"]), int(record["problems"]), int(record["tokens"]), base, hardened, files)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a task lacks what was answered ({error})") from error
+
+
+def _solutions(record: Mapping[str, Any]) -> dict[str, Solution]:
+    return {str(name): Solution(bool(entry["solved"]), str(entry["answer"])) for name, entry in record.items()}
 
 
 def compare(name: str, solutions: Solutions) -> dict[str, Any]:
@@ -86,7 +110,9 @@ def compare(name: str, solutions: Solutions) -> dict[str, Any]:
     Returns:
         `task`, `tokens` (of the longest answer), `problems` (of the task), `n` (those that were compared), `base` and
         `hardened` = {solved, low, high} (95 % Wilson bounds as shares), `kept` (solved by both), the ids that were `lost`
-        and `gained`, and McNemar's exact `p`; the last five are null where there is no adapter.
+        and `gained`, and McNemar's exact `p`; the last five are null where there is no adapter. `files` has for each GGUF
+        file its name as `file`, its own `n`, `solved`, `low` and `high`, how many of the same problems the hardened model
+        solved as `hardened`, and what it kept, lost and gained against that one.
     """
     asked = [name for name in solutions.base if name in solutions.hardened or not solutions.hardened]
     base = {name: solutions.base[name].solved for name in asked}
@@ -97,16 +123,32 @@ def compare(name: str, solutions: Solutions) -> dict[str, Any]:
         "n": len(asked),
         "base": _share(base),
         **dict.fromkeys(("hardened", "kept", "lost", "gained", "p")),
+        "files": [_file_record(file, answered.found, solutions.hardened) for file, answered in solutions.files.items()],
     }
     if not solutions.hardened:
         return record
     hardened = {name: solutions.hardened[name].solved for name in asked}
-    lost = [name for name in asked if base[name] and not hardened[name]]
-    gained = [name for name in asked if hardened[name] and not base[name]]
+    return {**record, "hardened": _share(hardened), **_changes(base, hardened)}
+
+
+def _file_record(file: str, found: Mapping[str, Solution], hardened: Mapping[str, Solution]) -> dict[str, Any]:
+    asked = [name for name in found if name in hardened]
+    before, after = ({name: answers[name].solved for name in asked} for answers in (hardened, found))
     return {
-        **record,
-        "hardened": _share(hardened),
-        "kept": sum(base.values()) - len(lost),
+        "file": file,
+        "n": len(asked),
+        **_share(after),
+        "hardened": sum(before.values()),
+        **_changes(before, after),
+    }
+
+
+def _changes(before: Mapping[str, bool], after: Mapping[str, bool]) -> dict[str, Any]:
+    """What of the same problems was kept, lost and gained."""
+    lost = [name for name in before if before[name] and not after[name]]
+    gained = [name for name in before if after[name] and not before[name]]
+    return {
+        "kept": sum(before.values()) - len(lost),
         "lost": lost,
         "gained": gained,
         "p": mcnemar(len(lost), len(gained)),

@@ -16,6 +16,9 @@ from safesteer_lite.evaluation.guard import PASSED
 LONGEST_SECONDS = 15.0
 """Of waiting for a program; `guard.SECONDS` of processor time are its share of them."""
 
+BLOCK_ENDS = "\n```\n"
+"""What ends the first block of an answer: a generator may stop there, if a fence has come before it."""
+
 _GUARD = Path(__file__).with_name("guard.py")
 _BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _BEGINNING = re.compile(r"^(?:from|import|def|class|@)\b", re.MULTILINE)

@@ -129,6 +129,19 @@ def write_rows(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / ARTIFACTS, record)
 
 
+def made_from(folder: Path) -> tuple[str, float]:
+    """The run and the strength that an exported folder says it was made from; no run and strength 1 where it does not say.
+
+    Raises:
+        RunFolderError: its record is damaged.
+    """
+    if not (folder / ARTIFACTS).is_file():
+        return "", 1.0
+    record = read_json(folder / ARTIFACTS, "the figures of an export", hint="Delete it, or export again.")
+    run, strength = record.get("run", ""), record.get("strength", 1.0)
+    return str(run), strength if isinstance(strength, (int, float)) else 1.0
+
+
 _ORDER = ("base", "adapter", "merged", LORA, "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 # Exports that agree in these were measured in the same way, and their rows stand in one table.
 _SAME = ("weights", "strength", "split", "answer_tokens")

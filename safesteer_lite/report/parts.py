@@ -113,7 +113,18 @@ def capability(source: Source) -> Markup | None:
         before, after = (rate_text(Rate.of(record[who]["solved"], n)) for who in ("base", "hardened"))
         asked = noted(record["task"], f"{n} of {record['problems']} problems")
         rows.append((asked, before, after, str(record["kept"]), str(lost), str(gained), p_text(record["p"])))
-    return join([paragraph(told), table(("", "before", "after", "kept", "lost", "gained", "p"), rows)])
+    parts = [paragraph(told), table(("", "before", "after", "kept", "lost", "gained", "p"), rows)]
+    if files := [_solved_by_file(record["task"], file) for record in found for file in record["files"]]:
+        told = "GGUF files of the hardened model in llama.cpp, against that model: what their fewer bits cost."
+        parts += [paragraph(told), table(("", "hardened", "file", "kept", "lost", "gained", "p"), files)]
+    return join(parts)
+
+
+def _solved_by_file(task: str, file: Mapping[str, Any]) -> tuple[object, ...]:
+    solved = (rate_text(Rate.of(file[who], file["n"])) for who in ("hardened", "solved"))
+    lost, gained = len(file["lost"]), len(file["gained"])
+    asked = noted(f"{task}, {file['file']}", f"{file['n']} problems")
+    return (asked, *solved, str(file["kept"]), str(lost), str(gained), p_text(file["p"]))
 
 
 def flips(source: Source) -> Markup | None:

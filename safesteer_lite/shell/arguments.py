@@ -102,6 +102,14 @@ def _training(commands: Commands) -> None:
     )
     evaluate.add_argument("--limit", type=int, metavar="N", help="with --capability: the first N problems of each task")
     evaluate.add_argument(
+        "--gguf",
+        action="append",
+        default=[],
+        type=_path,
+        metavar="FILE",
+        help="with --capability of a run: a GGUF file exported from it, beside base and hardened model; may be repeated",
+    )
+    evaluate.add_argument(
         "--allow-code-execution",
         action="store_true",
         help="with --capability humaneval: run the programs that the model writes, on this machine and as you, in an "

@@ -95,14 +95,14 @@ def disputed_line(entry: JudgedAnswer) -> str:
 
 
 def capability_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """What base and hardened model solved, a row each below their task; 80 columns hold it.
+    """What each model solved, a row each below their task; 80 columns hold it.
 
     Args:
         records: as `evaluation.capability.compare` makes them.
     """
     table = Table(title="Problems solved (95 % Wilson intervals)", title_justify="left", caption_justify="left")
     paired = any(record["hardened"] for record in records)
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     for heading in ("solved", *(("lost", "gained", "p") if paired else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
@@ -110,13 +110,16 @@ def capability_table(records: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(f"{record['task']}, n = {n}")
         table.add_row("  base", _solved_text(record["base"], n))
         if record["hardened"]:
-            changed = str(len(record["lost"])), str(len(record["gained"])), p_text(record["p"])
-            table.add_row("  hardened", _solved_text(record["hardened"], n), *changed)
+            table.add_row("  hardened", _solved_text(record["hardened"], n), *_changed(record))
+        for file in record["files"]:
+            fewer = f", n = {file['n']}" if file["n"] != n else ""
+            table.add_row(f"  {file['file']}{fewer}", _solved_text(file, file["n"]), *_changed(file))
         table.add_section()
     if paired:
-        table.caption = (
-            "lost, gained: problem by problem, against the base; p: exact McNemar test of the two, of which a large one means "
-            "that chance explains the difference"
+        files = ", of a file against the hardened model" if any(record["files"] for record in records) else ""
+        table.caption = as_text(
+            f"lost, gained: problem by problem, against the base{files}; p: exact McNemar test of the two, of which a large one "
+            "means that chance explains the difference"
         )
     return table
 
@@ -125,3 +128,7 @@ def _solved_text(share: Mapping[str, float], n: int) -> str:
     """`85: 52 % (44-59)`."""
     percent = 100 * share["solved"] / n if n else 0.0
     return f"{share['solved']}: {percent:.0f} % ({100 * share['low']:.0f}-{100 * share['high']:.0f})"
+
+
+def _changed(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(len(record["lost"])), str(len(record["gained"])), p_text(record["p"])

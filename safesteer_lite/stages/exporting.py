@@ -37,12 +37,10 @@ from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.card import read_card
 from safesteer_lite.stages import evaluate, export
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import ANSWER_BATCH, SPARE_TOKENS, Session
 
 # The comparison with the trained policy: prompts, half of them harmful, and tokens of each greedy answer.
 _WITNESS_PROMPTS, _WITNESS_TOKENS = 16, 32
-# Room for what llama.cpp may add around a prompt, in tokens.
-_SPARE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ def gguf_row(
     started, witness = time.monotonic(), measured.witness
     assert witness is not None
     tokens, longest = session.config.evaluate.answer_tokens, session.config.prompts.prompt_tokens
-    context = longest + max(tokens, _WITNESS_TOKENS) + _SPARE_TOKENS
+    context = longest + max(tokens, _WITNESS_TOKENS) + SPARE_TOKENS
     with LlamaCpp(file, context, torch.get_num_threads(), adapter) as llama:
         for text, ids in zip(witness.texts, witness.prompts, strict=True):
             # A prompt that was cut to fit is not what a user would type.

@@ -30,6 +30,9 @@ from safesteer_lite.sources.base import Base
 # Answers decoded at a time: more fill the matrix units no better, and each takes key-value cache.
 ANSWER_BATCH = 64
 
+SPARE_TOKENS = 16
+"""Room for what llama.cpp may add around a prompt, in tokens."""
+
 _AGAIN = "Start a new run, or restore the file from a copy."
 
 

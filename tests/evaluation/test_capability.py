@@ -40,6 +40,17 @@ def test_a_model_alone_has_no_second_count() -> None:
     assert [found[name] for name in ("hardened", "kept", "lost", "gained", "p")] == [None] * 5
 
 
+def test_a_file_is_compared_with_the_hardened_model_on_what_both_were_asked() -> None:
+    found = solutions("++++", "+++-")
+    answered = found.of_file("Q4.gguf", "a" * 64)
+    answered.update({f"P/{place}": Solution(mark == "+", "") for place, mark in ((0, "+"), (1, "-"), (3, "+"))})
+    [told] = compare("sums", found)["files"]
+    assert (told["file"], told["n"], told["solved"], told["hardened"]) == ("Q4.gguf", 3, 2, 2)
+    assert (told["kept"], told["lost"], told["gained"], told["p"]) == (1, ["P/1"], ["P/3"], 1.0)
+    # Another file of that name has answered nothing yet.
+    assert found.of_file("Q4.gguf", "a" * 64) == answered and found.of_file("Q4.gguf", "b" * 64) == {}
+
+
 def test_mcnemar_s_p_is_what_counting_all_outcomes_gives() -> None:
     for changed in range(8):
         tosses = [sum(toss) for toss in product((0, 1), repeat=changed)]
@@ -55,12 +66,17 @@ def run(tmp_path: Path) -> RunFolder:
     """A run that has answers to one task."""
     run = create(tmp_path, "tiny")
     publish(run, "distill", 4, "trained")
-    capability.save(run, {"sums": solutions("++-", "+-+"), "half": solutions("++", "")})
+    sums = solutions("++-", "+-+")
+    sums.of_file("Q4.gguf", "a" * 64)["P/0"] = Solution(True, "1")
+    capability.save(run, {"sums": sums, "half": solutions("++", "")})
     return run
 
 
 def test_what_was_answered_comes_back_and_only_what_both_answered_is_reported(run: RunFolder) -> None:
-    assert capability.saved(run) == {"sums": solutions("++-", "+-+"), "half": solutions("++", "")}
+    found = capability.saved(run)
+    assert found["half"] == solutions("++", "") and found["sums"].files["Q4.gguf"].found == {"P/0": Solution(True, "1")}
+    found["sums"].files.clear()
+    assert found["sums"] == solutions("++-", "+-+")
     assert [record["task"] for record in capability.records(run)] == ["sums"]
     publish(run, "distill", 4, "trained anew")
     assert capability.saved(run) == {} and capability.records(run) == []

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from safesteer_lite.events import Event, Warned
+from safesteer_lite.export.gguf import llama
+from safesteer_lite.export.rows import ARTIFACTS
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
+from safesteer_lite.shell.commands.capability import check_files
 from safesteer_lite.shell.console import SafeConsole
 from safesteer_lite.shell.tables import capability_table
 from tests import planted
@@ -34,6 +38,8 @@ def run(planted_run: RunFolder, tmp_path: Path) -> Path:
     ("line", "said"),
     [
         (["--limit", "3"], "belong to --capability"),
+        (["--gguf", "a.gguf"], "belong to --capability"),
+        (["--capability", "gsm8k", "--tasks-from", "FILES", "--gguf", "a.gguf"], "compares files with the run"),
         (["--allow-code-execution"], "belong to --capability"),
         (["--capability", "mmlu", "--tasks-from", "FILES"], "There is no task 'mmlu'.\n  There are: humaneval, gsm8k."),
         (["--capability", "gsm8k"], "gsm8k_test.jsonl is grade_school_math/data/test.jsonl of github.com"),
@@ -75,10 +81,12 @@ def test_a_run_s_report_shows_what_its_models_solve(
 
 def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
     half = {"solved": 1087, "low": 0.801, "high": 0.846}
-    changed: dict[str, object] = {"hardened": half, "lost": ["id"] * 100, "gained": ["id"] * 10, "p": 1e-9}
+    changed: dict[str, object] = {"lost": ["id"] * 100, "gained": ["id"] * 10, "p": 1e-9}
+    file = {"file": "[b]-safer-Q4_K_M.gguf", "n": 9, "solved": 9, "low": 0.7, "high": 1.0, **changed, "p": 0.5}
+    record = {"task": "humaneval", "n": 1319, "base": half, "hardened": half, **changed, "files": [file]}
     console = SafeConsole(width=80, color_system=None)
     with console.capture() as captured:
-        console.print(capability_table([{"task": "humaneval", "n": 1319, "base": half, **changed}]))
+        console.print(capability_table([record]))
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
@@ -86,7 +94,45 @@ def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
         ["humaneval, n = 1319", "", "", "", ""],
         ["base", "1087: 82 % (80-85)", "", "", ""],
         ["hardened", "1087: 82 % (80-85)", "100", "10", "below 0.001"],
+        ["[b]-safer-Q4_K_M.gguf,", "9: 100 % (70-100)", "100", "10", "0.50"],
+        ["n = 9", "", "", "", ""],
     ]
+    assert "of a file against the hardened model" in " ".join(" ".join(lines).split())
+
+
+def test_files_are_looked_at_before_the_run_is_asked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = str(write_tasks(tmp_path / "files", programs=0, numbers=1))
+    line = ["eval", str(run), "--tasks-from", files, "--capability", "gsm8k"]
+    monkeypatch.setattr(llama, "find_spec", lambda name: None)
+    assert main([*line, "--gguf", "a.gguf"]) == 1
+    assert "llama.cpp is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(llama, "find_spec", lambda name: name)
+    (tmp_path / "no.gguf").write_bytes(b"PK\x03\x04")
+    for name in ("gone.gguf", "no.gguf", ""):
+        assert main([*line, "--gguf", str(tmp_path / name)]) == 2
+        assert f"There is no GGUF file {tmp_path / name}." in capsys.readouterr().err
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert main([*line, "--gguf", str(tmp_path / "a.gguf"), "--gguf", str(tmp_path / "a.gguf")]) == 2
+    assert "the same name" in capsys.readouterr().err
+
+
+def test_a_file_of_another_model_is_told(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for record, said in (
+        ({}, []),
+        ({"run": run.name, "strength": 1.0}, []),
+        ({"run": run.name, "strength": 0.5}, [f"a.gguf was exported from {run.name} at strength 0.5, and is compared"]),
+        ({"run": "other", "strength": 1}, ["a.gguf was exported from other at strength 1, and is compared"]),
+    ):
+        (tmp_path / ARTIFACTS).write_text(json.dumps(record))
+        events: list[Event] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llama, "find_spec", lambda name: name)
+            check_files([tmp_path / "a.gguf"], RunFolder(run), events.append)
+        told = [event.message for event in events if isinstance(event, Warned)]
+        assert len(told) == len(said) and all(text in message for message, text in zip(told, said, strict=True))
 
 
 def test_a_model_alone_has_one_column(planted_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

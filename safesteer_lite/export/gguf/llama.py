@@ -30,6 +30,16 @@ _SLOWEST_BYTES_A_SECOND = 10_000_000
 _SERVE = "from safesteer_lite.export.gguf.llama_child import serve; serve(*sys.argv[1:])"
 
 
+def check_llama() -> None:
+    """See that llama.cpp is installed.
+
+    Raises:
+        ExportError: it is not.
+    """
+    if find_spec("xllamacpp") is None:
+        raise ExportError("llama.cpp is not installed.", INSTALL)
+
+
 @dataclass(frozen=True)
 class Answer:
     """One greedy answer.
@@ -59,8 +69,7 @@ class LlamaCpp:
             FailedCheck: llama.cpp cannot load it.
             ExportError: llama.cpp is not installed.
         """
-        if find_spec("xllamacpp") is None:
-            raise ExportError("llama.cpp is not installed.", INSTALL)
+        check_llama()
         self._name, self._context = (adapter or file).name, context
         beside = [str(adapter.absolute())] if adapter else []
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
@@ -106,11 +115,20 @@ class LlamaCpp:
         first = {entry["id"]: entry["logprob"] for entry in steps[0]["top_logprobs"] if entry["logprob"] is not None}
         return Answer(tuple(step["id"] for step in steps), first)
 
-    def answers(self, prompts: Sequence[Sequence[int]], tokens: int, done: Callable[[int], None]) -> list[str]:
-        """Greedy answers as text, one after the other: on a CPU, answering several at once gains nothing."""
-        found = []
+    def answers(
+        self, prompts: Sequence[Sequence[int]], tokens: int, done: Callable[[int], None], until: str = ""
+    ) -> list[str]:
+        """Greedy answers as text, one after the other: on a CPU, answering several at once gains nothing.
+
+        Args:
+            prompts: as token ids.
+            tokens: of an answer, at most.
+            done: called with the number of answers so far.
+            until: an answer ends before this text; empty for no such text.
+        """
+        found, more = [], {"stop": [until]} if until else {}
         for prompt in prompts:
-            found.append(str(self._complete(prompt, tokens)["choices"][0]["text"]))
+            found.append(str(self._complete(prompt, tokens, **more)["choices"][0]["text"]))
             done(len(found))
         return found
 

@@ -25,9 +25,9 @@ def asked_tasks(options: argparse.Namespace) -> list[Task]:
         UsageError: a task or its file is not there, an option is wrong, or programs would be run that nobody allowed.
     """
     if not options.capability:
-        if options.tasks_from or options.limit is not None or options.allow_code_execution:
+        if options.tasks_from or options.limit is not None or options.allow_code_execution or options.gguf:
             raise UsageError(
-                "--tasks-from, --limit and --allow-code-execution belong to --capability.",
+                "--tasks-from, --limit, --gguf and --allow-code-execution belong to --capability.",
                 "Name its tasks, such as --capability gsm8k, or leave them out.",
             )
         return []
@@ -56,6 +56,54 @@ def asked_tasks(options: argparse.Namespace) -> list[Task]:
 
 
 _LIMITS = "an empty folder and limits on time, memory, files, other programs and the network"
+
+
+def check_files(files: list[Path], folder: RunFolder | None, emit: Emit) -> None:
+    """See that GGUF files can be asked, before hours are spent on the run's models.
+
+    Args:
+        files: what `--gguf` names.
+        folder: the run that they were exported from; None for a model.
+        emit: is told where a file's own record says that it is another model.
+
+    Raises:
+        UsageError: there is no run, no such file, or it is no GGUF file.
+        ExportError: llama.cpp is not installed.
+        RunFolderError: the record beside a file is damaged.
+    """
+    from safesteer_lite.events import Warned
+    from safesteer_lite.export.gguf.llama import check_llama
+    from safesteer_lite.export.rows import made_from
+
+    if not files:
+        return
+    if folder is None:
+        raise UsageError("--gguf compares files with the run that they were exported from.", "Name that run.")
+    check_llama()
+    if len({file.name for file in files}) < len(files):
+        raise UsageError("Two files of --gguf have the same name.", "Name each once, or rename one.")
+    for file in files:
+        if not _is_gguf(file):
+            raise UsageError(f"There is no GGUF file {file}.", "Name a file that `safesteer-lite export` wrote.")
+        run, strength = made_from(file.parent)
+        if run not in ("", folder.path.name) or strength != 1:
+            emit(
+                Warned(
+                    "capability",
+                    f"{file.name} was exported from {run or 'a run'} at strength {strength:g}, and is compared with "
+                    f"{folder.path.name} at strength 1: what differs need not come from rounding.",
+                )
+            )
+
+
+def _is_gguf(file: Path) -> bool:
+    from safesteer_lite.runs.durable import open_regular
+
+    try:
+        with open_regular(file) as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def measure_tasks(
@@ -90,7 +138,8 @@ def measure_tasks(
     if folder:
         folder.folder("distill", "adapter")
         with folder.lock():
-            records = capability.measure(Session(settings, folder, base, emit, stage="capability"), tasks, limit)
+            session = Session(settings, folder, base, emit, stage="capability")
+            records = capability.measure(session, tasks, limit, files=options.gguf)
             if (folder.path / "report.json").is_file():
                 report.write(folder, open_settings(folder))  # The report shows what was solved.
     else:
