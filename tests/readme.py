@@ -13,6 +13,7 @@ from typing import Any
 from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import Rate, kinds_of
 from safesteer_lite.evaluation.suites import SUITES
+from safesteer_lite.evaluation.tasks import KINDS
 from safesteer_lite.hardware.known import KNOWN, fit_table
 from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.report.picture import picture
@@ -162,19 +163,46 @@ def suites_table() -> str:
     rows = []
     for suite in SUITES.values():
         file = suite.file
-        hub = file.host == "hub"
-        address = f"https://{'huggingface.co/datasets' if hub else 'github.com'}/{file.repository}"
         kept = " and ".join(
             f"`{column}` is {f'`{value}`' if value else 'empty'}" for column, value in suite.keep.items()
         )
         rest = "; ".join(filter(None, [kept, f"{suite.limit} of them" if suite.limit else ""]))
-        cells = (suite.name, suite.kind, f"[{file.repository}]({address})", f"`{file.commit[:7]}`", rest, file.licence)
+        cells = (
+            suite.name,
+            suite.kind,
+            f"[{file.repository}]({file.address})",
+            f"`{file.commit[:7]}`",
+            rest,
+            file.licence,
+        )
         rows.append(f"| {' | '.join(cells)} |")
     head = [
         "| suite | prompts | where | commit | rows that are asked | licence |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join([*head, *rows])
+
+
+def tasks_table() -> str:
+    """The tasks that `--capability` knows."""
+    rows = [
+        "| task | problems | longest answer | where | commit | name in a folder | licence |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, kind in KINDS.items():
+        file = kind.file
+        where = f"`{file.path}` of [{file.repository}]({file.address})"
+        cells = (
+            name,
+            kind.asks,
+            f"{kind.tokens} tokens",
+            where,
+            f"`{file.commit[:7]}`",
+            f"`{kind.name}`",
+            file.licence,
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def demo() -> dict[str, Any]:
@@ -230,6 +258,7 @@ PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (SETTINGS, "presets"): preset_table,
     (DOCS / "results.md", "demo table"): demo_table,
     (DOCS / "method.md", "suites"): suites_table,
+    (DOCS / "method.md", "tasks"): tasks_table,
     (DOCS / "development.md", "tree"): tree,
 }
 """What is made, by the page and the comment that it stands behind."""

@@ -1,82 +1,31 @@
-"""Tasks that a model can solve or not: HumanEval and GSM8K, read from the files that their authors publish.
+"""Tasks that a model can solve or not, read from the files that their authors publish: HumanEval, GSM8K and MMLU.
 
-The files are the user's own: none is part of this project, and none is fetched.
+None of the files is part of this project. One is fetched when its task is asked for, at a fixed commit, unless the user has it.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
 import re
-from abc import ABC, abstractmethod
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from safesteer_lite.errors import UsageError
-from safesteer_lite.evaluation.programs import passes, program_of
+from safesteer_lite.evaluation.problems import LETTERS, ChoiceProblem, NumberProblem, Problem, ProgramProblem, decimal
+from safesteer_lite.events import Emit, Warned
 from safesteer_lite.runs.durable import parse_json_lines, read_bytes
+from safesteer_lite.sources.dataset import PinnedFile, fetch_pinned
 
-_LARGEST_FILE = 64 << 20
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-# Where an answer says that this is its number: behind the data set's own mark, or in the box of a formula.
-_MARKED = re.compile(rf"(?:####|\\boxed\{{)[^\w\n.-]*({_NUMBER.pattern})")
-
-
-@dataclass(frozen=True)
-class Problem(ABC):
-    """One thing to solve.
-
-    Attributes:
-        id: what its authors call it, or its place among them.
-        prompt: what the model is asked.
-    """
-
-    id: str
-    prompt: str
-
-    @abstractmethod
-    def solved_by(self, answer: str) -> bool:
-        """Whether an answer is right."""
-
-
-@dataclass(frozen=True)
-class ProgramProblem(Problem):
-    """A function to write, as in HumanEval (arXiv 2107.03374).
-
-    Attributes:
-        source: the beginning of a program, up to the function's docstring.
-        function: the function's name.
-        tests: defines `check`, which takes the function and raises where it is wrong.
-    """
-
-    source: str
-    function: str
-    tests: str
-
-    def solved_by(self, answer: str) -> bool:
-        """Whether the answer's program passes the tests, for which it is run."""
-        program = program_of(answer, self.source, self.function)
-        return passes(f"{program}\n\n{self.tests}\n\ncheck({self.function})\n")
-
-
-@dataclass(frozen=True)
-class NumberProblem(Problem):
-    """A question whose answer is a number, as in GSM8K (arXiv 2110.14168).
-
-    Attributes:
-        number: the right one.
-    """
-
-    number: Decimal
-
-    def solved_by(self, answer: str) -> bool:
-        """Whether the answer's number is the right one: the last that is marked as such, else the last of all."""
-        found = _MARKED.findall(answer) or _NUMBER.findall(answer)
-        return bool(found) and _decimal(found[-1]) == self.number
+_LARGEST_FILE = 256 << 20
+_LARGEST_CONTENT = 64 << 20
+_SUBJECT = re.compile(r"data/test/(\w+)_test\.csv")
 
 
 @dataclass(frozen=True)
@@ -86,7 +35,7 @@ class Task:
     Attributes:
         name: as `--capability` calls it.
         tokens: the longest answer.
-        problems: in the order of the file.
+        problems: in the order in which they are asked.
         runs_programs: whether answers are run to judge them.
     """
 
@@ -106,21 +55,33 @@ class Kind:
     """How a task is read.
 
     Attributes:
-        file: the name of its file.
-        home: where its authors publish that, in words.
+        file: what its authors publish, as it was when this project pinned it.
+        name: of the file in a folder of the user's.
         tokens: the longest answer.
-        read: makes a problem of a line's record and its place.
+        asks: what there is to solve, in words.
+        read: makes problems of the file's content, in order.
         runs_programs: whether answers are run to judge them.
     """
 
-    file: str
-    home: str
+    file: PinnedFile
+    name: str
     tokens: int
-    read: Callable[[Mapping[str, Any], int], Problem]
-    runs_programs: bool
+    asks: str
+    read: Callable[[bytes], list[Problem]]
+    runs_programs: bool = False
+
+    @property
+    def home(self) -> str:
+        """Where its authors publish the file, in words."""
+        return f"{self.file.path} of {self.file.address} at {self.file.commit[:7]}, licence {self.file.licence}"
 
 
-def _program_problem(record: Mapping[str, Any], place: int) -> Problem:
+def _programs(content: bytes) -> list[Problem]:
+    with gzip.open(io.BytesIO(content)) as stream:
+        return [_program(record) for record in parse_json_lines(stream.read(_LARGEST_CONTENT))]
+
+
+def _program(record: Mapping[str, Any]) -> Problem:
     source = str(record["prompt"])
     asked = (
         f"Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{source}```"
@@ -128,65 +89,127 @@ def _program_problem(record: Mapping[str, Any], place: int) -> Problem:
     return ProgramProblem(str(record["task_id"]), asked, source, str(record["entry_point"]), str(record["test"]))
 
 
-def _number_problem(record: Mapping[str, Any], place: int) -> Problem:
+def _numbers(content: bytes) -> list[Problem]:
+    return [_number(record, place) for place, record in enumerate(parse_json_lines(content))]
+
+
+def _number(record: Mapping[str, Any], place: int) -> Problem:
     question = str(record["question"])
     # No mark is asked for: a small model wrote it first, with nothing behind it.
     asked = f"{question}\n\nThink step by step, and end with the number that answers the question."
-    return NumberProblem(f"GSM8K/{place}", asked, _decimal(str(record["answer"]).rpartition("####")[2].strip()))
+    return NumberProblem(f"GSM8K/{place}", asked, decimal(str(record["answer"]).rpartition("####")[2].strip()))
 
 
+def _choices(content: bytes) -> list[Problem]:
+    """The test questions of an archive with one CSV file a subject; subjects take turns, so that a few are of all of them."""
+    subjects = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            if (found := _SUBJECT.fullmatch(member.name)) and (stream := archive.extractfile(member)):
+                rows = csv.reader(io.StringIO(stream.read(_LARGEST_CONTENT).decode("utf-8"), newline=""))
+                subjects[found[1]] = [_choice(found[1], place, row) for place, row in enumerate(rows)]
+    turns = zip_longest(*(subjects[name] for name in sorted(subjects)))
+    return [problem for problem in chain.from_iterable(turns) if problem is not None]
+
+
+def _choice(subject: str, place: int, row: list[str]) -> Problem:
+    question, *choices, letter = row
+    if len(choices) != len(LETTERS) or letter not in LETTERS:
+        raise ValueError(f"question {place} of {subject} has not four choices and a letter")
+    listed = "\n".join(f"{name}. {choice}" for name, choice in zip(LETTERS, choices, strict=True))
+    asked = (
+        f"A question about {subject.replace('_', ' ')}:\n\n{question}\n\n{listed}\n\n"
+        "Answer with the letter of the right choice alone."
+    )
+    return ChoiceProblem(f"MMLU/{subject}/{place}", asked, letter)
+
+
+# Each commit and checksum was found in public repositories that had fetched the file and pinned it.
 KINDS: dict[str, Kind] = {
     "humaneval": Kind(
-        "HumanEval.jsonl.gz", "data/HumanEval.jsonl.gz of github.com/openai/human-eval", 320, _program_problem, True
+        PinnedFile(
+            "github",
+            "openai/human-eval",
+            "463c980b59e818ace59f6f9803cd92c749ceae61",
+            "data/HumanEval.jsonl.gz",
+            "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+            "MIT",
+            "--tasks-from",
+        ),
+        "HumanEval.jsonl.gz",
+        320,
+        "164 functions to write",
+        _programs,
+        runs_programs=True,
     ),
     "gsm8k": Kind(
+        PinnedFile(
+            "github",
+            "openai/grade-school-math",
+            "3101c7d5072418e28b9008a6636bde82a006892c",
+            "grade_school_math/data/test.jsonl",
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+            "MIT",
+            "--tasks-from",
+        ),
         "gsm8k_test.jsonl",
-        "grade_school_math/data/test.jsonl of github.com/openai/grade-school-math",
         400,
-        _number_problem,
-        False,
+        "1,319 word problems",
+        _numbers,
+    ),
+    "mmlu": Kind(
+        PinnedFile(
+            "hub",
+            "cais/mmlu",
+            "c30699e8356da336a370243923dbaf21066bb9fe",
+            "data.tar",
+            "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b",
+            "MIT",
+            "--tasks-from",
+        ),
+        "mmlu.tar",
+        32,
+        "14,042 questions of 57 subjects with four choices",
+        _choices,
     ),
 }
 
 
-def read_task(folder: Path, name: str) -> Task:
-    """A task from the file that a folder holds of it.
+def read_task(folder: Path | None, name: str, emit: Emit, stage: str) -> Task:
+    """A task from its file.
 
     Args:
-        folder: where the user keeps the files.
+        folder: where the user keeps the files; None to have the file fetched, if it is not on this machine.
         name: one of `KINDS`.
+        emit: is told size and licence before a download, its progress, and where a file of the user's is another one.
+        stage: the name that the events carry.
 
     Raises:
         UsageError: there is no such task, its file is missing, or it is not what it should be.
+        PromptError: the file cannot be fetched, or what came is not the file.
+        DiskSpaceError: the download does not fit.
     """
     if name not in KINDS:
         raise UsageError(f"There is no task {name!r}.", f"There are: {', '.join(KINDS)}.")
     kind = KINDS[name]
-    path, hint = folder / kind.file, f"It is {kind.home}; put it there as {kind.file}."
+    path = folder / kind.name if folder else fetch_pinned(kind.file, emit, stage)
+    hint = f"It is {kind.home}; put it there as {kind.name}, or leave out --tasks-from to have it fetched."
     try:
         content = read_bytes(path, _LARGEST_FILE)
-        if path.suffix == ".gz":
-            with gzip.open(io.BytesIO(content)) as stream:
-                content = stream.read(_LARGEST_FILE)
-        problems = tuple(kind.read(record, place) for place, record in enumerate(parse_json_lines(content)))
+        problems = tuple(kind.read(content))
     except FileNotFoundError:
         raise UsageError(f"There is no {path}.", hint) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.", hint) from error
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, csv.Error, tarfile.TarError) as error:
         raise UsageError(f"{path} is not the file of {name}: {type(error).__name__}, {error}.", hint) from error
     if not problems or len({problem.id for problem in problems}) < len(problems):
         raise UsageError(f"{path} has no problems, or one twice.", hint)
+    if hashlib.sha256(content).hexdigest() != kind.file.sha256:
+        emit(
+            Warned(
+                stage,
+                f"{path.name} is not the file of {kind.file}: its checksum differs. The figures are those of this file.",
+            )
+        )
     return Task(name, kind.tokens, problems, kind.runs_programs)
-
-
-def _decimal(text: str) -> Decimal:
-    """A number as people write it, with commas between thousands.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return Decimal(text.replace(",", ""))
-    except InvalidOperation:
-        raise ValueError(f"{text!r} is no number") from None

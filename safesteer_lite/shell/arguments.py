@@ -92,13 +92,13 @@ def _training(commands: Commands) -> None:
         "--capability",
         type=_filled,
         metavar="TASK,TASK",
-        help="solve tasks instead: humaneval, gsm8k; before and after, problem by problem",
+        help="solve tasks instead: humaneval, gsm8k, mmlu; before and after, problem by problem; their files are fetched",
     )
     evaluate.add_argument(
         "--tasks-from",
         type=_path,
         metavar="FOLDER",
-        help="with --capability: where HumanEval.jsonl.gz and gsm8k_test.jsonl are, which are yours to get",
+        help="with --capability: where HumanEval.jsonl.gz, gsm8k_test.jsonl and mmlu.tar are, so that none is fetched",
     )
     evaluate.add_argument("--limit", type=int, metavar="N", help="with --capability: the first N problems of each task")
     evaluate.add_argument(

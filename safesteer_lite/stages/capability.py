@@ -13,8 +13,9 @@ import torch
 from safesteer_lite.errors import ExportError
 from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.capability import Solution, Solutions, Who
+from safesteer_lite.evaluation.problems import Problem
 from safesteer_lite.evaluation.programs import BLOCK_ENDS
-from safesteer_lite.evaluation.tasks import Problem, Task
+from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, ignore

@@ -10,8 +10,22 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import UsageError
-from safesteer_lite.evaluation.tasks import NumberProblem, ProgramProblem, read_task
-from tests.evaluation.task_files import DOUBLE, write_tasks
+from safesteer_lite.evaluation import tasks
+from safesteer_lite.evaluation.problems import ChoiceProblem, NumberProblem, ProgramProblem
+from safesteer_lite.evaluation.tasks import KINDS, Task
+from safesteer_lite.evaluation.tasks import read_task as read
+from safesteer_lite.events import Emit, Event, Warned, discard
+from safesteer_lite.sources.dataset import PinnedFile
+from tests.evaluation.task_files import DOUBLE, archive, write_tasks
+
+
+def read_task(folder: Path, name: str) -> Task:
+    """A task from a folder; that the files of these tests are not the authors' is told each time."""
+    events: list[Event] = []
+    task = read(folder, name, events.append, "capability")
+    [told] = [event.message for event in events if isinstance(event, Warned)]
+    assert told.startswith(f"{KINDS[name].name} is not the file of {KINDS[name].file.repository}")
+    return task
 
 
 def test_problems_are_read_in_order_and_asked_in_this_project_s_words(tmp_path: Path) -> None:
@@ -84,14 +98,84 @@ def test_a_program_is_solved_by_running_the_task_s_tests() -> None:
         ("gsm8k", b'{"question": "x", "answer": "no number"}', "'no number' is no number"),
         ("gsm8k", b"[]", "TypeError"),
         ("gsm8k", b"{", "ValueError|JSONDecodeError"),
-        ("mmlu", None, "There is no task 'mmlu'"),
+        ("mmlu", b"no archive", "ReadError"),
+        ("mmlu", archive({"a": [["?", "1", "2", "3", "A"]]}), "question 0 of a has not four choices"),
+        ("mmlu", archive({"a": [["?", "1", "2", "3", "4", "E"]]}), "question 0 of a has not four choices"),
+        ("mmlu", archive({}), "no problems"),
+        ("ifeval", None, "There is no task 'ifeval'"),
     ],
+    # Compressed content is not the same in every process.
+    ids=map(str, range(14)),
 )
 def test_what_is_no_task_is_told_with_where_to_get_it(
     name: str, content: bytes | None, said: str, tmp_path: Path
 ) -> None:
     if content is not None:
-        (tmp_path / {"humaneval": "HumanEval.jsonl.gz", "gsm8k": "gsm8k_test.jsonl"}[name]).write_bytes(content)
+        (tmp_path / KINDS[name].name).write_bytes(content)
     with pytest.raises(UsageError, match=said) as caught:
-        read_task(tmp_path, name)
-    assert "github.com" in caught.value.hint or name == "mmlu"
+        read(tmp_path, name, discard, "capability")
+    assert name not in KINDS or KINDS[name].file.address in caught.value.hint
+
+
+LETTERS = [
+    ("B", True),
+    ("b", False),
+    (" B. Paris", True),
+    ("**B**", True),
+    ("(B)", True),
+    ("B) A common mistake", True),
+    ("\\boxed{B}", True),
+    ("B is right, and A is not.", True),
+    ("The correct answer is: **B**.", True),
+    ("Answer: B", True),
+    ("The right choice is (B), because A is none.", True),
+    ("Option B", True),
+    ("A common mistake. The answer is B.", True),
+    ("It is so: $\\boxed{B}$", True),
+    ("A", False),
+    ("A. B", False),
+    ("A is right, and B is not.", False),
+    ("B's are many, so the answer is A", False),
+    ("Because of this, I would say so.", False),
+    ("Both B and C", False),
+    ("The answer is not clear to me. B", False),
+    ("", False),
+]
+
+
+@pytest.mark.parametrize(("answer", "right"), LETTERS)
+def test_the_letter_of_an_answer(answer: str, right: bool) -> None:
+    assert ChoiceProblem("x", "?", "B").solved_by(answer) is right
+
+
+def test_the_subjects_of_an_archive_take_turns(tmp_path: Path) -> None:
+    subjects = {
+        "world_religions": [["Where?", "here", "there", 'no, "there"', "4", "C"], ["When?", "1", "2", "3", "4", "A"]],
+        "anatomy": [["What\nis it?", "1", "2", "3", "4", "D"]],
+    }
+    (tmp_path / "mmlu.tar").write_bytes(archive(subjects))
+    task = read_task(tmp_path, "mmlu")
+    assert [problem.id for problem in task.problems] == [
+        "MMLU/anatomy/0",
+        "MMLU/world_religions/0",
+        "MMLU/world_religions/1",
+    ]
+    what, where, _ = task.problems
+    assert 'A question about world religions:\n\nWhere?\n\nA. here\nB. there\nC. no, "there"\nD. 4\n' in where.prompt
+    assert what.solved_by("D") and where.solved_by("C") and not task.runs_programs
+
+
+def test_without_a_folder_the_file_is_fetched_and_its_licence_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = write_tasks(tmp_path, programs=0, numbers=2) / "gsm8k_test.jsonl"
+    asked: list[PinnedFile] = []
+
+    def fetched(file: PinnedFile, emit: Emit, stage: str) -> Path:
+        asked.append(file)
+        return place
+
+    monkeypatch.setattr(tasks, "fetch_pinned", fetched)
+    assert len(read(None, "gsm8k", discard, "capability").problems) == 2
+    assert asked == [KINDS["gsm8k"].file] and "--tasks-from" in asked[0].have_it and asked[0].licence == "MIT"
+    assert all(len(kind.file.commit) == 40 and len(kind.file.sha256) == 64 for kind in KINDS.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import ModelError, PromptError
-from safesteer_lite.events import Event, Note, discard
+from safesteer_lite.events import Event, Note, Progress, discard
 from safesteer_lite.sources import dataset
 from safesteer_lite.sources.dataset import PinnedFile, fetch_pinned
 
@@ -76,6 +76,20 @@ def test_a_file_is_told_fetched_once_and_kept(server: Server, tmp_path: Path) ->
     assert fetch_pinned(FILE, events.append, "suites") == place and len(server.asked) == 1
     place.write_bytes(b"changed")
     assert fetch_pinned(FILE, discard, "suites").read_bytes() == CONTENT and len(server.asked) == 2
+
+
+def test_the_progress_of_a_large_file_is_told_and_its_own_option_named(server: Server) -> None:
+    server.content = b"x" * (3 << 20)
+    large = replace(FILE, sha256=hashlib.sha256(server.content).hexdigest(), given_by="--tasks-from")
+    events: list[Event] = []
+    fetch_pinned(large, events.append, "capability")
+    told = [event for event in events if isinstance(event, Progress)]
+    assert 1 < len(told) <= 3 and {event.total for event in told} == {3 << 20}
+    assert [event.done for event in told] == sorted(event.done for event in told)
+    server.status = 404
+    with pytest.raises(PromptError) as failed:
+        fetch_pinned(replace(large, commit="d" * 40), discard, "capability")
+    assert "--tasks-from" in failed.value.hint and "--suite-file" not in failed.value.hint
 
 
 def test_a_data_set_of_the_hub(server: Server) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation import capability as kept
-from safesteer_lite.evaluation.tasks import Problem, Task
+from safesteer_lite.evaluation.problems import Problem
+from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.events import Event, Progress, Warned
 from safesteer_lite.prompts.sets import Kind, prompt_set
 from safesteer_lite.runs.folder import RunFolder

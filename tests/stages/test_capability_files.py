@@ -13,7 +13,8 @@ import pytest
 
 from safesteer_lite.errors import ExportError, Interrupted
 from safesteer_lite.evaluation import capability as kept
-from safesteer_lite.evaluation.tasks import Problem, Task
+from safesteer_lite.evaluation.problems import Problem
+from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.events import Event, Progress
 from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.runs.durable import sha256_of

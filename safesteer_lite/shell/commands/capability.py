@@ -18,11 +18,21 @@ if TYPE_CHECKING:
     from safesteer_lite.sources.base import Base
 
 
-def asked_tasks(options: argparse.Namespace) -> list[Task]:
+STAGE = "capability"
+"""The name that events of the command carry."""
+
+
+def asked_tasks(options: argparse.Namespace, emit: Emit) -> list[Task]:
     """The tasks that a command line names, read from their files; none where it names none.
+
+    Args:
+        options: the command line.
+        emit: is told of what is fetched, once every option has been looked at.
 
     Raises:
         UsageError: a task or its file is not there, an option is wrong, or programs would be run that nobody allowed.
+        PromptError: a file cannot be fetched.
+        DiskSpaceError: the download does not fit.
     """
     if not options.capability:
         if options.tasks_from or options.limit is not None or options.allow_code_execution or options.gguf:
@@ -37,12 +47,6 @@ def asked_tasks(options: argparse.Namespace) -> list[Task]:
     unknown = [name for name in names if name not in KINDS]
     if unknown:
         raise UsageError(f"There is no task {unknown[0]!r}.", f"There are: {', '.join(KINDS)}.")
-    if not options.tasks_from:
-        files = "; ".join(f"{KINDS[name].file} is {KINDS[name].home}" for name in names)
-        raise UsageError(
-            "The tasks' files are not part of this program, and it fetches none.",
-            f"Put them into a folder and name it with --tasks-from: {files}.",
-        )
     if options.limit is not None and options.limit < 1:
         raise UsageError("--limit must be at least 1.", "Leave it out to ask every problem.")
     running = [name for name in names if KINDS[name].runs_programs]
@@ -52,7 +56,7 @@ def asked_tasks(options: argparse.Namespace) -> list[Task]:
             "but no sandbox.",
             f"Add --allow-code-execution if you accept that, or leave {running[0]} out.",
         )
-    return [read_task(options.tasks_from, name) for name in names]
+    return [read_task(options.tasks_from, name, emit, STAGE) for name in names]
 
 
 _LIMITS = "an empty folder and limits on time, memory, files, other programs and the network"
@@ -89,7 +93,7 @@ def check_files(files: list[Path], folder: RunFolder | None, emit: Emit) -> None
         if run not in ("", folder.path.name) or strength != 1:
             emit(
                 Warned(
-                    "capability",
+                    STAGE,
                     f"{file.name} was exported from {run or 'a run'} at strength {strength:g}, and is compared with "
                     f"{folder.path.name} at strength 1: what differs need not come from rounding.",
                 )
@@ -138,13 +142,13 @@ def measure_tasks(
     if folder:
         folder.folder("distill", "adapter")
         with folder.lock():
-            session = Session(settings, folder, base, emit, stage="capability")
+            session = Session(settings, folder, base, emit, stage=STAGE)
             records = capability.measure(session, tasks, limit, files=options.gguf)
             if (folder.path / "report.json").is_file():
                 report.write(folder, open_settings(folder))  # The report shows what was solved.
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            session = Session(settings, RunFolder(Path(scratch)), base, emit, stage="capability")
+            session = Session(settings, RunFolder(Path(scratch)), base, emit, stage=STAGE)
             records = capability.measure(session, tasks, limit, trained=False)
     if options.json:
         tell_json({"event": "Capability", "tasks": records})

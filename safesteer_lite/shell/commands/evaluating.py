@@ -29,7 +29,8 @@ def eval_command(options: argparse.Namespace) -> int:
     """`eval`: a run's adapter, or any model as it is."""
     from safesteer_lite.shell.commands.capability import asked_tasks, check_files, measure_tasks
 
-    tasks, emit, folder = asked_tasks(options), sink(options), _run_that_is_named(options)
+    emit = sink(options)
+    tasks, folder = asked_tasks(options, emit), _run_that_is_named(options)
     if tasks and (options.suite or options.suite_file or options.judge):
         raise UsageError("--capability goes with no suite and no judge.", "Ask for one after the other.")
     if tasks:
