@@ -54,31 +54,44 @@ def measure(
     kept = capability.saved(session.run) if trained else {}
     keep = partial(capability.save, session.run, kept) if trained else _nothing
     way = f"{session.config.model.precision} {session.config.prompts.prompt_tokens}"
-    models: tuple[Who, ...] = ("base", "hardened") if trained else ("base",)
     asked = [(task, task.problems[: limit or None]) for task in tasks]
     for task, problems in asked:
         found = Solutions.none_yet(task, way)
         if task.name in kept and kept[task.name].way == found.way:
             found = kept[task.name]
         kept[task.name] = found
-        for model in models:
-            waiting = _waiting(problems, found.of(model))
-            if not waiting:
-                continue
-            policy = _loaded(session, trained=trained)
-            if too_long := policy.too_long([problem.prompt for problem in waiting]):
-                session.warn(
-                    f"{too_long} problems of {task.name} are longer than {policy.prompt_tokens} tokens and lose the middle "
-                    "of their text: raise prompts.prompt_tokens."
-                )
-            with policy.model.adapters_off() if model == "base" else nullcontext():
-                _solve(session, task, model, waiting, found.of(model), _answering(policy, task), keep)
+        _ask_models(session, task, problems, found, keep, trained=trained)
     _ask_files(session, asked, kept, files, keep)
     return [capability.compare(task.name, kept[task.name]) for task in tasks]
 
 
 def _nothing() -> None:
     """A model that is no run has no folder to keep anything in."""
+
+
+def _ask_models(
+    session: Session,
+    task: Task,
+    problems: Sequence[Problem],
+    found: Solutions,
+    keep: Callable[[], None],
+    *,
+    trained: bool,
+) -> None:
+    """Ask the base and, of a run, the hardened model what they have not answered yet."""
+    models: tuple[Who, ...] = ("base", "hardened") if trained else ("base",)
+    for model in models:
+        waiting = _waiting(problems, found.of(model))
+        if not waiting:
+            continue
+        policy = _loaded(session, trained=trained)
+        if too_long := policy.too_long([problem.prompt for problem in waiting]):
+            session.warn(
+                f"{too_long} problems of {task.name} are longer than {policy.prompt_tokens} tokens and lose the middle of "
+                "their text: raise prompts.prompt_tokens."
+            )
+        with policy.model.adapters_off() if model == "base" else nullcontext():
+            _solve(session, task, model, waiting, found.of(model), _answering(policy, task), keep)
 
 
 def _waiting(problems: Sequence[Problem], solutions: Mapping[str, Solution]) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from safesteer_lite.evaluation import capability as kept
 from safesteer_lite.evaluation.problems import Problem
 from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.events import Event, Progress
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.sets import prompt_set
+from safesteer_lite.report import parts
+from safesteer_lite.report.source import Source
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
@@ -118,7 +122,18 @@ def requests(run: RunFolder, name: str, task: str = "obliging") -> dict[str, dic
 def test_a_file_is_asked_the_tokens_of_the_run_s_models_and_compared_with_the_hardened_one(
     run: RunFolder, file: Path
 ) -> None:
-    [found] = capability.measure(session(run), [TASK], limit=3, files=[file])
+    models: list[weakref.ref[PlainModel]] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Progress) and event.what == "answers of obliging, base":
+            models.append(weakref.ref(asking.policy.model))
+        if isinstance(event, Progress) and event.what == f"answers of obliging, {file.name}":
+            assert models[0]() is None, "the run's model is gone before a file needs the memory"
+
+    asking = session(run)
+    asking.emit = watch
+    [found] = capability.measure(asking, [TASK], limit=3, files=[file])
+    assert models
     asked, tokens = requests(run, file.name), encoded(run)
     assert {name: request["prompt"] for name, request in asked.items()} == {
         problem.id: tokens[problem.prompt] for problem in PROBLEMS[:3]
@@ -130,6 +145,8 @@ def test_a_file_is_asked_the_tokens_of_the_run_s_models_and_compared_with_the_ha
     assert told["hardened"] == told["kept"] == found["hardened"]["solved"]
     assert len(told["gained"]) == 3 - found["hardened"]["solved"] > 0
     assert kept.records(run) == [found]
+    page = str(parts.capability(Source(run, {"capability": [found]})))
+    assert f"obliging, {file.name}" in page and "3\u00a0of\u00a03" in page and "what their fewer bits cost" in page
 
 
 def test_an_interrupt_costs_one_batch_and_another_file_of_the_same_name_is_asked_anew(
