@@ -191,7 +191,7 @@ def tasks_table() -> str:
     ]
     for name, kind in KINDS.items():
         file = kind.file
-        where = f"`{file.path}` of [{file.repository}]({file.address})"
+        where = f"{file.path} of [{file.repository}]({file.address})"
         cells = (
             name,
             kind.asks,

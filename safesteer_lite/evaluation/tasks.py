@@ -103,7 +103,7 @@ def _number(record: Mapping[str, Any], place: int) -> Problem:
 def _choices(content: bytes) -> list[Problem]:
     """The test questions of an archive with one CSV file a subject; subjects take turns, so that a few are of all of them."""
     subjects = {}
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         for member in archive:
             if (found := _SUBJECT.fullmatch(member.name)) and (stream := archive.extractfile(member)):
                 rows = csv.reader(io.StringIO(stream.read(_LARGEST_CONTENT).decode("utf-8"), newline=""))
