@@ -110,14 +110,14 @@ def _fetch(file: PinnedFile, folder: Path, emit: Emit, stage: str) -> bytes:
             require_space(folder, size, f"the file of {file}")
             told = readable_size(size) if size >= 1e6 else f"{size / 1e3:.0f} kB" if size else "size not stated"
             emit(Note(stage, f"Fetching {Path(file.path).name} of {file}: {told}, licence {file.licence}."))
-            content, told = bytearray(), 0
+            content, reported = bytearray(), 0
             for block in answer.iter_bytes():
                 content += block
                 if len(content) > LARGEST:
                     raise PromptError(f"What comes in place of {file} does not end.", file.have_it)
-                if len(content) - told >= _PIECE:
-                    told = len(content)
-                    emit(Progress(stage, "bytes fetched", told, max(size, told)))
+                if len(content) - reported >= _PIECE:
+                    reported = len(content)
+                    emit(Progress(stage, "bytes fetched", reported, max(size, reported)))
     except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:
         raise PromptError(
             f"{file} cannot be fetched: {first_line(error).rstrip('.')}.", f"Connect and try again. {file.have_it}"
