@@ -97,10 +97,10 @@ class PlainModel:
         self._softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self._first_adapter_layer = first_adapter_layer if first_adapter_layer is not None else len(self.layers)
         self._end_of_turn = end_of_turn_ids(causal, tokenizer)
-        # A special token that the vocabulary does not have has no id.
-        self._special = frozenset(int(index) for index in tokenizer.all_special_ids if index is not None) | frozenset(
-            int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        )
+        # A special token that the vocabulary does not have has no id, and one that only other models read has no row.
+        named = [int(index) for index in tokenizer.all_special_ids if index is not None]
+        named += [int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._special = frozenset(index for index in named if index < self.decoder.embed_tokens.num_embeddings)
 
     @property
     def device(self) -> torch.device:

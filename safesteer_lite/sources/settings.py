@@ -42,6 +42,9 @@ _OF_TEXT_ALONE = {
 # The code of Phi 3 and Phi 4, which transformers has taken over: models of both still name it.
 _IN_LIBRARY = {"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"}
 
+PICTURE = "<image_soft_token>"
+"""What stands for a picture in the tokenizer of every Gemma 3, and has no row in those that read text alone."""
+
 # What libraries can run or switch on because a settings file says so.
 _OWN_CODE = ("auto_map", "custom_pipelines")
 _ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
@@ -317,7 +320,7 @@ def _read_tokenizer(folder: Path, findings: Findings) -> int:
     check_code("tokenizer_config.json", settings, findings)
     _check_chat_template(folder, settings, findings)
     special = settings.get("added_tokens_decoder", {})
-    added = list(special) if isinstance(special, dict) else []
+    added = [index for index, entry in special.items() if not is_picture(entry)] if isinstance(special, dict) else []
     if not isinstance(special, dict) or not all(isinstance(index, str) and index.isdecimal() for index in added):
         findings.add("tokenizer_config.json numbers its added_tokens_decoder in another way than libraries read", AGAIN)
         added = []
@@ -341,10 +344,15 @@ def _token_ids(content: Any) -> list[int]:
     vocabulary = content["model"]["vocab"]
     # Unigram models list their tokens in order; the others number them.
     ids = list(range(len(vocabulary))) if isinstance(vocabulary, list) else list(vocabulary.values())
-    ids += [entry["id"] for entry in content.get("added_tokens") or []]
+    ids += [entry["id"] for entry in content.get("added_tokens") or [] if not is_picture(entry)]
     if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
         raise TypeError
     return ids
+
+
+def is_picture(entry: object) -> bool:
+    """Whether an entry of a tokenizer's added tokens is `PICTURE`."""
+    return isinstance(entry, dict) and entry.get("content") == PICTURE
 
 
 def _check_chat_template(folder: Path, settings: Mapping[str, Any], findings: Findings) -> None:

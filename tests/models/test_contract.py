@@ -23,7 +23,6 @@ EVERY = (*tiny.ARCHITECTURES, *tiny.FURTHER)
 CASES = [
     *((architecture, precision) for architecture in tiny.ARCHITECTURES for precision in tiny.PRECISIONS),
     *((architecture, "fp32") for architecture in tiny.FURTHER),
-    *(("gemma2", "bf16"), ("phi3", "nf4-packed")),
 ]
 
 
@@ -179,7 +178,7 @@ def test_reading_a_shared_prefix_once_changes_nothing(loaded: tuple[Policy, str]
 
 
 @pytest.mark.parametrize("window", [20, 400])
-@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
 def test_a_window_sees_the_same_with_a_shared_prefix(architecture: str, window: int, tmp_path: Path) -> None:
     """Padding stands between the prefix and a short prompt, and must not push the prefix out of the window."""
     folder = tiny.save_model(tmp_path / "model", architecture, sliding_window=window)
@@ -340,7 +339,7 @@ def test_self_check_passes_on_a_fresh_adapter(
         assert torch.equal(parameter, known) and parameter.grad is None
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "phi3"])
 def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: str, tiny_policy: tiny.Loader) -> None:
     """Where bitsandbytes repacks, base layers pass no gradient on, and only the residual stream still does."""
     found = []
@@ -355,7 +354,7 @@ def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: s
         assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_unpacked_4bit_weights_give_the_packed_forward(architecture: str, tiny_policy: tiny.Loader) -> None:
     """The weights are the same numbers; only kernels and thus the last bf16 bits may differ."""
     packed, unpacked = tiny_policy(architecture, "nf4-packed"), tiny_policy(architecture, "nf4-unpacked")

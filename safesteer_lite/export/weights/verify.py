@@ -18,6 +18,7 @@ from safesteer_lite.export.weights.shards import DTYPES, Checkpoint, NewTensor, 
 from safesteer_lite.runs.durable import read_bytes, sha256_of
 from safesteer_lite.sources.folder import few
 from safesteer_lite.sources.headers import FLOATS
+from safesteer_lite.sources.settings import PICTURE, is_picture
 
 SUMS = "SHA256SUMS"
 _LARGEST_SUMS = 1 << 24
@@ -254,13 +255,15 @@ def _check_tokenizer(folder: Path, base_folder: Path | None, problems: list[str]
     from tokenizers import Tokenizer
 
     try:
-        ids = list(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values())
+        found = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        ids = [index for token, index in found.items() if token != PICTURE]
     except Exception as error:  # The tokenizers library raises bare Exception for a malformed file.
         problems.append(f"tokenizer.json cannot be loaded ({error})")
         return 0
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        ids += [int(index) for index in shards.read_json(settings).get("added_tokens_decoder", {})]
+        added = shards.read_json(settings).get("added_tokens_decoder", {})
+        ids += [int(index) for index, token in added.items() if not is_picture(token)]
     return max(ids, default=-1) + 1
 
 
