@@ -25,10 +25,10 @@ def file_name(model: str) -> str:
     """A model's name as part of a file's name and of a command: letters, digits, dots, dashes and underscores.
 
     Args:
-        model: an id on the model hub, or a folder, of which the last part counts.
+        model: an id on the model hub, a folder or a GGUF file, of which the last part counts.
     """
     # A name such as `.` says nothing before it is a whole path.
-    last = Path(model).name.replace("..", "") or Path(model).resolve().name
+    last = Path(model).name.removesuffix(".gguf").replace("..", "") or Path(model).resolve().name
     return re.sub(r"[^\w.]+", "-", last).strip("-.") or "model"
 
 

@@ -16,24 +16,19 @@ from typing import IO
 from safesteer_lite import children
 from safesteer_lite.errors import ModelError, RunFolderError
 from safesteer_lite.events import Emit, Note
-from safesteer_lite.runs.durable import read_json, sha256_of, write_json
+from safesteer_lite.runs.durable import read_json, sha256_of
 from safesteer_lite.sources.download import (
     alone,
     cache_folder,
     progress_by_growth,
     quiet_hub,
-    quiet_libraries,
     readable_size,
     require_space,
 )
-from safesteer_lite.sources.gguf_folder import write_folder
+from safesteer_lite.sources.gguf_folder import FOLDER_VERSION, MARKER, publish_folder
 from safesteer_lite.sources.hub import ask_hub, first_line
 from safesteer_lite.sources.transfer import Download, offered_files, partial_file
 
-FOLDER_VERSION = 1
-"""Raised when the folder is written differently, so that folders made by an older version are made anew."""
-
-_MARKER = "source.json"
 _INCOMING = "incoming"
 _BLOCK = 1 << 24
 
@@ -103,7 +98,13 @@ def demo_model(emit: Emit, stage: str = "model", *, source: DemoSource = DEMO) -
             gguf = _fetch(source, home, emit, stage)
             require_space(home, source.folder_size, "the demo model")
             emit(Note(stage, f"Turning {source.name} into 16-bit safetensors, once; this takes about a minute."))
-            _publish(gguf, folder, source, emit, stage)
+            about = {
+                "repository": source.repository,
+                "file": source.file,
+                "sha256": source.sha256,
+                "licence": source.licence,
+            }
+            publish_folder(gguf, folder, source.repository.removesuffix("-GGUF"), about, emit, stage)
             shutil.rmtree(home / "parts", ignore_errors=True)
             for leftover in (home / source.file, partial_file(source.repository, source.sha256)):
                 leftover.unlink(missing_ok=True)
@@ -112,7 +113,7 @@ def demo_model(emit: Emit, stage: str = "model", *, source: DemoSource = DEMO) -
 
 def _is_ready(folder: Path, source: DemoSource) -> bool:
     try:
-        marker = read_json(folder / _MARKER, "the mark of the demo model")
+        marker = read_json(folder / MARKER, "the mark of the demo model")
     except RunFolderError:
         return False
     whole = (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
@@ -257,25 +258,3 @@ def _copy(stream: IO[bytes], out: IO[bytes], seen: Callable[[bytes], None], limi
         seen(block)
         copied += out.write(block)
     return copied
-
-
-def _publish(gguf: Path, folder: Path, source: DemoSource, emit: Emit, stage: str) -> None:
-    """Write the folder beside its final place, then rename it."""
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        with quiet_libraries():
-            write_folder(gguf, unfinished, source.repository.removesuffix("-GGUF"), emit, stage)
-        marker = {
-            "repository": source.repository,
-            "file": source.file,
-            "sha256": source.sha256,
-            "licence": source.licence,
-            "version": FOLDER_VERSION,
-        }
-        write_json(unfinished / _MARKER, marker)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

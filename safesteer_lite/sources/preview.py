@@ -8,12 +8,14 @@ from pathlib import Path
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import discard
 from safesteer_lite.hardware.known import KNOWN
-from safesteer_lite.hardware.shape import ModelShape, parameters
+from safesteer_lite.hardware.shape import ModelShape, parameters, shape_from_config
 from safesteer_lite.sources.demo import DEMO
 from safesteer_lite.sources.download import cache_folder, quiet_hub
+from safesteer_lite.sources.gguf_file import find_gguf, open_gguf
 from safesteer_lite.sources.hub import ask_hub, cached_model, first_line, hub_refusals, is_hub_id, licence_of
 from safesteer_lite.sources.resolve import resolve_model
 from safesteer_lite.sources.settings import check_config
+from safesteer_lite.text import typed_path
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Look:
 
 
 def look(name: str, revision: str | None = None) -> Look:
-    """Look at a local folder, at a preset's model (from public figures, without the network) or at a hub model.
+    """Look at a local folder, at a GGUF file, at a preset's model (from public figures, without the network) or at a hub model.
 
     Args:
-        name: a local folder, `owner/name`, or the demo's model.
+        name: a local folder, a GGUF file, `owner/name`, or the demo's model.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -48,6 +50,11 @@ def look(name: str, revision: str | None = None) -> Look:
     if name in KNOWN and not Path(name).is_dir():
         known = KNOWN[name]
         return Look(name, known.shape, known.licence, known.gated, 0 if _is_here(name, revision) else known.size)
+    if gguf := find_gguf(typed_path(name)):
+        # Made a folder only when it is used: the header says how large the model is.
+        file = open_gguf(gguf)
+        licence = str(file.field("general.license") or "")
+        return Look(name, shape_from_config(file.config().to_dict()), licence, False, 0)
     try:
         base = resolve_model(name, revision, discard, download=False)
     except ModelError:

@@ -8,6 +8,8 @@ from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Emit
 from safesteer_lite.sources.base import Base, open_base
 from safesteer_lite.sources.download import quiet_hub
+from safesteer_lite.sources.gguf_file import find_gguf
+from safesteer_lite.sources.gguf_folder import folder_of_gguf
 from safesteer_lite.sources.hub import cached_model, fetch_model, is_hub_id
 from safesteer_lite.sources.settings import check_settings
 from safesteer_lite.text import typed_path
@@ -27,7 +29,7 @@ def resolve_model(
     Code that a repository brings along is never fetched or run, and neither are pickled weights.
 
     Args:
-        name_or_path: a local folder, or the id of a model on the hub, `owner/name`.
+        name_or_path: a local folder, a GGUF file, or the id of a model on the hub, `owner/name`.
         revision: branch, tag or commit on the hub; None for its main branch.
         emit: takes one Note before a download, then its Progress in bytes.
         download: False to use only what this machine already has.
@@ -39,17 +41,14 @@ def resolve_model(
         DiskSpaceError: the download does not fit.
     """
     path = typed_path(name_or_path)
-    if path.suffix.lower() == ".gguf":
-        raise ModelError(
-            f"{path} is a GGUF file, and those cannot be trained.",
-            "Give the model it was made from: its folder of safetensors, or its id on the model hub.",
-        )
+    if gguf := find_gguf(path):
+        return open_base(folder_of_gguf(gguf, emit, stage))
     if path.is_dir():
         return open_base(path, template)
     if path.exists() or not is_hub_id(name_or_path):
         raise ModelError(
             f"{name_or_path} is neither a folder nor the id of a model.",
-            "Give a folder with config.json and *.safetensors, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
+            "Give a folder with config.json and *.safetensors, a GGUF file, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
         )
     with quiet_hub():
         folder = (

@@ -99,7 +99,7 @@ def walk(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     terminal.answer("Which model shall become safer?", "6" + ENTER)
     terminal.answer("Folder of the model", ENTER)
     terminal.answer("That was empty.", "nowhere" + ENTER)
-    terminal.answer("There is no folder nowhere.", CLEAR + str(model) + ENTER)
+    terminal.answer("nowhere is not there.", CLEAR + str(model) + ENTER)
     terminal.answer("Harmful requests to train on?", "2" + ENTER)
     terminal.answer("Prompt file:", "gone.csv" + ENTER)
     terminal.expect("There is no file")

@@ -81,10 +81,10 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
 
 
 def _whole_name(name: str) -> str:
-    """A model's name; that of a folder from the root on, since from elsewhere `models/mine` would be sought on the hub."""
+    """A model's name; a path is kept from the root on, since from elsewhere `models/mine` would be sought on the hub."""
     place = typed_path(name)
     # Links stay: what they lead to may be called by a commit's hash.
-    return os.path.abspath(place) if name and place.is_dir() else name  # noqa: PTH100
+    return os.path.abspath(place) if name and place.exists() else name  # noqa: PTH100
 
 
 def _whole_path(place: str) -> str:

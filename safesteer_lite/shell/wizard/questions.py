@@ -68,7 +68,7 @@ class Questions:
         )
 
     def ask_model(self) -> None:
-        """Which model: a preset, a Hub id or a folder; looked at before it is accepted.
+        """Which model: a preset, a Hub id, a folder or a GGUF file; looked at before it is accepted.
 
         Raises:
             Back: Esc at the list of models.
@@ -97,7 +97,10 @@ class Questions:
         ordered = sorted(presets, key=lambda name: KNOWN[presets[name]].size if presets[name] in KNOWN else 0)
         width = max(map(len, ordered))
         options = [Option(name, f"{name:<{width}}  {self._preset_line(name, presets[name])}") for name in ordered]
-        options += [Option("folder", "a model folder on this machine"), Option("hub", "another model of the model hub")]
+        options += [
+            Option("folder", "a model on this machine: its folder, or a GGUF file"),
+            Option("hub", "another model of the model hub"),
+        ]
         chosen = choose("Which model shall become safer?", options, self.answers.model or ordered[0])
         try:
             if chosen in ordered:
@@ -126,16 +129,16 @@ class Questions:
         return f"{found.fit:<12}  {time:<11}  {format_bytes(known.size)}{gated}"
 
     def _ask_place(self, kind: str) -> Look:
-        """A folder or a Hub id, looked at."""
+        """A folder, a GGUF file or a Hub id, looked at."""
         if kind == "folder":
-            place = write_path("Folder of the model (config.json and *.safetensors):")
+            place = write_path("Folder of the model (config.json and *.safetensors), or its GGUF file:")
         else:
             place = write("Name on the model hub, owner/name:")
         if not place:
             raise SafeSteerError("That was empty.", "Type something, or press Esc to go back.")
         path = typed_path(place)
-        if kind == "folder" and not path.is_dir():
-            raise SafeSteerError(f"There is no folder {place}.", "Check the path, or press Esc to go back.")
+        if kind == "folder" and not path.exists():
+            raise SafeSteerError(f"{place} is not there.", "Check the path, or press Esc to go back.")
         with self.program.console.status("Looking at the model"):
             return look(str(path.resolve()) if kind == "folder" else place)
 
