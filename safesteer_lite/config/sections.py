@@ -269,6 +269,14 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class ParentConfig:
+    """The run whose adapter the training begins from; written by `continue`, and empty in a run that begins from its base."""
+
+    run: str = _expert("", "name of the run", "the user")
+    adapter: str = _expert("", "SHA-256 of its adapter's weights", "that run")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run."""
 
@@ -279,6 +287,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    parent: ParentConfig = field(default_factory=ParentConfig)
     recipe: str = setting("lite", "the recipe that these settings began from", "docs/method.md", RECIPES)
     seed: int = setting(0, "seed of every random choice", "the user", bounds=Bounds(0, 2**32 - 1))
 
@@ -291,6 +300,7 @@ SECTIONS: dict[str, type] = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "parent": ParentConfig,
 }
 
 

@@ -45,6 +45,22 @@ def verdict(before: Scorecard, after: Scorecard, tax_budget: float = TAX_BUDGET)
     return claim + _tax_clause(before, after, tax_budget, safer) + "."
 
 
+def beside_parent(name: str, parent: Scorecard, after: Scorecard) -> str:
+    """What a run that continues another one made of it, in one sentence of counts.
+
+    Args:
+        name: of the run that was continued.
+        parent: its scorecard.
+        after: that of the run that continues it, on the same prompts.
+    """
+    counts = [
+        f"{_of(old)} {_ASKED[kind]}, now {_of(new)}"
+        for kind, (old, new) in _pairs(parent, after).items()
+        if old.n and new.n
+    ]
+    return f"{name}, which this run continues, refused {'; '.join(counts)}."
+
+
 _ASKED: dict[Kind, str] = {
     **{name: f"{name} prompts" for name in KINDS},
     "critical": "requests for help in danger",

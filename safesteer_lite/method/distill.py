@@ -48,6 +48,7 @@ class Recipe:
         micro_batch: rollouts a forward; halved by itself when memory runs out.
         chunk: positions whose logits exist at a time.
         seed: of prompt order and rollouts.
+        earlier: steps that were done before the first of these, in another run, and whose random choices are not made again.
     """
 
     objective: Objective
@@ -69,6 +70,7 @@ class Recipe:
     micro_batch: int
     chunk: int
     seed: int
+    earlier: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,13 @@ class Distillation:
     def step(self) -> StepResult:
         """Sample rollouts from the student, compare with the teacher along them, update the adapter once."""
         recipe, at, began = self.recipe, self.done, time.monotonic()
-        chosen = prompts_at(at, recipe.prompts, len(self.harmful), recipe.seed)
+        chosen = prompts_at(recipe.earlier + at, recipe.prompts, len(self.harmful), recipe.seed)
         prompts = pad_left([self.harmful[index] for index in chosen])
         rollouts = self.sample(prompts, recipe.rollouts, stream=0)
         tokens = int(rollouts.mask.sum())
         anchors = anchor_rollouts = None
         if recipe.anchors:
-            places = prompts_at(at, recipe.anchors, len(self.harmless), recipe.seed + 1)
+            places = prompts_at(recipe.earlier + at, recipe.anchors, len(self.harmless), recipe.seed + 1)
             anchors = pad_left([self.harmless[index] for index in places])
             anchor_rollouts = self.sample(anchors, 1, stream=1)
             tokens += int(anchor_rollouts.mask.sum())
@@ -206,7 +208,9 @@ class Distillation:
         """Rollouts of all prompts, at once or, where memory is short, part by part."""
         recipe, rows = self.recipe, len(prompts) * repeats
         # Each rollout has its own numbers, so that they are the same in whatever parts they are sampled.
-        drawn = torch.rand(recipe.completion_tokens, rows, generator=generator_at(self.done, recipe.seed, stream))
+        drawn = torch.rand(
+            recipe.completion_tokens, rows, generator=generator_at(recipe.earlier + self.done, recipe.seed, stream)
+        )
 
         def sample(size: int) -> Completions:
             parts = zip(range(0, len(prompts), size), drawn.split(size * repeats, dim=1), strict=True)

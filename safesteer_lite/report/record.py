@@ -5,7 +5,8 @@ Schema version 1. Top level: `schema`, `run`, `created`, `finished`, `model`, `s
 `capability`, `versions`, `config`. `scorecard.before` and `scorecard.after` hold `harmful`, `borderline`, `harmless` =
 {refused, n, low, high} (test split, 95 % Wilson bounds as shares), `critical` where it was asked, and `kl_to_base` (nats a
 token). `contexts` has for each context (`system`, `turns`, `role`, `agreed`, `steps`) `before` and `after` with such rates.
-`stages.<name>` holds `seconds` and the stage's `result`. `artifacts` maps a path in the run folder to its `size` (bytes) and
+`stages.<name>` holds `seconds` and the stage's `result`; `stages.parent`, where the run continues another one, what it began from
+(`stages.parent.parent_of`). `artifacts` maps a path in the run folder to its `size` (bytes) and
 `sha256`. `exports` lists what `export` measured: `weights`, `strength`, `split`, `answer_tokens` and `artifacts`, one row each
 (base, adapter, merged, GGUF files) with rates as above, `agreement` with the trained model and `safety_lost`, a sentence or
 empty. `capability` lists what `eval --capability` measured, one record a task (`evaluation.capability.compare`). `judges` lists

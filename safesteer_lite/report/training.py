@@ -18,7 +18,9 @@ def training(source: Source) -> Markup | None:
     if not history:
         return None
     start, best = source.record["selection"]["before"], history["best_step"]
-    measured = ([{"step": 0, **start, "kl_to_base": 0.0}] if start else []) + history["measured"]
+    parent = source.result("parent")
+    # A run that continues another one begins with that one's adapter, which was measured before the first step.
+    measured = ([{"step": 0, **start, "kl_to_base": 0.0}] if start and not parent else []) + history["measured"]
     losses = [Series("loss on harmful prompts", "loss", _points(history["steps"], "step", "loss"))]
     anchors = _points(history["steps"], "step", "anchor_loss")
     if anchors:
@@ -27,7 +29,7 @@ def training(source: Source) -> Markup | None:
     loss_chart = figure(line_chart("Loss by step", losses, "step", mark=kept), "Loss of each step, nats a token.")
     told = (
         f"{len(history['steps'])} steps; step {best} has the best trade-off on the selection split and was kept. Step 0 is "
-        "the base. The best of several noisy figures flatters itself: the scorecard is from other prompts."
+        f"{_beginning(parent)}. The best of several noisy figures flatters itself: the scorecard is from other prompts."
     )
     rows = [(entry["step"], *_measured_cells(entry)) for entry in measured]
     return join(
@@ -37,6 +39,14 @@ def training(source: Source) -> Markup | None:
             folded("The figures", table(("step", *_measured_headings(measured[0])), rows)),
         ]
     )
+
+
+def _beginning(parent: Mapping[str, Any]) -> str:
+    """What a training began from, with how that came to be."""
+    if not parent:
+        return "the base"
+    ancestors = ", then ".join(parent["ancestors"])
+    return f"the adapter of {parent['run']} (SHA-256 {parent['adapter'][:12]}), after {parent['steps']} steps in {ancestors}"
 
 
 def strength(source: Source) -> Markup | None:

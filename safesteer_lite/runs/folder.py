@@ -73,6 +73,19 @@ class Publication:
     seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a new run begins with of another one.
+
+    Attributes:
+        source: the folder that the files lie in.
+        record: what the new run's manifest shall hold on them; its artifacts are copied, and nothing else.
+    """
+
+    source: Path
+    record: StageRecord
+
+
 def create(
     parent: Path,
     label: str,
@@ -83,6 +96,8 @@ def create(
     made_from: Mapping[str, str] | None = None,
     chat_template: str = "",
     loaded: Mapping[str, Json] | None = None,
+    taken: Mapping[str, Taken] | None = None,
+    run_date: str = "",
 ) -> RunFolder:
     """Make a new run folder, which no other process gets too, and which only its owner may look into.
 
@@ -95,6 +110,8 @@ def create(
         made_from: fingerprints to keep of what the run starts from and is not in its folder, by what it is.
         chat_template: the one that the user gives; empty for the model's own, of which nothing is kept.
         loaded: how its model is loaded, to be kept.
+        taken: results of another run, by the names of their stages.
+        run_date: the day, ISO 8601, that chat templates are told; empty for today.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -107,8 +124,8 @@ def create(
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         versions=dict(versions or {}),
         planned=tuple(planned),
-        stages={},
-        run_date=date.today().isoformat(),
+        stages={name: other.record for name, other in (taken or {}).items()},
+        run_date=run_date or date.today().isoformat(),
         config_sha256=hashlib.sha256(content).hexdigest(),
         made_from=dict(made_from or {}),
         loaded=dict(loaded or {}),
@@ -122,6 +139,8 @@ def create(
         try:
             # What is in there was said to, and by, a model that answers harmful requests.
             draft.mkdir(mode=0o700)
+            for other in (taken or {}).values():
+                _copy_taken(other, draft)
             write_atomically(draft / "config.toml", content)
             if chat_template:
                 write_atomically(draft / _CHAT_TEMPLATE, chat_template.encode())
@@ -135,6 +154,14 @@ def create(
             shutil.rmtree(draft, ignore_errors=True)
             raise
     return RunFolder(path)
+
+
+def _copy_taken(other: Taken, run: Path) -> None:
+    folder = run / other.record.folder
+    for name in other.record.artifacts:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(other.source / name, folder / name)
+    sync_tree(folder)
 
 
 def _sweep_drafts(parent: Path) -> None:

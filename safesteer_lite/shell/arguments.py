@@ -19,6 +19,7 @@ examples:
   safesteer-lite run ./my-model --set distill.steps=10
   safesteer-lite run --config run.toml --yes
   safesteer-lite resume                   go on with the newest unfinished run
+  safesteer-lite continue RUN --steps 8   train a finished run further, as a new run
   safesteer-lite export RUN --to merged --weights dequantised --out ./safer-model
   safesteer-lite export RUN --to gguf --quant Q8_0 Q4_K_M --out ./safer-gguf
 
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _training(commands: Commands) -> None:
     run = _command(commands, "run", "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
-    run.add_argument("model", nargs="?", type=_filled, help="a preset, a Hub id, or a local folder")
+    run.add_argument("model", nargs="?", type=_filled, help="a preset, a Hub id, a local folder, or a GGUF file")
     run.add_argument("--config", type=_path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
     _run_options(run)
 
@@ -83,6 +84,21 @@ def _training(commands: Commands) -> None:
     _base_option(resume)
     _plain_option(resume)
     _output_options(resume)
+
+    further = _command(
+        commands,
+        "continue",
+        "go on training from a finished run, as a new run",
+        "safesteer-lite continue RUN --steps 8",
+    )
+    further.add_argument("run", type=_filled, help="a finished run's name or folder, which stays as it is")
+    further.add_argument(
+        "--steps", type=_filled, metavar="N", help="optimizer steps from there (as many as that run did)"
+    )
+    further.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one of its settings")
+    _base_option(further)
+    _plain_option(further)
+    _output_options(further)
 
     evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
     evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, or a local folder")

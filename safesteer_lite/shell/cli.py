@@ -81,7 +81,7 @@ def _of_the_system(error: Exception, command: str) -> tuple[str, str]:
     return message, hint
 
 
-_TRAINING = ("run", "demo", "resume")
+_TRAINING = ("run", "demo", "resume", "continue")
 _RESUME = "What was saved stays: `safesteer-lite resume` goes on with it."
 
 
@@ -133,6 +133,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": training.run_command,
     "demo": training.demo_command,
     "resume": training.resume_command,
+    "continue": training.continue_command,
     "eval": evaluating.eval_command,
     "export": exporting.export_command,
     "verify": exporting.verify_command,

@@ -10,6 +10,7 @@ from safesteer_lite.runs.durable import write_json
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.handover import train_elsewhere
+from safesteer_lite.stages.parent import parent_of
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.training import Training, begin, paces, take_steps
 
@@ -43,6 +44,9 @@ def run(session: Session, publication: Publication) -> None:
     strength = "" if history.best_strength == 1 else f" at strength {history.best_strength:g}"
     kept = history.kept
     apart = f", separation {kept.separation:+.2f} nats" if kept and kept.separation is not None else ""
+    if (parent := parent_of(session.run)) and not history.best_step:
+        session.note(f"None of {loop.done} steps has a better trade-off than {parent['run']} has: its adapter is kept.")
+        return
     session.note(
         f"Kept step {history.best_step} of {loop.done}{strength}: the best trade-off on the selection split (score "
         f"{history.best_score:+.1f} points{apart})."

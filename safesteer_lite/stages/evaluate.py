@@ -12,12 +12,13 @@ from safesteer_lite.evaluation import contexts
 from safesteer_lite.evaluation.contexts import Compared
 from safesteer_lite.evaluation.measure import Answers, all_flips, measure, require_answers
 from safesteer_lite.evaluation.scorecard import Scorecard
-from safesteer_lite.evaluation.verdict import verdict
+from safesteer_lite.evaluation.verdict import beside_parent, verdict
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
 from safesteer_lite.prompts.contexts import CONTEXTS, Question, questions
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.runs.folder import Publication
+from safesteer_lite.stages.parent import parent_of
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 
@@ -29,7 +30,10 @@ def run(session: Session, publication: Publication) -> None:
     before, after, answers = compare(session, policy, sets)
     asked = context_questions(session, policy, sets)
     compared, told = compare_in_contexts(session, policy, asked)
-    sentence = " ".join(filter(None, (verdict(before, after, config.tax_budget), contexts.worst(compared))))
+    said = [verdict(before, after, config.tax_budget), contexts.worst(compared)]
+    if (parent := parent_of(session.run)) and parent["scorecard"]:
+        said.append(beside_parent(parent["run"], Scorecard.from_record(parent["scorecard"]), after))
+    sentence = " ".join(filter(None, said))
     changed = all_flips(sets, *answers)
     _write_lines(publication.path / "flips.jsonl", [asdict(flip) for flip in changed])
     for name, given in zip(("before", "after"), answers, strict=True):

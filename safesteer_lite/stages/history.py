@@ -27,7 +27,7 @@ class History:
         measured: one record a measurement on the selection split.
         scaled: one record for each strength of the last step's adapter.
         base_scores: the base's mean refusal scores by kind of prompt, log-odds, from which separations are reckoned.
-        best_step: the measured step with the best trade-off; 0 is the base itself.
+        best_step: the measured step with the best trade-off; 0 is what the training began from.
         best_strength: the factor on its adapter.
         best_score: its score, points.
         best_by_trainer: whether that score is one that another process measured, with its own library.

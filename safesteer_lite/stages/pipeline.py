@@ -37,6 +37,7 @@ from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import Base
 from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, judging, lora, tokens
+from safesteer_lite.stages.parent import PARENT, begins_from
 from safesteer_lite.stages.session import Session
 
 
@@ -92,13 +93,16 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 def stage_fingerprints(config: RunConfig, model_fingerprint: str) -> dict[str, str]:
     """What each stage's result depends on: its settings, its upstream, the model and the prompts."""
-    found: dict[str, str] = {}
+    # What a run begins from counts for the training and all that follows, and not for what was there before it.
+    found = {PARENT: begins_from(config.parent)} if config.parent.adapter else {}
     for stage in STAGES:
         parts: dict[str, Any] = {
             "stage": stage.name,
             "settings": {name: _value(config, name) for name in stage.settings},
         }
         parts["after"] = [found[name] for name in stage.after]
+        if stage.name == "distill" and PARENT in found:
+            parts["after"].append(found[PARENT])
         if not stage.after:
             parts["model"] = model_fingerprint
             parts["prompts"] = prompts_fingerprint(config)

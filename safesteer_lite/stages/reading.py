@@ -1,4 +1,4 @@
-"""What the adapter reads before the first step: directions that set harmful prompts apart, or those of the seed."""
+"""What the adapter reads before the first step: directions that set harmful prompts apart, those of the seed, or a parent's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from safesteer_lite.evaluation.judges import judge
-from safesteer_lite.models.adapter import freeze_reading, load_adapter
+from safesteer_lite.models.adapter import freeze_reading, load_adapter, read_adapter
 from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.prompts.sets import Prompt
+from safesteer_lite.stages.parent import parent_adapter, parent_of
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 # Prompts of a kind that are read, at most: each takes memory, and the bundled sets have fewer.
@@ -18,8 +19,20 @@ _READ = 640
 
 
 def prepare_adapter(session: Session, saved: Path | None) -> None:
-    """Before the first step, what the settings say the adapter reads; in a resumed run, what it read then."""
+    """Before the first step, what the settings say the adapter reads; in a resumed run, what it read then.
+
+    A run that continues another one begins with that one's whole adapter.
+    """
     settings, policy = session.config.distill, session.policy
+    parent = parent_of(session.run)
+    if parent and not saved:
+        read_adapter(policy.model, parent_adapter(session.run))
+        if settings.reading == "discriminant":
+            freeze_reading(policy.model)
+        session.note(
+            f"Training goes on from the adapter of {parent['run']}, after {parent['steps']} steps; the optimizer begins afresh."
+        )
+        return
     if settings.reading != "discriminant":
         return
     if saved:

@@ -34,4 +34,6 @@ class ShownAnswers:
         return self._known[prompt]
 
     def _prompt(self, step: int) -> int:
-        return prompts_at(step, self._recipe.prompts, len(self._session.prompts.training()), self._recipe.seed)[0]
+        return prompts_at(
+            self._recipe.earlier + step, self._recipe.prompts, len(self._session.prompts.training()), self._recipe.seed
+        )[0]

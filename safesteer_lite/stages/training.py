@@ -25,6 +25,7 @@ from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.history import History, restore_step, save_step
+from safesteer_lite.stages.parent import parent_of
 from safesteer_lite.stages.reading import prepare_adapter
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.shown import ShownAnswers
@@ -91,7 +92,11 @@ def begin(session: Session, checkpoints: Checkpoints) -> Training:
         policy.token_ids(config.direction.refusal_openings),
     )
     history, best = restore_step(saved[1], loop) if saved else (History(), adapter_tensors(policy.model))
-    return Training(policy.model, loop, history, best, Yardstick(session))
+    training = Training(policy.model, loop, history, best, Yardstick(session))
+    if not saved and parent_of(session.run):
+        # Where no step is better than what was there before, that is kept.
+        training.measure()
+    return training
 
 
 def take_steps(session: Session, training: Training, checkpoints: Checkpoints) -> None:
@@ -140,7 +145,13 @@ def recipe(session: Session) -> Recipe:
     """The recipe that the settings describe."""
     config = session.config.distill
     names = Recipe.__dataclass_fields__.keys() & vars(config).keys()
-    return Recipe(**{name: getattr(config, name) for name in names}, top_k=TOP_K, seed=session.config.seed)
+    parent = parent_of(session.run)
+    return Recipe(
+        **{name: getattr(config, name) for name in names},
+        top_k=TOP_K,
+        seed=session.config.seed,
+        earlier=parent["steps"] if parent else 0,
+    )
 
 
 def drawn_anchors(session: Session) -> list[Prompt]:

@@ -185,6 +185,15 @@ def test_rollouts_of_one_prompt_all_differ(tiny_policy: tiny.Loader) -> None:
     assert len(set(first)) >= 5
 
 
+def test_what_continues_draws_what_comes_after_the_steps_before_it(tiny_policy: tiny.Loader) -> None:
+    still = replace(ANCHORED, learning_rate=0.0, temperature=4.0)
+    long, further = (training(tiny_policy(), replace(still, earlier=earlier)) for earlier in (0, 3))
+    last, first = steps(long, 4)[-1], further.step()
+    assert torch.equal(first.rollout, last.rollout)
+    assert (first.prompt, first.loss, first.anchor_loss) == (last.prompt, last.loss, last.anchor_loss)
+    assert first.step == 1
+
+
 def test_streams_of_random_numbers_do_not_overlap() -> None:
     """Neither between steps, kinds of prompts or seeds that lie side by side, nor where one stream follows another."""
     drawn: list[float] = []

@@ -1,9 +1,9 @@
-"""The commands that train: `run`, `demo` and `resume`."""
+"""The commands that train: `run`, `demo`, `resume` and `continue`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from safesteer_lite.events import Emit, Note
     from safesteer_lite.hardware.backend import Decision
     from safesteer_lite.hardware.shape import ModelShape
-    from safesteer_lite.runs.folder import RunFolder
+    from safesteer_lite.runs.folder import RunFolder, Taken
     from safesteer_lite.sources.base import Base
 
 
@@ -102,6 +102,34 @@ def _decision_again(folder: RunFolder, working: RunConfig, shape: ModelShape) ->
     return require_fit(decide(working.model, shape, folder.path, demand))
 
 
+def continue_command(options: argparse.Namespace) -> int:
+    """`continue`: a new run, whose training begins from the adapter of a finished one."""
+    from safesteer_lite.events import Note
+    from safesteer_lite.prompts.plan import PromptPlan
+    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.stages.parent import check_changes, settings_of_child, taken_over
+    from safesteer_lite.stages.pipeline import stage_fingerprints
+
+    parent = run_folders.open_run(options.run, options.runs)
+    before = open_settings(parent)
+    changes = config.parse_assignments(options.set)
+    if options.steps:
+        changes["distill.steps"] = options.steps
+    check_changes(changes, parent)
+    origin = (str(parent.config_path), settings_of(parent))
+    settings = config.build([origin, ("command", settings_of_child(parent)), ("flag", changes)])
+    PromptPlan(settings.prompts).check()
+    emit = sink(options)
+    emit(_of_recipe(settings))
+    # Where its prompts are others now, what was made with them is made again.
+    base = base_of_run(parent, before, options.base, emit, prompts=False)
+    if options.base:
+        settings = replace(settings, model=replace(settings.model, name=str(options.base.absolute())))
+    taken = taken_over(parent, before, settings, stage_fingerprints(settings, base.fingerprint))
+    emit(Note("run", f"Taken over from {parent.path.name}: {', '.join(taken)}; what follows is done anew."))
+    return _begin(options, settings, base, emit, taken, date.fromisoformat(parent.manifest.run_date))
+
+
 def _of_recipe(settings: RunConfig) -> Note:
     from safesteer_lite.events import Note
 
@@ -114,58 +142,88 @@ _LARGE_BYTES = 4_000_000_000
 
 def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
+    from safesteer_lite.prompts.plan import PromptPlan
+
+    if settings.parent.run or settings.parent.adapter:
+        raise UsageError(
+            f"These settings are of a run that continues {settings.parent.run}, whose adapter they do not hold.",
+            "Use `safesteer-lite continue`, or take the section [parent] out.",
+        )
+    PromptPlan(settings.prompts).check()
+    emit = sink(options)
+    emit(_of_recipe(settings))
+    _check_before_download(settings)
+    return _begin(options, settings, resolve(settings, emit), emit, {}, date.today())
+
+
+def _begin(
+    options: argparse.Namespace,
+    settings: RunConfig,
+    base: Base,
+    emit: Emit,
+    taken: Mapping[str, Taken],
+    day: date,
+) -> int:
+    """Make a run folder and run, on a base model that is here.
+
+    Args:
+        options: of the command.
+        settings: of the run.
+        base: its base model.
+        emit: sink for events.
+        taken: what it begins with of another run, by the names of stages.
+        day: what chat templates are told.
+    """
     from safesteer_lite.events import Note
     from safesteer_lite.hardware.backend import decide, require_fit
     from safesteer_lite.hardware.kept import to_record
     from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.hardware.peaks import Demand
     from safesteer_lite.models.loading import check_template
-    from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.sources.base import check_values
     from safesteer_lite.sources.hub import commit_of
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
-    PromptPlan(settings.prompts).check()
-    emit = sink(options)
-    emit(_of_recipe(settings))
-    _check_before_download(settings)
-    base = resolve(settings, emit)
     decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
     check_template(base)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
     check_values(base)
-    rehearse_stage(settings, base, options.runs, date.today())
+    rehearse_stage(settings, base, options.runs, day)
     # Whatever the hub offers later, the run goes on with the commit that it began with.
     settings = replace(
         settings, model=replace(settings.model, revision=commit_of(base.folder) or settings.model.revision)
     )
     folder = run_folders.create(
         options.runs,
-        Path(settings.model.name).name,
+        Path(settings.model.name).name.removesuffix(".gguf"),
         config.to_toml(settings),
         planned=STAGE_NAMES,
         versions=package_versions(),
         made_from=origin(settings, base),
         chat_template=base.template,
         loaded=to_record(decision),
+        taken=taken,
+        run_date=day.isoformat(),
     )
     return _work(options, settings, folder, base, decision, emit)
 
 
 def _check_before_download(settings: RunConfig) -> None:
-    """Refuse a model that does not fit by its config.json alone, before its weights are fetched.
+    """Refuse a model that does not fit by its config.json alone, before its weights are fetched or made of a GGUF file.
 
     Raises:
         ModelError: it does not fit.
     """
     from safesteer_lite.hardware.backend import decide, require_fit
     from safesteer_lite.hardware.peaks import Demand
+    from safesteer_lite.sources.gguf_file import find_gguf
     from safesteer_lite.sources.preview import look
 
-    if typed_path(settings.model.name).is_dir():
+    place = typed_path(settings.model.name)
+    if place.is_dir() and not find_gguf(place):
         return
     try:
         found = look(settings.model.name, settings.model.revision or None)

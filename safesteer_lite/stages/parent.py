@@ -1,0 +1,133 @@
+"""The parent of a run: the finished one whose adapter it goes on from, and what it takes over of that one's results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safesteer_lite.config import ParentConfig, RunConfig
+from safesteer_lite.errors import RunFolderError, UsageError
+from safesteer_lite.runs.folder import RunFolder, Taken
+from safesteer_lite.runs.manifest import StageRecord, fingerprint, stage_folder_name
+
+PARENT = "parent"
+"""What a run's manifest calls what it holds of its parent, as if that were a stage before the first."""
+
+_ADAPTER = "adapter"
+_WEIGHTS = "adapter_model.safetensors"
+# The form of the adapter, which is there already, and the model that it was trained on.
+_FIXED = (
+    "distill.rank",
+    "distill.lora_alpha",
+    "distill.depth_start",
+    "model.name",
+    "model.revision",
+    "parent.run",
+    "parent.adapter",
+)
+
+
+def begins_from(parent: ParentConfig) -> str:
+    """The fingerprint of what a run begins from: the weights, whatever the run that they are of is called."""
+    return fingerprint({"adapter": parent.adapter})
+
+
+def check_changes(changes: Iterable[str], parent: RunFolder) -> None:
+    """Refuse settings that would ask for another adapter than the parent's, or for another base model.
+
+    Raises:
+        UsageError: names them.
+    """
+    if wrong := sorted(set(_FIXED) & set(changes)):
+        raise UsageError(
+            f"{', '.join(wrong)} cannot change where {parent.path.name} is continued: its adapter and its base stay.",
+            "Leave that out, or start a new run; where the base model lies now is told with --base.",
+        )
+
+
+def settings_of_child(parent: RunFolder) -> dict[str, str]:
+    """What the settings of a run that goes on from `parent` say of it, by dotted name.
+
+    Raises:
+        RunFolderError: it is not finished, or its adapter is damaged.
+    """
+    done = parent.manifest.stages
+    if missing := [name for name in (*parent.manifest.planned, "distill", "evaluate") if name not in done]:
+        raise RunFolderError(
+            f"{parent.path.name} is not finished, so it cannot be continued: it has no result of the {missing[0]} stage.",
+            f"Finish it first, with `safesteer-lite resume {parent.path.name}`.",
+        )
+    parent.folder("distill", _ADAPTER)
+    weights = done["distill"].artifacts[f"{_ADAPTER}/{_WEIGHTS}"]
+    return {"parent.run": parent.path.name, "parent.adapter": weights.sha256}
+
+
+def taken_over(
+    parent: RunFolder, before: RunConfig, settings: RunConfig, wanted: Mapping[str, str]
+) -> dict[str, Taken]:
+    """What a run begins with that goes on from `parent`: its adapter, and results that would come out the same again.
+
+    Args:
+        parent: a finished run.
+        before: its settings.
+        settings: of the run that goes on.
+        wanted: the fingerprints of that run's stages, by name, in their order; the parent is the first of them.
+
+    Returns:
+        By the names of stages, in their order.
+
+    Raises:
+        RunFolderError: the parent's adapter is damaged.
+    """
+    found: dict[str, Taken] = {}
+    for name, mark in wanted.items():
+        record = parent.manifest.stages.get(name)
+        if name == PARENT:
+            continue
+        if record is None or record.fingerprint != mark or record.damaged(parent.path):
+            break
+        found[name] = Taken(parent.path / record.folder, replace(record, seconds=0.0))
+    # The same prompts, answered at the same length: only then its figures stand beside those of the run that goes on.
+    alike = "baseline" in found and before.evaluate.answer_tokens == settings.evaluate.answer_tokens
+    return {PARENT: _adapter_of(parent, wanted[PARENT], alike), **found}
+
+
+def _adapter_of(parent: RunFolder, mark: str, alike: bool) -> Taken:
+    trained, folder = parent.record("distill"), f"{_ADAPTER}/"
+    files = {name.removeprefix(folder): file for name, file in trained.artifacts.items() if name.startswith(folder)}
+    further = parent_of(parent) or {"run": "", "steps": 0, "ancestors": []}
+    result = {
+        "run": parent.path.name,
+        "adapter": files[_WEIGHTS].sha256,
+        "steps": further["steps"] + trained.result["steps"],
+        "ancestors": [*further["ancestors"], parent.path.name],
+        "scorecard": parent.record("evaluate").result["scorecard"]["after"] if alike else None,
+    }
+    record = StageRecord(mark, stage_folder_name(PARENT, 0), 0.0, files, result)
+    return Taken(parent.folder("distill", _ADAPTER), record)
+
+
+def parent_of(run: RunFolder) -> dict[str, Any] | None:
+    """What a run holds of its parent; None for a run that began from its base.
+
+    Returns:
+        `run`, its name; `adapter`, the SHA-256 of its weights; `steps`, how many were done since the base, and `ancestors`, by
+        which runs, oldest first; `scorecard`, what it refused of the test prompts, or None where those are others now.
+    """
+    record = run.manifest.stages.get(PARENT)
+    return record.result if record else None
+
+
+def parent_adapter(run: RunFolder) -> Path:
+    """The folder of the adapter that a run goes on from.
+
+    Raises:
+        RunFolderError: it is missing or damaged.
+    """
+    try:
+        return run.folder(PARENT)
+    except RunFolderError as error:
+        error.hint = "Restore it from a copy, or begin again with `safesteer-lite continue`."
+        raise
