@@ -274,6 +274,7 @@ class ParentConfig:
 
     run: str = _expert("", "name of the run", "the user")
     adapter: str = _expert("", "SHA-256 of its adapter's weights", "that run")
+    steps: int = _expert(0, "optimizer steps since the base", "that run and its own parents", bounds=Bounds(0, 10**9))
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ _FIXED = (
     "model.revision",
     "parent.run",
     "parent.adapter",
+    "parent.steps",
 )
 
 
 def begins_from(parent: ParentConfig) -> str:
-    """The fingerprint of what a run begins from: the weights, whatever the run that they are of is called."""
-    return fingerprint({"adapter": parent.adapter})
+    """The fingerprint of what a run begins from: weights and draws before it, whatever the run that they are of is called."""
+    return fingerprint({"adapter": parent.adapter, "steps": parent.steps})
 
 
 def check_changes(changes: Iterable[str], parent: RunFolder) -> None:
@@ -47,8 +48,12 @@ def check_changes(changes: Iterable[str], parent: RunFolder) -> None:
         )
 
 
-def settings_of_child(parent: RunFolder) -> dict[str, str]:
+def settings_of_child(parent: RunFolder, before: RunConfig) -> dict[str, str | int]:
     """What the settings of a run that goes on from `parent` say of it, by dotted name.
+
+    Args:
+        parent: the run.
+        before: its settings.
 
     Raises:
         RunFolderError: it is not finished, or its adapter is damaged.
@@ -61,7 +66,8 @@ def settings_of_child(parent: RunFolder) -> dict[str, str]:
         )
     parent.folder("distill", _ADAPTER)
     weights = done["distill"].artifacts[f"{_ADAPTER}/{_WEIGHTS}"]
-    return {"parent.run": parent.path.name, "parent.adapter": weights.sha256}
+    steps = before.parent.steps + before.distill.steps
+    return {"parent.run": parent.path.name, "parent.adapter": weights.sha256, "parent.steps": steps}
 
 
 def taken_over(
@@ -91,18 +97,18 @@ def taken_over(
         found[name] = Taken(parent.path / record.folder, replace(record, seconds=0.0))
     # The same prompts, answered at the same length: only then its figures stand beside those of the run that goes on.
     alike = "baseline" in found and before.evaluate.answer_tokens == settings.evaluate.answer_tokens
-    return {PARENT: _adapter_of(parent, wanted[PARENT], alike), **found}
+    return {PARENT: _adapter_of(parent, settings.parent, wanted[PARENT], alike), **found}
 
 
-def _adapter_of(parent: RunFolder, mark: str, alike: bool) -> Taken:
+def _adapter_of(parent: RunFolder, about: ParentConfig, mark: str, alike: bool) -> Taken:
     trained, folder = parent.record("distill"), f"{_ADAPTER}/"
     files = {name.removeprefix(folder): file for name, file in trained.artifacts.items() if name.startswith(folder)}
-    further = parent_of(parent) or {"run": "", "steps": 0, "ancestors": []}
+    further = parent_of(parent)
     result = {
-        "run": parent.path.name,
-        "adapter": files[_WEIGHTS].sha256,
-        "steps": further["steps"] + trained.result["steps"],
-        "ancestors": [*further["ancestors"], parent.path.name],
+        "run": about.run,
+        "adapter": about.adapter,
+        "steps": about.steps,
+        "ancestors": [*(further["ancestors"] if further else []), about.run],
         "scorecard": parent.record("evaluate").result["scorecard"]["after"] if alike else None,
     }
     record = StageRecord(mark, stage_folder_name(PARENT, 0), 0.0, files, result)

@@ -145,12 +145,11 @@ def recipe(session: Session) -> Recipe:
     """The recipe that the settings describe."""
     config = session.config.distill
     names = Recipe.__dataclass_fields__.keys() & vars(config).keys()
-    parent = parent_of(session.run)
     return Recipe(
         **{name: getattr(config, name) for name in names},
         top_k=TOP_K,
         seed=session.config.seed,
-        earlier=parent["steps"] if parent else 0,
+        earlier=session.config.parent.steps,
     )
 
 

@@ -121,7 +121,7 @@ def test_a_model_that_is_larger_than_a_part_is_written_in_parts(
 ) -> None:
     network = tiny_network(tied=False)
     write_gguf(tmp_path / "tiny.gguf", network)
-    monkeypatch.setattr(gguf_folder, "_PART_BYTES", 30_000)
+    monkeypatch.setattr(gguf_folder, "_PART_BYTES", 15_000)
     base = resolve_model(str(tmp_path / "tiny.gguf"), None, discard)
     parts = sorted(path.name for path in base.folder.glob("*.safetensors"))
     assert len(parts) > 2 and parts[0] == f"model-00001-of-{len(parts):05}.safetensors"

@@ -79,6 +79,7 @@ def test_it_tells_where_it_comes_from(child: RunFolder, planted_run: RunFolder) 
     assert f"Training goes on from the adapter of {name}, after 8 steps; the optimizer begins afresh." in notes
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_as_if_nothing_had_happened(child: RunFolder, untrained: RunFolder) -> None:
     settings, steps = planted.settings_of(untrained), 0
 
@@ -99,7 +100,7 @@ def test_an_adapter_that_is_damaged_is_not_trained_further(untrained: RunFolder)
     path = untrained.path / "00-parent" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     settings = planted.settings_of(untrained)
-    with pytest.raises(RunFolderError, match="is not what") as caught, planted.one_thread():
+    with pytest.raises(RunFolderError, match="not what the run wrote") as caught, planted.one_thread():
         pipeline.run(settings, untrained, open_base(Path(settings.model.name)), discard, last="distill")
     assert "safesteer-lite continue" in caught.value.hint
 
@@ -124,8 +125,9 @@ def test_what_would_come_out_otherwise_is_not_taken_over(child: RunFolder, plant
     mark = open_base(Path(before.model.name)).fingerprint
 
     def taken(parent: RunFolder, **changes: object) -> tuple[list[str], bool]:
-        own = {**settings_of_child(parent), **{name.replace("__", "."): value for name, value in changes.items()}}
-        settings = config.build([("run", config.read_toml(parent.config_path)[0]), ("test", own)])
+        known, own = planted.settings_of(parent), {name.replace("__", "."): value for name, value in changes.items()}
+        origin = config.read_toml(parent.config_path)[0]
+        settings = config.build([("run", origin), ("test", {**settings_of_child(parent, known), **own})])
         found = taken_over(parent, before, settings, pipeline.stage_fingerprints(settings, mark))
         return list(found), found[PARENT].record.result["scorecard"] is not None
 
@@ -135,7 +137,9 @@ def test_what_would_come_out_otherwise_is_not_taken_over(child: RunFolder, plant
     assert taken(planted_run, evaluate__answer_tokens=6) == ([PARENT, *EARLY], False)
     # A run that continues one that continued another.
     assert taken(child) == ([PARENT, *EARLY], True)
-    further = taken_over(child, before, before, {PARENT: "mark"})[PARENT].record.result
+    origin, known = config.read_toml(child.config_path)[0], planted.settings_of(child)
+    settings = config.build([("run", origin), ("test", settings_of_child(child, known))])
+    further = taken_over(child, known, settings, {PARENT: "mark"})[PARENT].record.result
     assert (further["steps"], further["ancestors"]) == (10, [planted_run.path.name, child.path.name])
     assert parent_of(planted_run) is None
 
@@ -148,6 +152,7 @@ def test_only_what_follows_depends_on_what_it_began_from() -> None:
     alone, one, other = marks(), marks(run="a", adapter="1"), marks(run="a", adapter="2")
     assert [name for name in alone if alone[name] != one[name]] == ["distill", "evaluate", "export"]
     assert one == marks(run="renamed", adapter="1") and one["distill"] != other["distill"]
+    assert one["distill"] != marks(run="a", adapter="1", steps="8")["distill"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def continue_command(options: argparse.Namespace) -> int:
         changes["distill.steps"] = options.steps
     check_changes(changes, parent)
     origin = (str(parent.config_path), settings_of(parent))
-    settings = config.build([origin, ("command", settings_of_child(parent)), ("flag", changes)])
+    settings = config.build([origin, ("command", settings_of_child(parent, before)), ("flag", changes)])
     PromptPlan(settings.prompts).check()
     emit = sink(options)
     emit(_of_recipe(settings))
