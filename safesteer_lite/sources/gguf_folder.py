@@ -290,7 +290,8 @@ def _llama_tokenizer(file: GgufFile, config: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = file.field("tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ")) for pair in file.field("tokenizer.ggml.merges")]
+    pairs = (pair.partition(" ") for pair in file.field("tokenizer.ggml.merges"))
+    merges = [(first, second) for first, _, second in pairs]
     own = Tokenizer(
         models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges, ignore_merges=True)
     )
@@ -301,7 +302,8 @@ def _llama_tokenizer(file: GgufFile, config: Any) -> Any:
         ]
     )
     own.decoder = decoders.ByteLevel()
-    begin, steps = words[config.bos_token_id], [processors.ByteLevel(trim_offsets=False)]
+    begin = words[config.bos_token_id]
+    steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     if file.field("tokenizer.ggml.add_bos_token") is not False:
         steps.append(
             processors.TemplateProcessing(f"{begin} $A", f"{begin} $A {begin} $B", [(begin, config.bos_token_id)])
