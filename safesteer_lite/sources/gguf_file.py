@@ -110,6 +110,18 @@ class GgufFile:
             "model's safetensors, would be better."
         )
 
+    def require_template(self) -> None:
+        """See that it has a chat template.
+
+        Raises:
+            ModelError: it has none.
+        """
+        if not self.field("tokenizer.chat_template"):
+            raise ModelError(
+                f"{self.path} has no chat template, so it cannot be prompted as an assistant.",
+                "Give a file of the instruct model, made by a newer llama.cpp, or name a template with --chat-template FILE.",
+            )
+
     def config(self) -> Any:
         """The model's settings as transformers has them.
 
@@ -146,7 +158,7 @@ def open_gguf(path: Path) -> GgufFile:
     """Read a GGUF file's header.
 
     Raises:
-        ModelError: it is no whole GGUF file, or a model, a tokenizer or a template that cannot be read.
+        ModelError: it is no whole GGUF file, or has a model or a tokenizer that cannot be read.
     """
     from gguf import GGUFReader
 
@@ -154,8 +166,7 @@ def open_gguf(path: Path) -> GgufFile:
         reader = GGUFReader(path)
         found = GgufFile(path, reader, "")
         kind, cut = found.field("general.architecture"), found.field("tokenizer.ggml.pre")
-        vocabulary, template = found.field("tokenizer.ggml.model"), found.field("tokenizer.chat_template")
-        parts = found.field("split.count") or 1
+        vocabulary, parts = found.field("tokenizer.ggml.model"), found.field("split.count") or 1
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise ModelError(f"{path} is no whole GGUF file.", "Copy or download it again.") from error
     if parts > 1:
@@ -170,11 +181,6 @@ def open_gguf(path: Path) -> GgufFile:
         raise ModelError(
             f"{path} cuts text into tokens in a way that is not read here ({brief(kind)} with {brief(cut or vocabulary)}).",
             _ORIGINAL,
-        )
-    if not template:
-        raise ModelError(
-            f"{path} has no chat template, so it cannot be prompted as an assistant.",
-            "Give a file of the instruct model, made by a newer llama.cpp.",
         )
     return GgufFile(path, reader, family)
 

@@ -33,13 +33,14 @@ _LLAMA_WORDS = (
 )
 
 
-def folder_of_gguf(gguf: Path, emit: Emit, stage: str) -> Path:
+def folder_of_gguf(gguf: Path, emit: Emit, stage: str, template: str = "") -> Path:
     """The folder of safetensors of a GGUF file, made once and kept in `cache_folder()`: whole, or not there at all.
 
     Args:
         gguf: the file.
         emit: takes Notes, a warning where the file has lost much of the model, and Progress in tensors.
         stage: the name that the events carry.
+        template: the chat template that the user gives; empty where the file has to have one.
 
     Raises:
         ModelError: the file cannot be read, or holds what cannot be used.
@@ -51,6 +52,8 @@ def folder_of_gguf(gguf: Path, emit: Emit, stage: str) -> Path:
     with alone(home / "lock", emit, stage, "Another process is reading a GGUF file; waiting for it."):
         if not _is_ready(folder, mark):
             file = open_gguf(gguf)
+            if not template:
+                file.require_template()
             needed = 2 * file.weights
             require_space(home, needed, f"the 16-bit weights of {gguf.name}")
             emit(

@@ -53,6 +53,7 @@ def look(name: str, revision: str | None = None) -> Look:
     if gguf := find_gguf(typed_path(name)):
         # Made a folder only when it is used: the header says how large the model is.
         file = open_gguf(gguf)
+        file.require_template()
         licence = str(file.field("general.license") or "")
         return Look(name, shape_from_config(file.config().to_dict()), licence, False, 0)
     try:

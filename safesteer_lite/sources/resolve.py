@@ -42,7 +42,7 @@ def resolve_model(
     """
     path = typed_path(name_or_path)
     if gguf := find_gguf(path):
-        return open_base(folder_of_gguf(gguf, emit, stage))
+        return open_base(folder_of_gguf(gguf, emit, stage, template), template)
     if path.is_dir():
         return open_base(path, template)
     if path.exists() or not is_hub_id(name_or_path):

@@ -24,6 +24,7 @@ _FIXED = (
     "distill.depth_start",
     "model.name",
     "model.revision",
+    "model.chat_template",
     "parent.run",
     "parent.adapter",
     "parent.steps",

@@ -188,6 +188,12 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(write: Write, told: str,
     assert caught.value.hint and in_cache(tmp_path) == []
 
 
+def test_a_template_that_the_user_gives_stands_in_for_a_missing_one(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_network(tied=True), template=None)
+    base = resolve_model(str(tmp_path / "tiny.gguf"), None, discard, template=TEMPLATE)
+    assert AutoTokenizer.from_pretrained(base.words).chat_template == TEMPLATE
+
+
 def test_of_several_files_one_has_to_be_named(tmp_path: Path) -> None:
     for name in ("a-Q8_0.gguf", "b-Q4_K_M.gguf"):
         (tmp_path / name).touch()
