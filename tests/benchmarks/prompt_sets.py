@@ -10,7 +10,7 @@ selection split, 100 public prompts of either kind, and the borderline training 
 rows must not train on (`prompts.contrast = 264`).
 
 `OUT/public` has public prompts wherever there are any: direction, selection and training split and the first of the harmless
-test prompts from the training files, the harmful test prompts from the validation file. Borderline ones are the bundled.
+test prompts from the training files, the harmful test prompts from the validation file. All others are the bundled ones.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def development(folder: Path) -> dict[str, list[Line]]:
         held = [line["prompt"] for line in known if line["split"] == "selection"]
         if kind == "borderline":
             held += [line["prompt"] for line in known if line["split"] == "train"][HELD_BACK:]
-        elif kind != "critical":
+        elif kind in ("harmful", "harmless"):
             held += public(folder, kind, "train")[:PUBLIC]
-        known += lines("development", f"{kind}-development", held)
+        if kind != "twin":
+            known += lines("development", f"{kind}-development", held)
     return sets
 
 
 def all_public(folder: Path) -> dict[str, list[Line]]:
-    """Public prompts of the sizes of the bundled ones; borderline and critical prompts are the bundled ones."""
-    own = bundled()
-    sets = {"borderline": own["borderline"], "critical": own["critical"]}
+    """Public harmful and harmless prompts of the sizes of the bundled ones; all others are the bundled ones."""
+    sets = bundled()
     for kind in ("harmful", "harmless"):
         texts = public(folder, kind, "train")
         sets[kind], start = [], 0
