@@ -87,6 +87,7 @@ class _ChunkedSum(torch.autograd.Function):
         loss: Callable[[Tensor, Tensor], Tensor],
         chunk: int,
     ) -> Tensor:
+        """The sum, a float32 scalar; arguments as in `chunked_divergence`."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.zeros_like(student)
         for start in range(0, student.shape[0], chunk):
@@ -103,6 +104,7 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
+        """The gradient of `student`, in its shape and dtype; nothing else has one."""
         (gradient,) = ctx.saved_tensors
         return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None
 

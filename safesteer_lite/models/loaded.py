@@ -53,6 +53,7 @@ class _KeepPrefix:
     values: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As a cache does: what a block has read so far, which is the prefix itself."""
         self.keys, self.values = keys, values
         return keys, values
 
@@ -64,6 +65,7 @@ class _PutBefore:
         self._prefix = prefix
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As a cache does: keys and values of (batch, heads, length, head width), behind those of the prefix."""
         rows = len(keys)
         return (
             torch.cat([self._prefix.keys.expand(rows, -1, -1, -1), keys], dim=2),
@@ -78,6 +80,7 @@ class PlainModel:
         checkpointing: whether adapted blocks keep only their input for backward and are run again there: the same
             numbers with far less memory, for one more forward.
         layers: the decoder blocks, lowest first.
+        end_of_turn: token ids that end an answer: those that the model's own files name, unless others are set.
     """
 
     checkpointing = False
@@ -96,7 +99,7 @@ class PlainModel:
         self._window: int | None = getattr(causal.config, "sliding_window", None)
         self._softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self._first_adapter_layer = first_adapter_layer if first_adapter_layer is not None else len(self.layers)
-        self._end_of_turn = end_of_turn_ids(causal, tokenizer)
+        self.end_of_turn = end_of_turn_ids(causal, tokenizer)
         # A special token that the vocabulary does not have has no id, and one that only other models read has no row.
         named = [int(index) for index in tokenizer.all_special_ids if index is not None]
         named += [int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -107,15 +110,6 @@ class PlainModel:
         """Where token ids must be."""
         device: torch.device = self.decoder.embed_tokens.weight.device
         return device
-
-    @property
-    def end_of_turn(self) -> frozenset[int]:
-        """Token ids that end an answer: those that the model's own files name, unless others are set."""
-        return self._end_of_turn
-
-    @end_of_turn.setter
-    def end_of_turn(self, ids: frozenset[int]) -> None:
-        self._end_of_turn = ids
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -270,9 +264,9 @@ class PlainModel:
             temperature=temperature,
             chance=chance,
             repeats=repeats,
-            end_of_turn=self._end_of_turn,
+            end_of_turn=self.end_of_turn,
             # Any token will do: what stands behind the end of an answer is never read.
-            padding=min(self._end_of_turn) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            padding=min(self.end_of_turn) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             new_cache=self.new_cache,
             ended=ended,
         )

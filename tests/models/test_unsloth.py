@@ -59,7 +59,7 @@ def test_sampling_steered_or_not_draws_the_plain_backends_tokens(both: Pair, tem
     for policy in both:
         model, batch = policy.model, tiny.prompt_batch(policy)
         # Rows end at different lengths, so that some leave the cache.
-        model._end_of_turn = frozenset(range(0, 320, 9))
+        model.end_of_turn = frozenset(range(0, 320, 9))
         drawn.append([model.generate(batch, 12, temperature, torch.Generator().manual_seed(4), 3)])
         with policies.teacher(model, Steering(1, tiny.vector(1.0))):
             drawn[-1].append(model.generate(batch, 12, temperature, torch.Generator().manual_seed(4), 3))
