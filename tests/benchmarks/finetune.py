@@ -72,7 +72,7 @@ def main() -> None:
         losses = []
         for start in range(0, BATCH, 2):
             losses.append(loss_of(model, [pairs[row] for row in rows_of_step[start : start + 2]]))
-            (losses[-1] * 2 / BATCH).backward()  # type: ignore[no-untyped-call]
+            (losses[-1] * 2 / BATCH).backward()
         for copy, parameter in zip(copies, masters, strict=True):
             copy.grad, parameter.grad = parameter.grad.float() if parameter.grad is not None else None, None
         torch.nn.utils.clip_grad_norm_(copies, 1.0)
