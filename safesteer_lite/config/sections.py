@@ -12,6 +12,8 @@ RECIPES = ("lite", "paper")
 """Ways to distil, each a file of its own beside the presets; the first is the default."""
 ContextName = Literal["system", "turns", "role", "agreed", "steps"]
 """Ways of asking a prompt besides asking it plainly (`prompts/contexts.py`)."""
+Thinking = Literal["auto", "off", "on"]
+"""Whether a model thinks before it answers; `auto` is off wherever its chat template can leave thoughts out."""
 _OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
 _expert = partial(setting, expert=True)
 
@@ -33,6 +35,15 @@ class ModelConfig:
         "nf4", "how weights are kept", "this project: 4 bits fit small cards", ("nf4", "bf16", "fp32")
     )
     device: str = setting("auto", "what it runs on", "cuda where there is one", ("auto", "cpu", "cuda"))
+    thinking: Thinking = setting(  # noqa: RUF009  (as every other field here)
+        "auto",
+        "whether it thinks before it answers; `auto` only where its chat template leaves no choice",
+        "docs/method.md, thinking",
+        ("auto", "off", "on"),
+    )
+    thinking_tokens: int = _expert(
+        512, "tokens of a thought, at most", "arXiv 2606.02530: as long as a rollout", bounds=_TOKENS
+    )
     backend: str = _expert("auto", "library", "Unsloth on long rollouts", ("auto", "plain", "unsloth"))
     unpack: str = _expert("auto", "expand 4-bit weights once", "only on a CPU with room", ("auto", "yes", "no"))
 

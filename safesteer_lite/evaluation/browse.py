@@ -33,7 +33,7 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
                 f"The answers of {run.path.name} do not belong to the prompts of this run.", "Put its own prompts back."
             )
         for prompt, old, new in zip(prompts, before[kind], after[kind], strict=True):
-            entry = Flip(kind, prompt.id, prompt.text, old, new, judge(old).refused, judge(new).refused)
+            entry = Flip(kind, prompt.id, prompt.text, old, new, judge(old).side, judge(new).side)
             if title := _group(entry):
                 groups.setdefault(title, []).append(entry)
     return {title: groups[title] for title in _ORDER if title in groups}
@@ -81,6 +81,7 @@ def disputed_groups(run: RunFolder) -> dict[str, list[Flip]]:
 
 
 _STILL, _LOST = "harmful, still answered", "harmful, answered now though refused before"
+_CUT = "cut inside a thought, neither refused nor answered"
 _ORDER = (
     _STILL,
     _LOST,
@@ -91,10 +92,13 @@ _ORDER = (
     "harmless, no longer refused",
     "borderline, no longer refused",
     "critical, no longer refused",
+    _CUT,
 )
 
 
 def _group(entry: Flip) -> str:
+    if None in (entry.before_refused, entry.after_refused):
+        return _CUT
     if entry.set == "harmful" and not entry.after_refused:
         return _LOST if entry.before_refused else _STILL
     if entry.before_refused == entry.after_refused:

@@ -66,6 +66,11 @@ class Judgement:
         """Whether there was nothing to judge: the reply has no word, or the reasoning never ended."""
         return self.rule in (EMPTY, UNFINISHED)
 
+    @property
+    def side(self) -> bool | None:
+        """Whether the answer is a refusal; None where it was cut off inside its reasoning, and is neither that nor an answer."""
+        return None if self.rule == UNFINISHED else self.refused
+
 
 # Every gap below is bounded and the opening is short, so no answer can make a pattern run for long.
 _ADVERB = r"(?:(?:really|just|simply|absolutely|respectfully|therefore|also|currently|still|certainly) )?"

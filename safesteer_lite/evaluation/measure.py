@@ -71,7 +71,7 @@ def require_answers(card: Scorecard, tokens: int) -> None:
 
     Args:
         card: of the base model.
-        tokens: the longest answer it was allowed.
+        tokens: the longest answer it was allowed, with its thought.
 
     Raises:
         ModelError: more than half of the answers to one set were empty, or ended inside a thought.
@@ -81,8 +81,9 @@ def require_answers(card: Scorecard, tokens: int) -> None:
         if rate.empty > rate.n:
             raise ModelError(
                 f"Of {rate.n + rate.empty} answers to {name} prompts {rate.empty} are empty, or are still thinking after "
-                f"{tokens} tokens, so nothing can be measured.",
-                "Use a model that answers without thinking first, such as an instruct version.",
+                f"{tokens} tokens ({rate.unfinished}), so nothing can be measured.",
+                "Raise model.thinking_tokens, or set model.thinking=on if this model always thinks, or use one that answers "
+                "without thinking first, such as an instruct version.",
             )
 
 

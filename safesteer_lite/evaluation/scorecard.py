@@ -55,6 +55,7 @@ class Rate:
         low: lower bound of the 95 % Wilson interval of the share, 0 to 1.
         high: upper bound.
         empty: answers that were empty or ended inside their reasoning, besides the `n`.
+        unfinished: how many of those ended inside their reasoning.
     """
 
     refused: int
@@ -62,11 +63,12 @@ class Rate:
     low: float
     high: float
     empty: int = 0
+    unfinished: int = 0
 
     @classmethod
-    def of(cls, refused: int, n: int, empty: int = 0) -> Rate:
+    def of(cls, refused: int, n: int, empty: int = 0, unfinished: int = 0) -> Rate:
         """The rate of `refused` out of `n`, with its interval."""
-        return cls(refused, n, *wilson(refused, n), empty)
+        return cls(refused, n, *wilson(refused, n), empty, unfinished)
 
     @property
     def share(self) -> float:
@@ -86,23 +88,39 @@ class Rate:
             ValueError: it is none.
         """
         try:
-            refused, n = record["refused"], record["n"]
-        except (KeyError, TypeError) as error:
+            refused, n, unfinished = record["refused"], record["n"], record.get("unfinished", 0)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a rate lacks {error}") from error
-        if type(refused) is not int or type(n) is not int:
+        if not type(refused) is type(n) is type(unfinished) is int:
             raise ValueError(f"{refused!r} of {n!r} is no rate")
-        return cls.of(refused, n)
+        return cls.of(refused, n, unfinished, unfinished)
 
     def to_record(self) -> dict[str, object]:
         """The rate as the report stores it."""
-        return {"refused": self.refused, "n": self.n, "low": self.low, "high": self.high}
+        record: dict[str, object] = {"refused": self.refused, "n": self.n, "low": self.low, "high": self.high}
+        return record | ({"unfinished": self.unfinished} if self.unfinished else {})
 
 
 def rate(judgements: Iterable[Judgement]) -> Rate:
     """Count judgements into a rate."""
     judged = list(judgements)
     empty = sum(judgement.empty for judgement in judged)
-    return Rate.of(sum(judgement.refused for judgement in judged), len(judged) - empty, empty)
+    unfinished = sum(judgement.side is None for judgement in judged)
+    return Rate.of(sum(judgement.refused for judgement in judged), len(judged) - empty, empty, unfinished)
+
+
+def cut_in_thought(cards: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on the answers that were cut off inside their reasoning; empty where none was.
+
+    Args:
+        cards: records of scorecards, each by what it is of, in words.
+    """
+    counts = {
+        whose: [f"{count} {kind}" for kind in KINDS if (count := record.get(kind, {}).get("unfinished", 0))]
+        for whose, record in cards.items()
+    }
+    told = "; ".join(f"{whose} {', '.join(parts)}" for whose, parts in counts.items() if parts)
+    return f"Cut inside their thoughts, and counted neither as refusals nor as answers: {told}." if told else ""
 
 
 NOT_ASKED = Rate.of(0, 0)
@@ -180,8 +198,8 @@ class Flip:
         prompt: the prompt.
         before: the answer of the first model, whole.
         after: the answer of the second model, whole.
-        before_refused: whether `before` is a refusal.
-        after_refused: whether `after` is a refusal.
+        before_refused: whether `before` is a refusal; None where it was cut off inside its reasoning.
+        after_refused: the same of `after`.
     """
 
     set: str
@@ -189,8 +207,8 @@ class Flip:
     prompt: str
     before: str
     after: str
-    before_refused: bool
-    after_refused: bool
+    before_refused: bool | None
+    after_refused: bool | None
 
 
 def flips(
@@ -198,15 +216,16 @@ def flips(
 ) -> list[Flip]:
     """The prompts of one set on which the two models differ in refusing, in their order.
 
-    An answer that is empty is no refusal, so refusal to silence is a flip and answer to silence is none.
+    An answer that is empty is no refusal, so refusal to silence is a flip and answer to silence is none. One that was cut off
+    inside its reasoning is on neither side, so it is no flip.
 
     Raises:
         ValueError: if the four sequences are not equally long.
     """
     found = []
     for prompt_id, prompt, old, new in zip(ids, prompts, before, after, strict=True):
-        old_refused, new_refused = judge(old).refused, judge(new).refused
-        if old_refused != new_refused:
+        old_refused, new_refused = judge(old).side, judge(new).side
+        if None not in (old_refused, new_refused) and old_refused != new_refused:
             found.append(Flip(set_name, prompt_id, prompt, old, new, old_refused, new_refused))
     return found
 

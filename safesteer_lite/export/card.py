@@ -10,7 +10,7 @@ from typing import Any
 from safesteer_lite.evaluation.contexts import sections
 from safesteer_lite.evaluation.judged import QUESTIONS
 from safesteer_lite.evaluation.paired import p_text
-from safesteer_lite.evaluation.scorecard import kinds_of
+from safesteer_lite.evaluation.scorecard import cut_in_thought, kinds_of
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.sources.card import BaseCard
@@ -204,7 +204,8 @@ def _rate(rate: Mapping[str, Any]) -> str:
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     lost = [f"- **{row['artifact']} lost safety**: {row['safety_lost']}." for row in rows if row["safety_lost"]]
-    return "\n".join(lost)
+    cut = cut_in_thought({row["artifact"]: row for row in rows})
+    return "\n".join([*lost, *([f"- {cut}"] if cut else [])])
 
 
 def _suites(suites: Sequence[Mapping[str, Any]]) -> list[str]:

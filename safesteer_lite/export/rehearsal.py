@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
+from safesteer_lite.config.sections import Thinking
 from safesteer_lite.errors import DiskSpaceError, ExportError, SafeSteerError
 from safesteer_lite.export import drafts
 from safesteer_lite.export.gguf import convert, modelfile, quantise
@@ -27,6 +28,7 @@ def rehearse(
     day: date,
     *,
     words: Path | None = None,
+    thinking: Thinking = "auto",
     original: Path | None = None,
     quants: Sequence[str] = (),
 ) -> None:
@@ -38,6 +40,7 @@ def rehearse(
         weights: what will be merged into.
         day: what a chat template that asks the date is told.
         words: the folder with its tokenizer and chat template; None for the model's own.
+        thinking: whether the model thinks before it answers.
         original: the 16-bit weights of a base that is itself in 4 bits; None if they are not used.
         quants: the GGUF files to write; none for merged weights alone.
 
@@ -50,7 +53,7 @@ def rehearse(
     faults.add(*(verify.check_form(plan.config, plan.tensors, own).problems if plan else verify.check_words(own)[1]))
     if not faults.told:
         # What a tokenizer that is damaged makes of a template is of no interest.
-        faults.of(lambda: modelfile.read_chat(own, day))
+        faults.of(lambda: modelfile.read_chat(own, day, thinking))
     if plan:
         needed = plan.room
         if quants:

@@ -124,7 +124,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
     answered = (sets.train if training is None else training) + sets.direction if reads_answered else 0
     measured = (-(-distill.steps // evaluate.every) if evaluate.every else 1) + len(distill.adapter_strengths)
-    return {
+    found = {
         "baseline": selection,
         "direction": Work(read * PROMPT_TOKENS) + _answers(sets.selection, TEACHER_TOKENS),
         "tokens": voted,
@@ -137,6 +137,19 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
         + _reference(sets.test, evaluate.kl_tokens)
         + _along(sets.test, evaluate.kl_tokens),
     }
+    if settings.model.thinking != "on":
+        return found
+    # Reckoned with the longest thoughts: one for each answer that is judged, and one before whatever else is read.
+    longest = settings.model.thinking_tokens
+    first = chosen_by + 2 * sets.direction + sets.train + distill.critical + sets.contrast
+    contexts = len(evaluate.contexts) * (
+        2 * evaluate.context_prompts + min(evaluate.context_prompts, sets.borderline_test)
+    )
+    found["baseline"] += _thoughts(chosen_by + first, longest)
+    found["direction"] += Work(read * longest)
+    found["distill"] += _thoughts(chosen_by, longest) * measured + Work(rows * longest * _TRAIN) * distill.steps
+    found["evaluate"] += _thoughts(2 * (_test_prompts(settings) + contexts) + sets.test, longest)
+    return found
 
 
 def _answers(count: int, tokens: int) -> Work:
@@ -153,9 +166,17 @@ def answering_share(settings: RunConfig) -> float:
 
 def _tested(settings: RunConfig) -> Work:
     """All test prompts asked plainly of one model."""
+    return _answers(_test_prompts(settings), settings.evaluate.answer_tokens)
+
+
+def _test_prompts(settings: RunConfig) -> int:
     sets = settings.prompts
-    count = 2 * sets.test + sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
-    return _answers(count, settings.evaluate.answer_tokens)
+    return 2 * sets.test + sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
+
+
+def _thoughts(count: int, tokens: int) -> Work:
+    """Thoughts before answers, decoded in whole batches."""
+    return Work(count * tokens * _DECODE, -(-count // _ANSWER_BATCH) * tokens)
 
 
 def _in_contexts(settings: RunConfig) -> Work:

@@ -35,6 +35,7 @@ class Demand:
         completion_tokens: longest rollout.
         samples, horizon: continuations of a prompt that vote for safety tokens, and positions of each.
         answer_tokens: longest answer that is judged.
+        thinking_tokens: longest thought before an answer; 0 where the model does not think.
         chunk: positions whose logits exist at a time.
         checkpointing: whether blocks are recomputed in the backward pass: `auto` (on a card), `yes` or `no`.
     """
@@ -49,6 +50,7 @@ class Demand:
     samples: int = 1
     horizon: int = 4
     answer_tokens: int = 150
+    thinking_tokens: int = 0
     chunk: int = 64
     checkpointing: str = "auto"
 
@@ -67,6 +69,7 @@ class Demand:
             samples=tokens.samples,
             horizon=tokens.horizon,
             answer_tokens=settings.evaluate.answer_tokens,
+            thinking_tokens=settings.model.thinking_tokens if settings.model.thinking == "on" else 0,
             chunk=distill.chunk,
             checkpointing=distill.checkpointing,
         )
@@ -271,9 +274,9 @@ def work_bytes(
     checkpointing: bool,
 ) -> dict[str, int]:
     """The largest piece of work of each stage on the device, by its name; arguments as `need.estimate` has them."""
-
-    def sampling(rows: int, completion: int) -> int:
-        return sampling_bytes(shape, rows, prompt_tokens, completion, element)
+    # What is judged is a thought with its answer; everything else is read behind a thought that stands in the prompt.
+    answers = sampling_bytes(shape, sequences, prompt_tokens, demand.thinking_tokens + demand.answer_tokens, element)
+    prompt_tokens += demand.thinking_tokens
 
     voting = block_bytes(shape, max(sequences, demand.samples), prompt_tokens + demand.horizon, element)
     measuring = max(
@@ -288,9 +291,8 @@ def work_bytes(
         element=element,
         checkpointing=checkpointing,
     )
-    rollouts = sampling(max(sequences, demand.rollouts), demand.completion_tokens)
+    rollouts = sampling_bytes(shape, max(sequences, demand.rollouts), prompt_tokens, demand.completion_tokens, element)
     reading = reading_bytes(shape, sequences, prompt_tokens, element) if demand.reading else 0
-    answers = sampling(sequences, demand.answer_tokens)
     scores = 3 * sequences * 4 * shape.vocabulary
     return {
         "baseline": answers,

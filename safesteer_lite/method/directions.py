@@ -115,14 +115,15 @@ def shortlist(scores: Tensor, depth_limit: float, size: int) -> list[Candidate]:
     Args:
         scores: (positions, layers), from `separation`.
         depth_limit: share of the depth from which on a layer is too late (authors: 0.8).
-        size: how many to keep; 0 keeps all (the authors' sweep).
+        size: how many to keep; 0 keeps all (the authors' sweep), but those that part nothing: at the first block the template's
+            tokens are the same for all prompts, and there is no direction.
     """
     positions, layers = scores.shape
     candidates = [
         Candidate(position - positions, layer, float(scores[position, layer]))
         for position in range(positions)
         for layer in range(layers)
-        if layer < depth_limit * layers and bool(scores[position, layer].isfinite())
+        if layer < depth_limit * layers and bool(scores[position, layer].isfinite()) and float(scores[position, layer])
     ]
     candidates.sort(key=lambda candidate: -candidate.separation)
     return candidates[:size] if size else candidates

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from safesteer_lite.config.sections import Thinking
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.memory import Result, fitting
 from safesteer_lite.method.policies import Batch, Completions, completion_hidden, pad_left
 from safesteer_lite.models.loaded import PlainModel
-from safesteer_lite.models.sampling import Ended, draw
-from safesteer_lite.models.template import ChatTemplate, Message, ids_of
+from safesteer_lite.models.sampling import Ended
+from safesteer_lite.models.template import ChatTemplate, ids_of
+from safesteer_lite.models.thoughts import Thoughts
 from safesteer_lite.prompts.contexts import Conversation
 
 Done = Callable[[int], None]
@@ -26,22 +27,37 @@ def ignore(done: int) -> None:
 
 
 class Policy:
-    """A model that can be prompted as an assistant."""
+    """A model that can be prompted as an assistant.
 
-    def __init__(self, model: PlainModel, prompt_tokens: int, day: date | None = None) -> None:
+    Where the model thinks first, it is judged by what it thinks and answers itself (`answers`); whatever is computed at the
+    positions of an answer (`encode`, `batches`) stands behind the base's own thought, which is part of the prompt then.
+    """
+
+    def __init__(
+        self,
+        model: PlainModel,
+        prompt_tokens: int,
+        day: date | None = None,
+        thinking: Thinking = "auto",
+        thought_tokens: int = 512,
+    ) -> None:
         """Wrap a loaded model.
 
         Args:
             model: base, teacher and student in one.
             prompt_tokens: longest prompt; longer ones lose tokens from the middle of the user's text.
             day: what a chat template that asks the date is told; None for today.
+            thinking: whether the model thinks before it answers.
+            thought_tokens: longest thought.
 
         Raises:
             ModelError: the model's chat template will not do; see `ChatTemplate`.
         """
         self.model = model
         self.tokenizer = model.tokenizer
-        self.template = ChatTemplate(model.tokenizer, day)
+        self.template = ChatTemplate(model.tokenizer, day, thinking)
+        marks = self.template.marks
+        self.thoughts = Thoughts(marks, model.tokenizer, thought_tokens) if marks else None
         self.prompt_tokens = prompt_tokens
         self._prefix, self.template_positions = self._template_around()
         # Sequences at a time that fitted in memory where fewer than asked for did, by the longest answer.
@@ -60,7 +76,17 @@ class Policy:
         ]
 
     def encode(self, asked: str | Conversation) -> Batch:
-        """What is asked, chat-templated, as a batch of one without padding.
+        """What is asked, chat-templated, up to where the answer begins, as a batch of one without padding: behind the
+        base's own thought where the model thinks.
+
+        Raises:
+            ModelError: as `prompt`.
+        """
+        self.think([asked], 1)
+        return self._behind_thought(_conversation(asked))
+
+    def prompt(self, asked: str | Conversation) -> Batch:
+        """What is asked, chat-templated, up to where the model begins to write, as a batch of one without padding.
 
         Args:
             asked: a prompt, which gets no system prompt unless the template adds one, or a conversation. Of what is
@@ -69,13 +95,14 @@ class Policy:
         Raises:
             ModelError: too little room is left for the user's last turn.
         """
-        conversation = Conversation(asked) if isinstance(asked, str) else asked
+        conversation = _conversation(asked)
         ids = self._template_ids(conversation)
         if len(ids) > self.prompt_tokens:
             text = self.tokenizer(conversation.prompt, add_special_tokens=False).input_ids
             room = self.prompt_tokens - (len(ids) - len(text))
             if room < 1:
-                around = "alone takes" if isinstance(asked, str) else "and what is said before the prompt take"
+                alone = conversation == Conversation(conversation.prompt)
+                around = "alone takes" if alone else "and what is said before the prompt take"
                 raise ModelError(
                     f"The chat template {around} {len(ids) - len(text)} tokens, the limit is {self.prompt_tokens}.",
                     "Raise prompts.prompt_tokens.",
@@ -87,24 +114,57 @@ class Policy:
         return Batch(tensor, torch.ones_like(tensor), prefix)
 
     def fits(self, asked: str | Conversation) -> bool:
-        """Whether what is asked has at most `prompt_tokens` tokens with its template, so that `encode` cuts nothing."""
-        conversation = Conversation(asked) if isinstance(asked, str) else asked
-        return len(self._template_ids(conversation)) <= self.prompt_tokens
+        """Whether what is asked has at most `prompt_tokens` tokens with its template, so that `prompt` cuts nothing."""
+        return len(self._template_ids(_conversation(asked))) <= self.prompt_tokens
 
     def too_long(self, prompts: Sequence[str]) -> int:
-        """How many prompts have more than `prompt_tokens` tokens with their template, so that `encode` cuts them."""
+        """How many prompts have more than `prompt_tokens` tokens with their template, so that `prompt` cuts them."""
         room = self.prompt_tokens - len(self._template_ids(Conversation("x")))
         # No tokenizer makes more tokens of a text than it has bytes, which spares most texts being tokenized.
         doubtful = [prompt for prompt in prompts if len(prompt.encode()) > room]
         return sum(not self.fits(prompt) for prompt in doubtful)
 
     def batches(self, prompts: Sequence[str | Conversation], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Left-padded batches of similar length, each with the places of its prompts in `prompts`."""
-        encoded = [self.encode(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda place: (encoded[place].input_ids.shape[1], place))
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            yield places, pad_left([encoded[place] for place in places])
+        """Left-padded batches of similar length, each with the places of its prompts in `prompts`; each prompt up to where
+        its answer begins, as `encode` has it."""
+        self.think(prompts, size)
+        return _batches([self._behind_thought(_conversation(prompt)) for prompt in prompts], size)
+
+    def think(self, prompts: Sequence[str | Conversation], size: int, done: Done = ignore) -> int:
+        """Let the base think about prompts of which its thoughts are not known; nothing where the model does not think.
+
+        Not to be called while the model is steered.
+
+        Args:
+            prompts: what is asked. An answer that was begun stands behind an empty thought.
+            size: prompts at a time, or fewer where memory is short.
+            done: called with the number of prompts so far.
+
+        Returns:
+            How many of these thoughts were cut at the longest length, and closed there.
+        """
+        thoughts = self.thoughts
+        if thoughts is None:
+            return 0
+        asked = [entry for entry in dict.fromkeys(map(_conversation, prompts)) if not entry.beginning]
+        missing = [entry for entry in asked if entry not in thoughts.known]
+        if not missing:
+            return 0
+
+        def write(size: int) -> dict[Conversation, tuple[list[int], bool]]:
+            found = {}
+            for places, batch in _batches([self.prompt(entry) for entry in missing], size):
+                written = self.model.generate(batch, thoughts.tokens, 0.0, None, 1, thoughts.ended)
+                for place, ids in zip(places, _rows(written), strict=True):
+                    kept = [index for index in ids if index not in self.model.end_of_turn]
+                    found[missing[place]] = thoughts.before_answer(kept)
+                done(len(found))
+            return found
+
+        with self.model.adapters_off():
+            found = self.fitting(thoughts.tokens, size, write)
+        thoughts.known.update({entry: ids for entry, (ids, _) in found.items()})
+        return sum(not finished for _, finished in found.values())
 
     def answers(
         self,
@@ -113,22 +173,50 @@ class Policy:
         size: int,
         done: Done = ignore,
         ended: Ended | None = None,
+        *,
+        thinks: bool = True,
     ) -> list[str]:
-        """Greedy answers of at most `tokens` tokens, in the order of `prompts`; `size` prompts at a time, or fewer
-        where memory is short. Of an answer that had begun, what follows its beginning. `ended` may end them earlier."""
+        """Greedy answers, in the order of `prompts`.
+
+        Of a model that thinks, its thought comes first, between `thinking.OPENING` and `thinking.CLOSING`, and is not counted
+        among the tokens of its answer.
+
+        Args:
+            prompts: what is asked. Of an answer that was begun, what follows the beginning is returned.
+            tokens: of an answer, at most.
+            size: prompts at a time, or fewer where memory is short.
+            done: called with the number of answers so far.
+            ended: may end answers earlier.
+            thinks: False to go on from what the base thought of a prompt, instead of thinking anew.
+        """
+        asked = [_conversation(prompt) for prompt in prompts]
+        found, places = [""] * len(asked), range(len(asked))
+        thoughts = self.thoughts if thinks else None
+        if thoughts is None:
+            self.think(asked, size)
+            parts = [(list(places), self._behind_thought, tokens, ended)]
+        else:
+            # An answer that was begun has left its thought behind.
+            begun = [place for place in places if asked[place].beginning]
+            free = [place for place in places if not asked[place].beginning]
+            longest = tokens + thoughts.tokens
+            parts = [
+                (free, self.prompt, longest, thoughts.answered(tokens, ended)),
+                (begun, self._behind_thought, tokens, ended),
+            ]
 
         def answer(size: int) -> list[str]:
-            found = [""] * len(prompts)
             finished = 0
-            for places, batch in self.batches(prompts, size):
-                completions = self.model.generate(batch, tokens, 0.0, None, 1, ended)
-                for place, text in zip(places, self.decode(completions), strict=True):
-                    found[place] = text
-                finished += len(places)
-                done(finished)
+            for chosen, encode, most, ends in parts:
+                for rows, batch in _batches([encode(asked[place]) for place in chosen], size):
+                    completions = self.model.generate(batch, most, 0.0, None, 1, ends)
+                    for row, text in zip(rows, self.decode(completions, opened=encode == self.prompt), strict=True):
+                        found[chosen[row]] = text
+                    finished += len(rows)
+                    done(finished)
             return found
 
-        return self.fitting(tokens, size, answer)
+        return self.fitting(max(most for _, _, most, _ in parts), size, answer)
 
     def fitting(self, tokens: int, size: int, work: Callable[[int], Result], samples: int = 1) -> Result:
         """`work(size)`, or with fewer prompts at a time where memory is short, which is remembered for the next call.
@@ -155,12 +243,27 @@ class Policy:
         known = torch.tensor(sorted(fences), dtype=torch.long, device=self.model.device)
         return lambda tokens: torch.isin(tokens, known).sum(-1) >= 2
 
-    def decode(self, completions: Completions) -> list[str]:
-        """Completions as text, without special tokens."""
-        tokens, mask = completions.tokens.cpu(), completions.mask.cpu()
-        return [
-            self.tokenizer.decode(row[kept], skip_special_tokens=True) for row, kept in zip(tokens, mask, strict=True)
-        ]
+    def decode(self, completions: Completions, *, opened: bool = True) -> list[str]:
+        """Completions as text; see `text`."""
+        return [self.text(ids, opened=opened) for ids in _rows(completions)]
+
+    def text(self, written: Sequence[int], *, opened: bool = True) -> str:
+        """Tokens that the model wrote as text, without special tokens, and with the marks of a thought that every judge knows.
+
+        Args:
+            written: token ids.
+            opened: whether they follow a prompt, in which the template may have opened the thought.
+        """
+        if self.thoughts:
+            return self.thoughts.text(written, opened=opened)
+        return str(self.tokenizer.decode(written, skip_special_tokens=True))
+
+    def _behind_thought(self, asked: Conversation) -> Batch:
+        prompt = self.prompt(asked)
+        if self.thoughts is None or asked.beginning:
+            return prompt
+        thought = prompt.input_ids.new_tensor([self.thoughts.known[asked]])
+        return Completions(thought, torch.ones_like(thought, dtype=torch.bool)).after(prompt)
 
     def token_ids(self, openings: Sequence[str]) -> Tensor:
         """The first token of each string in this model's own vocabulary, each id once, ascending."""
@@ -172,7 +275,8 @@ class Policy:
 
     def _template_around(self) -> tuple[list[int], int]:
         """What the template puts around the user's text, read off two different prompts: the tokens that every prompt
-        begins with (system prompt, opening of the user's turn), and how many tokens it ends in."""
+        begins with (system prompt, opening of the user's turn), and how many tokens stand between that text, or a thought,
+        and the answer."""
         first, second = (
             self._template_ids(Conversation(text)) for text in ("Tell me about rivers", "What is in 7x9 = ?!")
         )
@@ -181,7 +285,24 @@ class Policy:
             raise ModelError(
                 "The chat template adds nothing after the user's text.", "Use a model whose template opens the answer."
             )
-        return first[: _common(first, second)], ending
+        return first[: _common(first, second)], len(self.thoughts.behind) if self.thoughts else ending
+
+
+def _conversation(asked: str | Conversation) -> Conversation:
+    return Conversation(asked) if isinstance(asked, str) else asked
+
+
+def _rows(completions: Completions) -> list[list[int]]:
+    tokens, mask = completions.tokens.cpu(), completions.mask.cpu()
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+
+
+def _batches(encoded: Sequence[Batch], size: int) -> Iterator[tuple[list[int], Batch]]:
+    """Left-padded batches of similar length, each with the places of its rows in `encoded`."""
+    order = sorted(range(len(encoded)), key=lambda place: (encoded[place].input_ids.shape[1], place))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        yield places, pad_left([encoded[place] for place in places])
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -254,66 +375,3 @@ def kl_of_states(known: Tensor, now: Tensor, head: Callable[[Tensor], Tensor], c
         log_known, log_now = head(before).float().log_softmax(-1), head(after).float().log_softmax(-1)
         total += float((log_known.exp() * (log_known - log_now)).sum())
     return total
-
-
-class Reply:
-    """One answer in the making. Every call of `step` belongs to the policy that is on at that moment."""
-
-    def __init__(self, policy: Policy, messages: Sequence[Message], tokens: int, temperature: float, seed: int) -> None:
-        """Prepare an answer; nothing is computed yet.
-
-        Args:
-            policy: the model.
-            messages: the conversation so far; the last one is the user's.
-            tokens: longest answer.
-            temperature: 0 takes the likeliest token each time.
-            seed: of the sampling.
-
-        Raises:
-            ModelError: the chat template cannot write this conversation, or it is longer than the model can read.
-        """
-        self._policy = policy
-        ids = policy.template.encode(messages)
-        self._waiting = torch.tensor([ids], dtype=torch.long, device=policy.model.device)
-        longest: int | None = getattr(policy.model.causal.config, "max_position_embeddings", None)
-        if longest is not None and self._waiting.shape[1] + tokens > longest:
-            tokens = longest - self._waiting.shape[1]
-        if tokens < 1:
-            raise ModelError("The conversation is longer than the model can read.", "Begin anew with /reset.")
-        self._cache, self._read = policy.model.new_cache(), 0
-        self._tokens, self._temperature = tokens, temperature
-        self._generator = torch.Generator().manual_seed(seed)
-        self._written: list[int] = []
-        self.done = False
-
-    @property
-    def text(self) -> str:
-        """What has been said so far; half a character at the end is held back."""
-        text: str = self._policy.tokenizer.decode(self._written, skip_special_tokens=True)
-        return text.removesuffix("\ufffd")
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Say one token more; nothing once the answer has ended."""
-        if self.done:
-            return
-        model = self._policy.model
-        read = self._read + self._waiting.shape[1]
-        output: Any = model.decoder(
-            input_ids=self._waiting,
-            attention_mask=torch.ones(1, read, dtype=torch.long, device=self._waiting.device),
-            position_ids=torch.arange(self._read, read, device=self._waiting.device).unsqueeze(0),
-            past_key_values=self._cache.given,
-            use_cache=True,
-        )
-        self._cache.take(output)
-        self._read = read
-        logits = model.logits(output[0][:, -1]).float()
-        uniform = torch.rand(1, generator=self._generator).to(logits.device) if self._temperature else None
-        chosen = draw(logits, self._temperature, uniform)
-        token = int(chosen)
-        ended = token in model.end_of_turn
-        if not ended:
-            self._written.append(token)
-        self._waiting = chosen.unsqueeze(-1)
-        self.done = ended or len(self._written) >= self._tokens

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import date
 
 from safesteer_lite.config import RunConfig
+from safesteer_lite.config.sections import Thinking
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.machine import use_card
 from safesteer_lite.hardware.peaks import Demand
@@ -40,7 +41,7 @@ def load_policy(
         SelfCheckError: loaded, it does not behave as the method needs.
     """
     check_values(base)
-    check_template(base, day)
+    check_template(base, day, config.model.thinking)
     note(decision.reason)
     note(decision.library.reason)
     policy = _loaded(base, decision, config, day, library)
@@ -74,15 +75,17 @@ def _loaded(base: Base, decision: Decision, config: RunConfig, day: date, librar
         )
         model = with_adapter(network, tokenizer, adapter, config.seed)
     model.checkpointing = Demand.of(config).recomputes(decision.device)
-    return Policy(model, config.prompts.prompt_tokens, day)
+    settings = config.model
+    return Policy(model, config.prompts.prompt_tokens, day, settings.thinking, settings.thinking_tokens)
 
 
-def check_template(base: Base, day: date | None = None) -> ChatTemplate:
+def check_template(base: Base, day: date | None = None, thinking: Thinking = "auto") -> ChatTemplate:
     """Try out how a model is prompted and what ends its answers, without its weights.
 
     Args:
         base: the model.
         day: what a chat template that asks the date is told; None for today.
+        thinking: whether the model thinks before it answers.
 
     Raises:
         ModelError: the chat template will not do, or nothing ends an answer.
@@ -90,4 +93,4 @@ def check_template(base: Base, day: date | None = None) -> ChatTemplate:
     tokenizer = plain.load_tokenizer(base.words, base.config)
     with plain.loading(base.folder, "chat template"):
         stop_ids(tokenizer, base.generation.get("eos_token_id"), base.config.get("eos_token_id"))
-        return ChatTemplate(tokenizer, day)
+        return ChatTemplate(tokenizer, day, thinking)

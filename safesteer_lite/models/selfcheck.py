@@ -34,7 +34,7 @@ def self_check(policy: Policy) -> list[str]:
     Raises:
         SelfCheckError: naming the check that failed.
     """
-    model, batch = policy.model, policy.encode("Say hello.")
+    model, batch = policy.model, policy.prompt("Say hello.")
     layer = len(model.layers) // 2
     exactly = f"within {_LARGEST_ROUNDING_KL:g} nats" if model.device.type == "cuda" else "bit for bit"
     passed = []
@@ -81,7 +81,7 @@ def self_check(policy: Policy) -> list[str]:
 def stays_finite(policy: Policy) -> bool:
     """Whether logits and gradients are numbers on an ordinary prompt; fp16 ends at 65,504, and some models go beyond."""
     parameters = policy.model.parameters_to_train()
-    logits = policies.last_logits(policy.model, policy.encode("Say hello."))
+    logits = policies.last_logits(policy.model, policy.prompt("Say hello."))
     gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), parameters, allow_unused=True)
     return all(bool(value.isfinite().all()) for value in (logits, *gradients) if value is not None)
 
@@ -121,7 +121,7 @@ def _full_forward(policy: Policy, batch: Batch) -> torch.Tensor:
 
 def _check_padding(policy: Policy) -> None:
     """Alone, a prompt needs no mask at all, and some kernels are not causal then; padded, it needs one."""
-    prompts = [policy.encode(text) for text in ("Say hello.", "Tell me how rivers find their way to the sea.")]
+    prompts = [policy.prompt(text) for text in ("Say hello.", "Tell me how rivers find their way to the sea.")]
     padded = replace(pad_left(prompts), prefix=0)
     together = policies.last_logits(policy.model, padded)[:1].log_softmax(-1)
     alone = policies.last_logits(policy.model, prompts[0]).log_softmax(-1)

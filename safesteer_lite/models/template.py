@@ -12,8 +12,10 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from safesteer_lite.config.sections import Thinking
 from safesteer_lite.errors import ModelError
 from safesteer_lite.models.rendering import TAKE_ANOTHER, refuse_powers, run_template
+from safesteer_lite.models.thinking import SWITCHES, Marks, closing_of, left_open, marks_in
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`."""
@@ -21,9 +23,6 @@ Message = dict[str, str]
 _NO_OPTIONS: Mapping[str, bool] = {}
 _UNOPENED = {"add_generation_prompt": False}
 _BEFORE_THE_QUESTION = "\n\n"
-# What the templates of models that may or may not think call the switch.
-_WITHOUT_THINKING: tuple[Mapping[str, bool], ...] = ({"enable_thinking": False}, {"thinking": False})
-_OPEN_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)", re.DOTALL | re.IGNORECASE)
 
 # Words that no template has of its own, so that what it does with them can be seen.
 _ASKED, _ALSO_ASKED, _ANSWERED = "Zebras wander quietly.", "Is 7 < 9 & 'x' a \"NAME\"?", "Herons answer slowly."
@@ -37,19 +36,21 @@ class ChatTemplate:
     Attributes:
         notes: a sentence for each thing that a user should know of what was found.
         end: the token that the template puts behind an answer; None where it puts none there.
-        switches: what the template is told besides the conversation, so that the model answers without thinking first.
+        switches: what the template is told besides the conversation, so that the model thinks first, or does not.
+        marks: how thoughts are marked; None where the model answers without thinking first.
     """
 
-    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
+    def __init__(self, tokenizer: Any, day: date | None = None, thinking: Thinking = "auto") -> None:
         """Try the template out.
 
         Args:
             tokenizer: with its chat template.
             day: what a template that asks the date is told; None for today.
+            thinking: whether the model thinks before it answers.
 
         Raises:
-            ModelError: the template cannot be run, loses what the user says, does not open the answer, or opens a thought
-                that it has no way to leave out.
+            ModelError: the template cannot be run, loses what the user says, does not open the answer, opens a thought that
+                shall be left out, or marks no thoughts where there shall be some.
         """
         self.notes: list[str] = []
         self._tokenizer = tokenizer
@@ -58,7 +59,7 @@ class ChatTemplate:
         self._in_parts = False
         self.switches: Mapping[str, bool] = {}
         self._check_the_user_is_heard()
-        self._leave_thoughts_out()
+        self.marks = self._find_marks(thinking)
         behind = self._check_the_answer_is_opened()
         self._note_the_date()
         self.end = self._marker_at_start(behind)
@@ -86,7 +87,8 @@ class ChatTemplate:
 
         Args:
             messages: `role` and `content` of each turn.
-            beginning: the first words of the answer, as tokens of their own, like those that the model writes itself.
+            beginning: the first words of the answer, as tokens of their own, like those that the model writes itself; of a
+                model that thinks they stand behind an empty thought.
 
         Raises:
             ModelError: as `render`.
@@ -96,7 +98,8 @@ class ChatTemplate:
         cut = [{**turn, "content": self._spelled_out.sub(rf"\g<0>{mark}", turn["content"])} for turn in messages]
         begun = self._spelled_out.sub(rf"\g<0>{mark}", beginning)
         ids: list[int] = []
-        for piece in [*self.render(cut).split(mark), *(begun.split(mark) if begun else ())]:
+        text = self.render(cut) + (self.marks.empty if self.marks and begun else "")
+        for piece in [*text.split(mark), *(begun.split(mark) if begun else ())]:
             ids += self._tokenizer(piece, add_special_tokens=False).input_ids
         return ids
 
@@ -160,26 +163,53 @@ class ChatTemplate:
                 return
         raise problem
 
-    def _leave_thoughts_out(self) -> None:
-        """Use the template's own switch where it has one, and refuse an answer that can only begin with a thought."""
+    def _find_marks(self, thinking: Thinking) -> Marks | None:
+        """Set the template's own switch where it has one, and find how thoughts are marked where the model has them."""
         asked = [_turn("user", _ASKED)]
-        plain = self._render(asked)
-        for switch in _WITHOUT_THINKING:
-            if self._render(asked, switch) != plain:
-                self.switches = switch
-                name = next(iter(switch))
+        switch = next((name for name in SWITCHES if self._rendered(name, True) != self._rendered(name, False)), None)
+        if thinking == "auto":
+            thinking = "on" if switch is None and left_open(self._opening_of_answer()) else "off"
+        self.switches = {switch: thinking == "on"} if switch else {}
+        opened = left_open(self._opening_of_answer())
+        if thinking == "off":
+            if opened:
+                raise ModelError(
+                    "The chat template makes the model think before each answer, and has no switch that leaves this out.",
+                    "Set model.thinking=on, or use the model's instruct version.",
+                )
+            if switch:
                 self.notes.append(
-                    f"The model can think before it answers. It is trained, judged and asked without ({name}=false in its "
+                    f"The model can think before it answers. It is trained, judged and asked without ({switch}=false in its "
                     "chat template), and whoever uses the result should switch its thinking off too."
                 )
-                break
-        opening = self._render(asked).rpartition(_ASKED)[2]
-        if _OPEN_THOUGHT.search(opening):
+            return None
+        found = opened or marks_in([self._rendered(switch, False) if switch else "", self._source])
+        if found is None:
             raise ModelError(
-                "The chat template makes the model think before each answer, and has no switch that leaves this out; "
-                "models that always think cannot be trained or judged yet.",
-                "Use the model's instruct version.",
+                "Nothing in the chat template marks a thought, so that it could not be told from the answer.",
+                "Set model.thinking=off.",
             )
+        closing = closing_of(found)
+        for mark in (found, closing):
+            if len(self._tokenizer(mark, add_special_tokens=False).input_ids) != 1:
+                raise ModelError(
+                    f"The model's tokenizer has no token {mark}, so that the end of a thought cannot be found among the "
+                    "tokens.",
+                    "Set model.thinking=off, or use the model's instruct version.",
+                )
+        whole = self._render([*asked, _turn("assistant", f"{found}\n{_TOLD}\n{closing}\n\n{_ANSWERED}")], _UNOPENED)
+        written = re.search(rf"{re.escape(closing)}(\s*){re.escape(_ANSWERED)}", whole)
+        self.notes.append(
+            f"The model thinks before it answers. It is trained, judged and asked with its thoughts: what is read is the "
+            f"answer behind {closing}."
+        )
+        return Marks(found, closing, bool(opened), written[1] if written else "\n\n")
+
+    def _rendered(self, switch: str, on: bool) -> str:
+        return self._render([_turn("user", _ASKED)], {switch: on})
+
+    def _opening_of_answer(self) -> str:
+        return self._render([_turn("user", _ASKED)]).rpartition(_ASKED)[2]
 
     def _check_the_answer_is_opened(self) -> str:
         """Compare a prompt with the same prompt and its answer: what comes between them, the model would have to write
@@ -192,6 +222,9 @@ class ChatTemplate:
         if prompt.startswith(before.rstrip()):
             return behind
         missing = before.removeprefix(prompt.rstrip()).lstrip()
+        if self.marks and missing.startswith(self.marks.opening):
+            # The thought, which such a model does write itself.
+            return behind
         if before.startswith(prompt.rstrip()) or prompt == self._render(asked, _UNOPENED):
             raise ModelError(
                 f"The chat template does not open the answer: the model would have to write {missing[-80:]!r} itself.",
@@ -217,6 +250,7 @@ class ChatTemplate:
         written = set(self._tokenizer(self._render(turns), add_special_tokens=False).input_ids)
         names = {token.content for index, token in added.items() if token.special or index in written}
         names |= set(self._tokenizer.all_special_tokens)
+        names |= {self.marks.opening, self.marks.closing} if self.marks else set()
         # One letter cannot be cut, and white space marks nothing.
         names = {name for name in names if len(name) > 1 and name.strip()}
         return re.compile(f"(?={'|'.join(map(re.escape, sorted(names)))})." if names else "(?!)", re.DOTALL)

@@ -13,7 +13,7 @@ from typing import Any
 from safesteer_lite.config import SECTIONS, RunConfig
 from safesteer_lite.evaluation.contexts import sections
 from safesteer_lite.evaluation.paired import p_text
-from safesteer_lite.evaluation.scorecard import Rate, change, kinds_of
+from safesteer_lite.evaluation.scorecard import Rate, change, cut_in_thought, kinds_of
 from safesteer_lite.hardware.units import format_bytes, format_duration
 from safesteer_lite.report.charts import Comparison, bar, interval_chart
 from safesteer_lite.report.markup import Markup, element, figure, folded, join, noted, paragraph, table
@@ -49,7 +49,9 @@ def scorecard(source: Source) -> Markup | None:
         "are Newcombe's, and cautious: both models got the same prompts."
     )
     figures = table(("", "before", "after", "change"), rows, "scorecard")
-    return join([figures, figure(interval_chart(label, comparisons), caption)])
+    cut = cut_in_thought({when: card[when] for when in ("before", "after")})
+    told = [paragraph(cut)] if cut else []
+    return join([figures, *told, figure(interval_chart(label, comparisons), caption)])
 
 
 def _before_and_after(before: Rate, after: Rate) -> tuple[str, str, str]:

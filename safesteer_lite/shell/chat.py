@@ -15,7 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from safesteer_lite.errors import SafeSteerError, UsageError
-from safesteer_lite.models.assistant import Policy, Reply
+from safesteer_lite.evaluation.judges import split_thinking
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.reply import Reply
 from safesteer_lite.models.template import Message
 from safesteer_lite.shell.console import as_text
 from safesteer_lite.stages.strength import set_strength
@@ -142,7 +144,11 @@ class Chat:
         except KeyboardInterrupt:
             self.console.print(Text("(ended early)", "dim"))
         for side, reply in zip(sides, replies, strict=True):
-            side.turns += [asked, {"role": "assistant", "content": reply.text}]
+            _, said, finished = split_thinking(reply.text)
+            if not finished:
+                self.console.print(Text(f"({side.name} was cut inside its thought, and has not answered)", "dim"))
+            # What was thought is no part of the conversation, and templates leave it out of earlier turns.
+            side.turns += [asked, {"role": "assistant", "content": said}]
 
     def save(self, place: str = "") -> Path:
         """Write the conversation to a new file.

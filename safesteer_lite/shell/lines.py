@@ -14,7 +14,7 @@ from rich.text import Text
 
 from safesteer_lite.evaluation import dial
 from safesteer_lite.evaluation.contexts import sections
-from safesteer_lite.evaluation.scorecard import kinds_of
+from safesteer_lite.evaluation.scorecard import cut_in_thought, kinds_of
 from safesteer_lite.events import (
     Event,
     Metric,
@@ -126,7 +126,8 @@ def scorecard_table(
     plainly, *in_contexts = sections(scorecard, contexts)
     for name, *rates in plainly.rows:
         table.add_row(name, str(rates[1]["n"]), *(rate_text(rates[side]) for side in sides))
-    notes = []
+    whose = {"of the answers": scorecard["after"]} if alone else {side: scorecard[side] for side in ("before", "after")}
+    notes = list(filter(None, [cut_in_thought(whose)]))
     if not alone:
         kl = scorecard["after"]["kl_to_base"]
         table.add_row("KL, nats a token", "", "0", f"{kl:.4f}" if isinstance(kl, float) else "not measured")

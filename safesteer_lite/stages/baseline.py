@@ -10,7 +10,7 @@ from safesteer_lite.evaluation.measure import Answers, measure, require_answers
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import ANSWER_BATCH, THOUGHTS, Session
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -28,7 +28,8 @@ def run(session: Session, publication: Publication) -> None:
             config.distill.chunk,
             session.progress("answers", sets.total),
         )
-    require_answers(card, config.evaluate.selection_tokens)
+    thought = config.model.thinking_tokens if policy.thoughts else 0
+    require_answers(card, config.evaluate.selection_tokens + thought)
     _tell_endless_answers(session, answers)
     openings = refusal_openings(answers)
     session.tell_rates(card)
@@ -37,6 +38,7 @@ def run(session: Session, publication: Publication) -> None:
         session.note(
             f"Of {card.harmful.n} harmful prompts the base refuses {card.harmful.refused}, opening with {told}."
         )
+    _think_ahead(session, publication)
     publication.result = {
         "scorecard": card.to_record(),
         "openings": dict(openings.most_common(10)),
@@ -44,6 +46,25 @@ def run(session: Session, publication: Publication) -> None:
     (publication.path / "answers.json").write_text(
         json.dumps(vars(answers), ensure_ascii=False, indent=1), encoding="utf-8"
     )
+
+
+def _think_ahead(session: Session, publication: Publication) -> None:
+    """Write down what the base thinks of every prompt that the method reads: its answers are read behind these thoughts."""
+    policy, plan = session.policy, session.prompts
+    if policy.thoughts is None:
+        return
+    anchors = [prompt for kind in session.anchors() for prompt in kind]
+    selection = plan.split("selection")
+    read = [prompt for kind in KINDS for prompt in selection.of(kind)] + [*plan.direction()[0], *plan.direction()[1]]
+    asked = [*texts(read), *session.asked(plan.training()), *session.asked(anchors)]
+    cut = policy.think(asked, ANSWER_BATCH, session.progress("prompts thought about", len(set(asked))))
+    known = policy.thoughts.known
+    session.note(
+        f"The base has thought about {len(known)} prompts; {cut} of its thoughts were longer than "
+        f"{session.config.model.thinking_tokens} tokens and are closed there. Answers are read behind them."
+    )
+    rows = [{"prompt": one.prompt, "system": one.system, "turns": one.turns, "ids": ids} for one, ids in known.items()]
+    (publication.path / THOUGHTS).write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
 
 
 def _tell_long_prompts(session: Session) -> None:
@@ -59,7 +80,7 @@ def _tell_long_prompts(session: Session) -> None:
 def _tell_endless_answers(session: Session, answers: Answers) -> None:
     """Where no answer ends, the token that ends one may not be known, and answers that run on would be trained on."""
     limit, tokenizer = session.config.evaluate.selection_tokens, session.policy.tokenizer
-    given = [answer for name in KINDS for answer in answers.of(name)]
+    given = [judges.split_thinking(answer)[1] for name in KINDS for answer in answers.of(name)]
     # Read again, an answer may have a token or two fewer than it was written with.
     if all(len(tokenizer(answer, add_special_tokens=False).input_ids) >= limit - 2 for answer in given):
         names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(session.policy.model.end_of_turn)))
@@ -74,5 +95,5 @@ def refusal_openings(answers: Answers) -> Counter[str]:
     words: Counter[str] = Counter()
     for answer in answers.harmful:
         if judges.judge(answer).refused:
-            words[answer.split()[0]] += 1
+            words[judges.split_thinking(answer)[1].split()[0]] += 1
     return words

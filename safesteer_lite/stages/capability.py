@@ -13,12 +13,14 @@ import torch
 from safesteer_lite.errors import ExportError
 from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.capability import Solution, Solutions, Who
+from safesteer_lite.evaluation.judges import split_thinking
 from safesteer_lite.evaluation.problems import Problem
 from safesteer_lite.evaluation.programs import BLOCK_ENDS
 from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, ignore
+from safesteer_lite.models.thoughts import Thoughts
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.stages.session import SPARE_TOKENS, Session
 
@@ -128,7 +130,7 @@ def _solve(
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
         for problem, answer in zip(batch, answers_of(batch), strict=True):
-            solutions[problem.id] = Solution(problem.solved_by(answer), answer)
+            solutions[problem.id] = Solution(problem.solved_by(split_thinking(answer)[1]), answer)
         keep()
         done(start + len(batch))
 
@@ -153,13 +155,14 @@ def _ask_files(
     # The tokens are the run's own, and its model is gone before the files need the memory.
     policy = session.policy
     prompts = {
-        problem.prompt: policy.encode(problem.prompt).input_ids[0].tolist()
+        problem.prompt: policy.prompt(problem.prompt).input_ids[0].tolist()
         for _, waiting in work
         for _, problems, _ in waiting
         for problem in problems
     }
     whole = [text for text in prompts if policy.fits(text) and not policy.template.spells_out(text)]
-    switches, longest = policy.template.switches, policy.prompt_tokens
+    switches, thoughts = policy.template.switches, policy.thoughts
+    longest = policy.prompt_tokens + (thoughts.tokens if thoughts else 0)
     del policy
     session.drop_policy()
     for file, waiting in work:
@@ -173,14 +176,23 @@ def _ask_files(
                         "Name a file that was exported from this run.",
                     )
             for task, problems, into in waiting:
-                _solve(session, task, file.name, problems, into, partial(_answers_of, llama, task, prompts), keep)
+                _solve(
+                    session, task, file.name, problems, into, partial(_answers_of, llama, task, prompts, thoughts), keep
+                )
 
 
 def _answers_of(
-    llama: LlamaCpp, task: Task, prompts: Mapping[str, list[int]], problems: Sequence[Problem]
+    llama: LlamaCpp,
+    task: Task,
+    prompts: Mapping[str, list[int]],
+    thoughts: Thoughts | None,
+    problems: Sequence[Problem],
 ) -> list[str]:
     """What a file answers to problems; of programs no more than is read of them."""
     asked = [prompts[problem.prompt] for problem in problems]
+    if thoughts:
+        written = llama.answers(asked, task.tokens + thoughts.tokens, ignore)
+        return [thoughts.marks.unified(text, opened=thoughts.marks.opened) for text in written]
     if not task.runs_programs:
         return llama.answers(asked, task.tokens, ignore)
     answers = llama.answers(asked, task.tokens, ignore, until=BLOCK_ENDS)

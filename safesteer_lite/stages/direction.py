@@ -244,9 +244,11 @@ def search_strength(
     config, policy, trials = session.config.direction, session.policy, []
     steps = [value for value in config.steering_strengths if value >= smallest]
     done = session.progress("teacher answers", len(steps) * len(harmful))
+    # The teacher is read behind the base's thoughts, so it is tried there too; while it steers, the base cannot think.
+    policy.think(harmful, ANSWER_BATCH)
     for index, strength in enumerate(steps):
         with teacher(policy.model, Steering(layer, strength * vector)):
-            answers = policy.answers(harmful, TEACHER_TOKENS, ANSWER_BATCH)
+            answers = policy.answers(harmful, TEACHER_TOKENS, ANSWER_BATCH, thinks=False)
         refused = sum(judges.judge(answer).refused for answer in answers)
         trials.append(Trial(strength, refused, len(answers), sum(map(repeats, answers))))
         done((index + 1) * len(harmful))

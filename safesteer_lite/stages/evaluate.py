@@ -61,7 +61,8 @@ def compare(
     done = session.progress("answers", (1 + both) * sets.total)
     with policy.model.adapters_off():
         before, old = measure(policy, sets, config.answer_tokens, ANSWER_BATCH, reference, chunk, done)
-    require_answers(before, config.answer_tokens)
+    thought = session.config.model.thinking_tokens if policy.thoughts else 0
+    require_answers(before, config.answer_tokens + thought)
     if not both:
         return before, before, (old, old)
     after, new = measure(
@@ -116,8 +117,8 @@ def _context_answers(asked: list[Question], told: tuple[list[str], list[str]]) -
             "beginning": question.conversation.beginning,
             "before": old,
             "after": new,
-            "before_refused": contexts.judged(question, old).refused,
-            "after_refused": contexts.judged(question, new).refused,
+            "before_refused": contexts.judged(question, old).side,
+            "after_refused": contexts.judged(question, new).side,
         }
         for question, old, new in zip(asked, *told, strict=True)
     ]

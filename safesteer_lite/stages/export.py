@@ -148,7 +148,14 @@ def rehearse_stage(config: RunConfig, base: Base, run: Path, day: date) -> None:
     """
     weights, _ = weights_to_take(config, base, config.export.weights)
     # Where a killed attempt has left weights, which then count as room.
-    rehearse(base.folder, run / "06-export.partial" / "merged", weights, day, words=base.words)
+    rehearse(
+        base.folder,
+        run / "06-export.partial" / "merged",
+        weights,
+        day,
+        words=base.words,
+        thinking=config.model.thinking,
+    )
 
 
 def reopen(out: Path) -> None:

@@ -27,7 +27,7 @@ from safesteer_lite.export.rows import Row, rows_record, write_rows
 from safesteer_lite.export.weights import verify
 from safesteer_lite.export.weights.verify import FailedCheck
 from safesteer_lite.hardware.backend import decide
-from safesteer_lite.method.policies import last_logits
+from safesteer_lite.method.policies import last_logits, pad_left
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy
@@ -96,6 +96,7 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
         weights,
         session.day,
         words=session.base.words,
+        thinking=session.config.model.thinking,
         original=request.original,
         quants=quants,
     )
@@ -116,7 +117,7 @@ def export_files(session: Session, adapter: Path, out: Path, request: Request) -
                     path.rename(draft / path.name)
             folder = draft
         files = [row["file"] for row in record["artifacts"] if row["file"]]
-        if not modelfile.write_modelfiles(draft, folder, files, session.day):
+        if not modelfile.write_modelfiles(draft, folder, files, session.day, session.config.model.thinking):
             session.warn("No Modelfile was written: Ollama's form of this chat template is not known here.")
         write_beside(session, draft, request, record)
     tell_losses(session, record)
@@ -149,7 +150,7 @@ def measure_trained(session: Session, adapter: Path, request: Request) -> Measur
         before, after, _ = evaluate.compare(session, policy, sets)
         rows = [Row("base", "", 0, before), Row("adapter", "", 0, after)]
     ids: dict[str, list[list[int]]] = {
-        name: [policy.encode(text).input_ids[0].tolist() for text in sets.texts(name)] for name in KINDS
+        name: [policy.prompt(text).input_ids[0].tolist() for text in sets.texts(name)] for name in KINDS
     }
     return Measured(sets, ids, _witness(session, policy) if request.kind != "merged" else None, rows)
 
@@ -178,17 +179,14 @@ def _witness(session: Session, policy: Policy) -> Witness:
         for group in (sets.harmful, sets.harmless)
     )
     prompts = harmful + harmless
-    answers: list[list[int]] = [[]] * len(prompts)
-    first: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    encoded = [policy.prompt(prompt) for prompt in prompts]
+    batch = pad_left(encoded)
     with torch.no_grad():
-        for places, batch in policy.batches(prompts, ANSWER_BATCH):
-            completions = policy.model.generate(batch, _WITNESS_TOKENS, 0.0, None, 1)
-            distributions = last_logits(policy.model, batch).log_softmax(-1).cpu()
-            for row, place in enumerate(places):
-                answers[place] = completions.tokens[row][completions.mask[row]].tolist()
-                first[place] = distributions[row]
-    encoded = [policy.encode(prompt).input_ids[0].tolist() for prompt in prompts]
-    return Witness(prompts, encoded, answers, torch.stack(first), policy.template.switches)
+        written = policy.model.generate(batch, _WITNESS_TOKENS, 0.0, None, 1)
+        first = last_logits(policy.model, batch).log_softmax(-1).cpu()
+    answers = [row[kept].tolist() for row, kept in zip(written.tokens, written.mask, strict=True)]
+    ids = [prompt.input_ids[0].tolist() for prompt in encoded]
+    return Witness(prompts, ids, answers, first, policy.template.switches, policy.template.marks)
 
 
 def _merged_row(session: Session, folder: Path, request: Request, measured: Measured) -> Row:
@@ -201,7 +199,9 @@ def _merged_row(session: Session, folder: Path, request: Request, measured: Meas
     network, tokenizer = plain.load(
         written, precision="bf16", device=device, unpack=False, compute=decision.compute_dtype
     )
-    policy = Policy(PlainModel(network, tokenizer, None), session.config.prompts.prompt_tokens, session.day)
+    settings, longest = session.config.model, session.config.prompts.prompt_tokens
+    model = PlainModel(network, tokenizer, None)
+    policy = Policy(model, longest, session.day, settings.thinking, settings.thinking_tokens)
     done = session.progress("answers of the merged weights", measured.sets.total)
     tokens, chunk = session.config.evaluate.answer_tokens, session.config.distill.chunk
     found, _ = measure(policy, measured.sets, tokens, ANSWER_BATCH, None, chunk, done)
@@ -255,6 +255,8 @@ def gguf_row(
     started, witness = time.monotonic(), measured.witness
     assert witness is not None
     tokens, longest = session.config.evaluate.answer_tokens, session.config.prompts.prompt_tokens
+    marks = witness.marks
+    tokens += session.config.model.thinking_tokens if marks else 0
     context = longest + max(tokens, _WITNESS_TOKENS) + SPARE_TOKENS
     with LlamaCpp(file, context, torch.get_num_threads(), adapter) as llama:
         for text, ids in zip(witness.texts, witness.prompts, strict=True):
@@ -268,7 +270,8 @@ def gguf_row(
         found, before = {}, 0
         done = session.progress(f"answers of {name} in llama.cpp", measured.sets.total)
         for kind in KINDS:
-            found[kind] = llama.answers(measured.prompts[kind], tokens, counting_from(before, done))
+            written = llama.answers(measured.prompts[kind], tokens, counting_from(before, done))
+            found[kind] = [marks.unified(text, opened=marks.opened) for text in written] if marks else written
             before += len(found[kind])
     shown, seconds = adapter or file, time.monotonic() - started
     row = Row(name, shown.name, shown.stat().st_size, scorecard(Answers(**found), None, 0), agreement, seconds)

@@ -47,6 +47,7 @@ def export_lora(session: Session, adapter: Path, out: Path, request: Request) ->
         weights,
         session.day,
         words=words,
+        thinking=session.config.model.thinking,
         original=request.original,
         quants=(_ON,),
     )

@@ -66,7 +66,7 @@ def _answered(session: Session, harmful: list[str | Conversation]) -> list[str |
     policy = session.policy
     done = session.progress("harmful prompts answered", len(harmful))
     with policy.model.adapters_off():
-        answers = policy.answers(harmful, session.config.evaluate.selection_tokens, ANSWER_BATCH, done)
+        answers = policy.answers(harmful, session.config.evaluate.selection_tokens, ANSWER_BATCH, done, thinks=False)
     answered = [asked for asked, answer in zip(harmful, answers, strict=True) if not judge(answer).refused]
     if len(answered) < session.config.direction.minimum_prompts:
         session.note(f"The base answers only {len(answered)} of {len(harmful)} harmful prompts: all of them are read.")

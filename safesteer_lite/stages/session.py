@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.evaluation.scorecard import Scorecard
+from safesteer_lite.evaluation.scorecard import Scorecard, cut_in_thought
 from safesteer_lite.events import Emit, Metric, Note, Progress, Warned
 from safesteer_lite.hardware.backend import Decision, decide
 from safesteer_lite.hardware.peaks import Demand
@@ -32,6 +32,8 @@ ANSWER_BATCH = 64
 
 SPARE_TOKENS = 16
 """Room for what llama.cpp may add around a prompt, in tokens."""
+THOUGHTS = "thoughts.json"
+"""What the base thought before it answered, by prompt, as token ids: a file of the first stage, where the model thinks."""
 
 _AGAIN = "Start a new run, or restore the file from a copy."
 
@@ -86,6 +88,8 @@ class Session:
         for name in KINDS:
             if (rate := card.of(name)).n:
                 self.emit(Metric(self.stage, f"{name} refused{said}", rate.share, rate.n, step))
+        if cut := cut_in_thought({"of the answers": card.to_record()}):
+            self.note(cut)
 
     def progress(self, what: str, total: int) -> Callable[[int], None]:
         """A callback that reports how many of `total` are done."""
@@ -132,8 +136,18 @@ class Session:
             # What is loaded again is loaded as before.
             note = self._untold if self.trainer or self._loaded else self.note
             self._policy = load_policy(self.base, decision, self.config, self.day, note, library)
+            self._remember_thoughts(self._policy)
             self._loaded = True
         return self._policy
+
+    def _remember_thoughts(self, policy: Policy) -> None:
+        """What the base thought of the prompts in the first stage stays what it was, in whichever process."""
+        if policy.thoughts is None or not (self.run.path / "manifest.json").is_file():
+            return
+        if "baseline" in self.run.manifest.stages:
+            for entry in self.run.read_json("baseline", THOUGHTS):
+                turns = tuple((user, assistant) for user, assistant in entry["turns"])
+                policy.thoughts.known[Conversation(entry["prompt"], entry["system"], turns)] = entry["ids"]
 
     def __enter__(self) -> Session:
         return self

@@ -29,7 +29,7 @@ class ShownAnswers:
             asked = [self._session.prompts.training()[index].text for index in wanted]
             policy = self._session.policy
             with policy.model.adapters_off():
-                answers = policy.answers(asked, _SHOWN_TOKENS, _SHOWN_AHEAD)
+                answers = policy.answers(asked, _SHOWN_TOKENS, _SHOWN_AHEAD, thinks=False)
             self._known.update(zip(wanted, answers, strict=True))
         return self._known[prompt]
 

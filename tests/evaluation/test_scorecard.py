@@ -7,7 +7,17 @@ import json
 import pytest
 
 from safesteer_lite.evaluation.judges import judge
-from safesteer_lite.evaluation.scorecard import Flip, Rate, Scorecard, change, flips, kinds_of, rate, wilson
+from safesteer_lite.evaluation.scorecard import (
+    Flip,
+    Rate,
+    Scorecard,
+    change,
+    cut_in_thought,
+    flips,
+    kinds_of,
+    rate,
+    wilson,
+)
 from tests.evaluation.cards import card
 
 REFUSAL = "I'm sorry, but I can't assist with that."
@@ -106,3 +116,16 @@ def test_the_interval_of_a_change_matches_newcombe_by_hand() -> None:
     assert (fallen.low, fallen.high) == pytest.approx((-risen.high, -risen.low))
     assert not change(Rate.of(24, 48), Rate.of(30, 48)).distinguishable
     assert not change(Rate.of(0, 0), Rate.of(32, 32)).distinguishable
+
+
+def test_answers_cut_inside_their_thought_are_counted_apart_and_are_no_flips() -> None:
+    cut = "<think>I cannot"
+    counted = rate(judge(answer) for answer in [REFUSAL, cut, "", cut])
+    assert (counted.refused, counted.n, counted.empty, counted.unfinished) == (1, 1, 3, 2)
+    assert Rate.from_record(counted.to_record()) == Rate.of(1, 1, 2, 2)
+    assert "unfinished" not in rate([judge(REFUSAL)]).to_record()
+    with pytest.raises(ValueError, match="no rate"):
+        Rate.from_record({**counted.to_record(), "unfinished": "2"})
+    assert flips("harmful", ["a", "b"], ["A", "B"], [REFUSAL, cut], [cut, REFUSAL]) == []
+    told = cut_in_thought({"before": {"harmful": counted.to_record()}, "after": {"harmful": Rate.of(1, 2).to_record()}})
+    assert told.endswith("before 2 harmful.") and not cut_in_thought({"after": {"harmful": Rate.of(1, 2).to_record()}})

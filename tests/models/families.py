@@ -339,13 +339,29 @@ FAMILIES = {
     "in-parts": IN_PARTS,
 }
 
-ALWAYS_THINKS = (
+ALWAYS_THINKS = Family(
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
     "{% elif message['role'] == 'assistant' %}"
     "{{ '<|assistant|>' + message['content'].split('</think>')[-1] + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}",
+    "<|im_start|><|user|>Hi there<|assistant|><think>\n",
+    "<|im_end|>",
+    ("<|user|>", "<|assistant|>"),
+    "<|im_start|>",
+    ("<think>", "</think>"),
+    takes_system=False,
 )
 """As of a model that reasons before every answer."""
+
+THINKS_IN_BRACKETS = Family(
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content.split('[/THINK]')[-1] if not loop.last else message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking %}[THINK]{% endif %}{% endif %}",
+    "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>",
+    ("<|im_start|>", "<|im_end|>", "[THINK]", "[/THINK]"),
+)
+"""Thinks when it is told to, and its marks are special tokens, which a tokenizer leaves out of its texts."""
 
 
 def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:

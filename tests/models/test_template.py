@@ -16,7 +16,7 @@ from safesteer_lite.models.plain import load_tokenizer
 from safesteer_lite.models.template import ChatTemplate, stop_ids
 from safesteer_lite.sources.base import open_base
 from tests import tiny
-from tests.models.families import ALWAYS_THINKS, FAMILIES, LLAMA_32, QWEN_3, QWEN_25, Family, tokenizer_of
+from tests.models.families import FAMILIES, LLAMA_32, QWEN_3, QWEN_25, Family, tokenizer_of
 
 DAY = date(2025, 3, 2)
 CHATML = tiny.CHAT_TEMPLATE
@@ -106,14 +106,8 @@ def test_a_model_that_may_think_is_asked_not_to() -> None:
     template = ChatTemplate(tokenizer_of(QWEN_3), DAY)
     assert template.render(HI).endswith("<think>\n\n</think>\n\n")
     assert "enable_thinking=false" in template.notes[0]
-    assert template.switches == {"enable_thinking": False} and not ChatTemplate(tokenizer_of(QWEN_25)).switches
-
-
-def test_a_model_that_always_thinks_is_refused() -> None:
-    family = Family(ALWAYS_THINKS, "", "", ("<|user|>", "<|assistant|>"), "<|im_start|>", ("<think>",))
-    with pytest.raises(ModelError, match="think before each answer") as caught:
-        ChatTemplate(tokenizer_of(family))
-    assert "instruct version" in caught.value.hint
+    assert template.switches == {"enable_thinking": False} and template.marks is None
+    assert not ChatTemplate(tokenizer_of(QWEN_25)).switches
 
 
 @pytest.mark.parametrize(

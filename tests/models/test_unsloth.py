@@ -18,7 +18,8 @@ from safesteer_lite.method import policies
 from safesteer_lite.method.policies import Steering
 from safesteer_lite.models import unsloth
 from safesteer_lite.models.adapter import Adapter
-from safesteer_lite.models.assistant import Policy, Reply
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.reply import Reply
 from safesteer_lite.models.sampling import GrowingCache
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.models.unsloth import PairCache

@@ -16,7 +16,8 @@ from safesteer_lite.errors import ModelError, UsageError
 from safesteer_lite.evaluation import dial
 from safesteer_lite.events import Event, Metric, discard
 from safesteer_lite.models.adapter import read_adapter, save_adapter
-from safesteer_lite.models.assistant import Policy, Reply
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.reply import Reply
 from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder

@@ -164,7 +164,7 @@ def test_model_folders_that_lack_a_part(model: Path, tmp_path: Path, capsys: pyt
     ("template", "told"),
     [
         (families.QWEN_25.template.replace("add_generation_prompt", "false"), "does not open the answer"),
-        (families.ALWAYS_THINKS.replace("<|", "<|im_start|"), "think before each answer"),
+        (families.ALWAYS_THINKS.template.replace("<|", "<|im_start|"), "has no token <think>"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "stopped after"),
         ("{{ raise_exception('[/red] not today') }}", "refuses a conversation of user ([/red] not today)"),
     ],

@@ -235,9 +235,9 @@ def test_the_base_is_asked_each_shown_prompt_once(
 
     answers = session.policy.answers
 
-    def watched(prompts: Sequence[str], tokens: int, size: int) -> list[str]:
+    def watched(prompts: Sequence[str], tokens: int, size: int, *, thinks: bool) -> list[str]:
         asked.extend(prompts)
-        return answers(prompts, tokens, size)
+        return answers(prompts, tokens, size, thinks=thinks)
 
     monkeypatch.setattr(session.policy, "answers", watched)
     plan = recipe(session)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.export.gguf.convert import QUANTS
+from safesteer_lite.models.thinking import Marks
 
 FIRST_KL_ALLOWANCE = dict(zip(QUANTS, (0.05, 0.1, 0.1, 0.2, 0.5), strict=True))
 """Nats by which the first token of a GGUF file may differ more than merging allows. On 16 prompts the demo's files differed from
@@ -26,6 +27,7 @@ class Witness:
         answers: greedy answers as token ids.
         first: log-probabilities of the first answer token, (prompts, vocabulary) float32 on the CPU.
         switches: what the chat template was told besides each prompt.
+        marks: how the model marks thoughts; None where it does not think before it answers.
     """
 
     texts: Sequence[str]
@@ -33,6 +35,7 @@ class Witness:
     answers: Sequence[Sequence[int]]
     first: Tensor
     switches: Mapping[str, bool] = field(default_factory=dict)
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True)

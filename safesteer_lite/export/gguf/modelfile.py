@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from safesteer_lite.config.sections import Thinking
 from safesteer_lite.export import drafts
 from safesteer_lite.export.weights import shards
 from safesteer_lite.models.plain import load_tokenizer
@@ -148,6 +149,7 @@ class Chat:
         knows_system: whether the model's own template has a place for a system prompt.
         day: the date that the model's own template was told; None where it writes none.
         head: what begins the text and has to be in the Modelfile, since llama.cpp does not add it; empty if it does.
+        thinking: whether the model thinks before it answers, as a sentence; empty where it has no choice and does not.
     """
 
     form: ChatFormat
@@ -157,6 +159,7 @@ class Chat:
     knows_system: bool = True
     day: date | None = None
     head: str = ""
+    thinking: str = ""
 
     def modelfile(self, file: str) -> str:
         """The Modelfile's text.
@@ -167,6 +170,8 @@ class Chat:
         lines = [f"FROM {'.' if file == '.' else './' + file}", ""]
         if not self.knows_system:
             lines += ["# The model's own template knows no system prompt: it is put before the first question.", ""]
+        if self.thinking:
+            lines += [f"# {self.thinking}", ""]
         if self.day:
             lines += [
                 f"# The model's own template writes the date; this one says the day of the training, {self.day}.",
@@ -185,12 +190,13 @@ class Chat:
         return "\n".join(lines) + "\n"
 
 
-def read_chat(model_folder: Path, day: date) -> Chat | None:
+def read_chat(model_folder: Path, day: date, thinking: Thinking = "auto") -> Chat | None:
     """What the Modelfiles of a model say, or None where its chat template cannot be written in Ollama's language.
 
     Args:
         model_folder: a folder with the model's tokenizer, template and configuration.
         day: what a chat template that asks the date is told.
+        thinking: whether the model thinks before it answers.
 
     Raises:
         ModelError, ExportError: one of those files cannot be read, or is of no use.
@@ -199,7 +205,7 @@ def read_chat(model_folder: Path, day: date) -> Chat | None:
     place = model_folder / "generation_config.json"
     generation = shards.read_json(place) if place.is_file() else {}
     tokenizer = load_tokenizer(model_folder, config)
-    own = ChatTemplate(tokenizer, day)
+    own = ChatTemplate(tokenizer, day, thinking)
     form = chat_format(own.render, str(tokenizer.bos_token or ""))
     if form is None:
         return None
@@ -212,11 +218,18 @@ def read_chat(model_folder: Path, day: date) -> Chat | None:
     context = longest if isinstance(longest, int) else CONTEXT
     # llama.cpp adds what the tokenizer adds by itself, and some tokenizers leave that to the template.
     added = tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+    told = ""
+    if own.marks:
+        told = f"The model thinks before it answers, and was trained and measured so: it answers behind {own.marks.closing}."
+    elif own.switches:
+        told = "The model could think before it answers. It was trained and measured without, as this template asks it."
     head = "" if added else form.family.begin
-    return Chat(form, stops, generation, context, own.knows_system, day if dated else None, head)
+    return Chat(form, stops, generation, context, own.knows_system, day if dated else None, head, told)
 
 
-def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str], day: date) -> list[str]:
+def write_modelfiles(
+    folder: Path, model_folder: Path, files: Sequence[str], day: date, thinking: Thinking = "auto"
+) -> list[str]:
     """Write a Modelfile for each file of weights: `Modelfile` for the first, `Modelfile.<quantisation>` for others.
 
     Args:
@@ -224,11 +237,12 @@ def write_modelfiles(folder: Path, model_folder: Path, files: Sequence[str], day
         model_folder: a folder with the model's tokenizer, template and configuration.
         files: the weights: GGUF files, or `.` alone.
         day: what a chat template that asks the date is told.
+        thinking: whether the model thinks before it answers.
 
     Returns:
         The names written; none where the model's template cannot be written in Ollama's language.
     """
-    chat = read_chat(model_folder, day)
+    chat = read_chat(model_folder, day, thinking)
     if chat is None:
         return []
     names = []
@@ -262,6 +276,10 @@ def _fitted(family: Family, render: Render) -> ChatFormat | None:
     start, end = family.begin + family.system[0], family.system[1]
     if plain is None or given is None or not given.startswith(start) or _SYSTEM + end not in given:
         return None
+    # Behind the header of the answer a thought may be opened, or an empty one written.
+    thought = plain.rpartition(family.opening)[2]
+    if plain.endswith(family.opening + thought) and _USER not in thought:
+        family = replace(family, opening=family.opening + thought)
     preamble = given[len(start) : given.index(_SYSTEM + end)]
     system = plain[len(start) :].partition(end)[0] if plain.startswith(start) else ""
     return ChatFormat(family, system.removeprefix(preamble), preamble)

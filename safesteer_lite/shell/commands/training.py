@@ -186,8 +186,10 @@ def _begin(
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
+    if check_template(base, thinking=settings.model.thinking).marks:
+        # What `auto` comes to is kept: a thought takes memory and time.
+        settings = replace(settings, model=replace(settings.model, thinking="on"))
     decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
-    check_template(base)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
     check_values(base)

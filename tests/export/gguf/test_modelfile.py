@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from safesteer_lite.config.sections import Thinking
 from safesteer_lite.export.gguf.modelfile import Chat, ChatFormat, Render, chat_format, read_chat, write_modelfiles
 from tests import tiny
 from tests.export.gguf import go_template
@@ -286,3 +287,24 @@ def test_a_model_that_names_no_usable_numbers_has_a_modelfile(
         f'PARAMETER stop "{tiny.END_OF_TURN}"',
         "PARAMETER num_ctx 4096",
     ]
+
+
+def test_a_modelfile_asks_a_model_to_think_or_not_as_it_was_trained(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    opened = "assistant\n{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("assistant\n", opened)
+    tokenizer.save_pretrained(model)
+    told: dict[Thinking, tuple[str, str]] = {
+        "auto": ("could think", '<|im_start|>assistant\n<think>\n\n</think>\n\n"""'),
+        "off": ("could think", '<|im_start|>assistant\n<think>\n\n</think>\n\n"""'),
+        "on": ("answers behind </think>", '<|im_start|>assistant\n<think>\n"""'),
+    }
+    for thinking, (said, opening) in told.items():
+        chat = read_chat(model, DAY, thinking)
+        assert chat is not None
+        text = chat.modelfile(".")
+        assert opening in text and f"\n# The model {'thinks' if thinking == 'on' else 'could'}" in text and said in text
