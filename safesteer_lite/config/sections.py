@@ -71,6 +71,7 @@ class PromptsConfig:
 class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
+    source: str = setting("", "model that it is found on, which this one was made from; empty is this one", "the user")
     refusal_openings: tuple[str, ...] = _expert(
         ("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting", entries=Bounds(1, 100)
     )

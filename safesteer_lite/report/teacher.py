@@ -45,6 +45,8 @@ def direction(source: Source) -> Markup | None:
         f"{result['strength']:g}. It is the mean of {kept[0]} harmful less that of {kept[1]} harmless prompts, chosen on "
         f"{kept[2]} and {kept[3]} others."
     )
+    if result.get("source"):
+        told += f" It was found on {result['source']['name']}, which this model was made from."
     explained = (
         "Bypass and induce are refusal scores in log-odds with the direction taken out and added; KL is in nats."
     )

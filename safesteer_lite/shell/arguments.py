@@ -289,6 +289,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--chat-template", type=_filled, metavar="FILE", help="a chat template, in Jinja, in place of the model's own"
     )
     parser.add_argument(
+        "--direction-from",
+        type=_filled,
+        metavar="MODEL",
+        help="of a model that hardly refuses: what it was made from, where the refusal direction is found",
+    )
+    parser.add_argument(
         "--recipe", choices=RECIPES, help="how it is distilled: lite, minutes; paper, as published, hours (lite)"
     )
     parser.add_argument("--effort", choices=("quick", "standard", "thorough"), help="how thorough (standard)")

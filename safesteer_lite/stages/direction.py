@@ -9,38 +9,27 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import floor
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from safesteer_lite.config.constants import DEPTH_LIMIT, TEACHER_TOKENS
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.evaluation import judges
-from safesteer_lite.evaluation.measure import counting_from
 from safesteer_lite.events import Metric
 from safesteer_lite.method import directions as method
-from safesteer_lite.method.directions import Activations, Candidate
-from safesteer_lite.method.policies import Batch, Steering, teacher
-from safesteer_lite.models.assistant import Done, Policy
+from safesteer_lite.method.directions import Candidate
+from safesteer_lite.method.policies import Steering, teacher
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.loading import load_policy
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
+from safesteer_lite.sources.base import Base
+from safesteer_lite.sources.hub import commit_of
+from safesteer_lite.sources.origin import open_origin
+from safesteer_lite.stages.contrast import Contrast, of_requests
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts with what the base showed on them, all in the same order."""
-
-    prompts: list[str]
-    scores: Tensor
-    activations: Activations
-
-    def where(self, keep: Tensor) -> PromptSet:
-        """The prompts at which `keep` is true."""
-        chosen = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
-        return PromptSet(chosen, self.scores[keep], Activations(self.activations.values[keep]))
 
 
 @dataclass(frozen=True)
@@ -62,29 +51,77 @@ class Trial:
 
 def run(session: Session, publication: Publication) -> None:
     """Find the direction and the strength, or stop with the reason."""
-    config, policy = session.config.direction, session.policy
+    config = session.config.direction
+    origin = open_origin(config.source, session.base, session.emit) if config.source else None
+    if origin is None:
+        _require_refusals(session)
+        found = find(session, session.policy, publication)
+    else:
+        session.note(f"The direction is found on {config.source}, and its strength on the model itself.")
+        session.drop_policy()
+        # Nothing here keeps this model, so that it is gone before the run's own is loaded again.
+        found = find(session, _load(session, origin), publication)
+        session.drop_policy()
+    harmful = texts(session.prompts.split("selection").harmful)
+    # What it takes to steer another model is no measure of what this one takes.
+    smallest = found.coefficient if origin is None else config.steering_strengths[0]
+    strength, trials = search_strength(session, found.vector, found.chosen.layer, smallest, harmful)
+    save_file({"direction": found.vector.contiguous()}, publication.path / "direction.safetensors")
+    publication.result = {
+        "position": found.chosen.position,
+        "layer": found.chosen.layer,
+        "strength": strength,
+        "coefficient": found.coefficient,
+        "threshold": found.threshold,
+        "kept": found.kept,
+        "chosen": asdict(found.chosen),
+        "trials": [asdict(trial) for trial in trials],
+    }
+    if origin:
+        known = {"name": config.source, "commit": commit_of(origin.folder), "fingerprint": origin.fingerprint}
+        publication.result["source"] = known
+    session.note(f"Chosen: {describe(found.chosen)}; strength {strength:g}.")
+
+
+def _load(session: Session, origin: Base) -> Policy:
+    """The model that the direction is found on, loaded as the run's own is, whose size it has."""
+    return load_policy(origin, session.settle(), session.config, session.day, session.note)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A direction that met all criteria.
+
+    Attributes:
+        vector: (width,) float32.
+        chosen: where it was found, and its scores.
+        coefficient: the smallest strength at which it induced refusals.
+        threshold: the refusal score that parted the prompts, log-odds.
+        kept: how many prompts it rests on: two sides, and two held out.
+    """
+
+    vector: Tensor
+    chosen: Candidate
+    coefficient: float
+    threshold: float
+    kept: list[int]
+
+
+def find(session: Session, policy: Policy, publication: Publication) -> Found:
+    """The direction of a model, which need not be the run's own; what was measured of all candidates is written down.
+
+    Raises:
+        DirectionError: it refuses too little, or no candidate met all criteria.
+    """
+    config = session.config.direction
     refusal = policy.token_ids(config.refusal_openings)
-    harmful, harmless = session.prompts.direction()
-    selection = session.prompts.split("selection")
-    total = 2 * (len(harmful) + len(selection.harmful))
-    done = session.progress("prompts read", total)
-    counts = [0, len(harmful), 2 * len(harmful), 2 * len(harmful) + len(selection.harmful)]
-    groups = (harmful, harmless, selection.harmful, selection.harmless)
-    sets = [
-        read(policy, texts(group), refusal, counting_from(start, done))
-        for group, start in zip(groups, counts, strict=True)
-    ]
-    kept, threshold = keep_clear(sets, config.minimum_prompts)
-    session.note(
-        f"Of {len(harmful)} + {len(selection.harmful)} harmful prompts {len(kept[0].prompts)} + {len(kept[2].prompts)} "
-        f"have a refusal score above {threshold:.2f}; of as many harmless ones {len(kept[1].prompts)} + "
-        f"{len(kept[3].prompts)} stay below."
-    )
-    _require_enough(kept, config.minimum_prompts, policy, session)
-    vectors = method.mean_difference(kept[0].activations, kept[1].activations)
-    separation = method.separation(vectors, kept[2].activations, kept[3].activations)
+    contrast = of_requests(session, policy)
+    _require_enough(contrast, session)
+    vectors = method.mean_difference(contrast.towards.activations, contrast.away.activations)
+    separation = method.separation(vectors, contrast.held_towards.activations, contrast.held_away.activations)
     candidates = method.shortlist(separation, DEPTH_LIMIT, config.shortlist)
-    scored, coefficient = score(session, vectors, candidates, kept[2].prompts, kept[3].prompts, refusal)
+    harmful, harmless = contrast.held_towards.prompts, contrast.held_away.prompts
+    scored, coefficient = score(session, policy, vectors, candidates, harmful, harmless, refusal)
     chosen = scored[0]
     save_file({"candidates": vectors, "separation": separation}, publication.path / "candidates.safetensors")
     (publication.path / "candidates.json").write_text(
@@ -95,20 +132,8 @@ def run(session: Session, publication: Publication) -> None:
             "No refusal direction met all criteria. The best were: " + "; ".join(map(describe, scored[:3])) + ".",
             _advice(scored, config.kl_limit),
         )
-    vector = vectors[chosen.position, chosen.layer]
-    strength, trials = search_strength(session, vector, chosen.layer, coefficient, texts(selection.harmful))
-    save_file({"direction": vector.contiguous()}, publication.path / "direction.safetensors")
-    publication.result = {
-        "position": chosen.position,
-        "layer": chosen.layer,
-        "strength": strength,
-        "coefficient": coefficient,
-        "threshold": threshold,
-        "kept": [len(entry.prompts) for entry in kept],
-        "chosen": asdict(chosen),
-        "trials": [asdict(trial) for trial in trials],
-    }
-    session.note(f"Chosen: {describe(chosen)}; strength {strength:g}.")
+    kept = [len(part.prompts) for part in contrast.parts]
+    return Found(vectors[chosen.position, chosen.layer], chosen, coefficient, contrast.threshold, kept)
 
 
 def _advice(scored: Sequence[Candidate], kl_limit: float) -> str:
@@ -132,61 +157,38 @@ def describe(candidate: Candidate) -> str:
     return text + (f" ({'; '.join(candidate.failed)})" if candidate.failed else "")
 
 
-def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Done) -> PromptSet:
-    """The base's refusal scores and block inputs, from one forward a prompt; fewer at a time where memory is short."""
-
-    def look(size: int) -> PromptSet:
-        order: list[int] = []
-        batches: list[Batch] = []
-        for places, batch in policy.batches(prompts, size):
-            order += places
-            batches.append(batch)
-        activations, scores = method.read_prompts(policy.model, batches, policy.template_positions, refusal, done)
-        return PromptSet([prompts[place] for place in order], scores, activations)
-
-    return policy.fitting(0, _BATCH, look)
-
-
-def keep_clear(sets: Sequence[PromptSet], minimum: int) -> tuple[list[PromptSet], float]:
-    """Harmful prompts that the base refuses and harmless ones that it does not, by refusal score.
-
-    The threshold is 0, the authors' one. A score above 0 needs more than half the probability on the listed openings; where
-    that leaves fewer than `minimum` held-out harmful prompts, the threshold is the score that 95 % of the harmless
-    prompts stay below.
-
-    Args:
-        sets: harmful and harmless direction prompts, then harmful and harmless held-out ones.
-        minimum: held-out harmful prompts wanted.
-    """
-    threshold = 0.0
-    if int((sets[2].scores > 0).sum()) < minimum or int((sets[0].scores > 0).sum()) < 2 * minimum:
-        threshold = min(0.0, float(torch.cat([sets[1].scores, sets[3].scores]).quantile(0.95)))
-    kept = [
-        entry.where(entry.scores > threshold if index % 2 == 0 else entry.scores < max(threshold, 0.0))
-        for index, entry in enumerate(sets)
-    ]
-    return kept, threshold
-
-
-def _require_enough(kept: Sequence[PromptSet], minimum: int, policy: Policy, session: Session) -> None:
+def _require_refusals(session: Session) -> None:
     """Stop where the base refuses too little to have a refusal direction (docs/method.md, models that barely refuse)."""
     baseline = session.result("baseline")["scorecard"]["harmful"]
     if baseline["refused"] < max(2, 0.15 * baseline["n"]):
         raise DirectionError(
             f"This model barely refuses: {baseline['refused']} of {baseline['n']} harmful prompts. The difference of its "
             "harmful and harmless activations would be a topic, not a refusal, and a teacher made of it would not refuse.",
-            "Start from an instruct model that refuses at times, such as one of the presets (`safesteer-lite presets`).",
+            "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
+            "--direction-from BASE (a folder or a Hub id). Or start from such a model, as the presets are "
+            "(`safesteer-lite presets`).",
         )
+
+
+def _require_enough(contrast: Contrast, session: Session) -> None:
+    """Stop where too few prompts are clear cases."""
+    config, baseline = session.config.direction, session.result("baseline")
+    minimum = config.minimum_prompts
     names = ("harmful direction", "harmless direction", "harmful selection", "harmless selection")
-    short = [
-        f"{len(entry.prompts)} {name}" for entry, name in zip(kept, names, strict=True) if len(entry.prompts) < minimum
-    ]
+    counts = [len(part.prompts) for part in contrast.parts]
+    short = [f"{count} {name}" for count, name in zip(counts, names, strict=True) if count < minimum]
+    if short and config.source:
+        raise DirectionError(
+            f"Too few prompts are clear cases for {config.source}: {', '.join(short)} prompts, {minimum} are needed. Looked "
+            f"for were refusals that open with {', '.join(map(repr, config.refusal_openings))}.",
+            "Start a run that looks for other openings (direction.refusal_openings), or name another model.",
+        )
     if short:
-        openings = session.result("baseline")["openings"]
+        openings = baseline["openings"]
         found = ", ".join(f"{word!r} {count}x" for word, count in openings.items())
         raise DirectionError(
             f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed. Its refusals "
-            f"open with {found}; looked for were {', '.join(map(repr, session.config.direction.refusal_openings))}.",
+            f"open with {found}; looked for were {', '.join(map(repr, config.refusal_openings))}.",
             "Start a run that looks for those: --set direction.refusal_openings="
             f"{shlex.quote(','.join(word for word in openings if ',' not in word))}",
         )
@@ -194,6 +196,7 @@ def _require_enough(kept: Sequence[PromptSet], minimum: int, policy: Policy, ses
 
 def score(
     session: Session,
+    policy: Policy,
     vectors: Tensor,
     candidates: list[Candidate],
     harmful: list[str],
@@ -205,11 +208,13 @@ def score(
     A direction must induce refusal. The authors test that at coefficient 1; where no candidate passes there, the next
     larger of the strengths to be searched is tried, because a weak direction that is long enough still steers.
     """
-    return session.policy.fitting(0, _BATCH, partial(_score, session, vectors, candidates, harmful, harmless, refusal))
+    work = partial(_score, session, policy, vectors, candidates, harmful, harmless, refusal)
+    return policy.fitting(0, _BATCH, work)
 
 
 def _score(
     session: Session,
+    policy: Policy,
     vectors: Tensor,
     candidates: list[Candidate],
     harmful: list[str],
@@ -217,7 +222,7 @@ def _score(
     refusal: Tensor,
     size: int,
 ) -> tuple[list[Candidate], float]:
-    config, policy = session.config.direction, session.policy
+    config = session.config.direction
     bad = [batch for _, batch in policy.batches(harmful, size)]
     good = [batch for _, batch in policy.batches(harmless, size)]
     done = session.progress("candidates ablated", len(candidates))

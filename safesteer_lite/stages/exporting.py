@@ -374,8 +374,11 @@ def model_name(session: Session) -> str:
 
 def _base_name(session: Session) -> str:
     """The hub id, or the name of a local folder without the way to it."""
-    name = session.config.model.name
-    return model_name(session) if Path(name).exists() or Path(name).is_absolute() else name
+    return _without_place(session.config.model.name)
+
+
+def _without_place(name: str) -> str:
+    return file_name(name) if name and (Path(name).exists() or Path(name).is_absolute()) else name
 
 
 def _without_paths(session: Session) -> RunConfig:
@@ -385,6 +388,7 @@ def _without_paths(session: Session) -> RunConfig:
         config,
         model=replace(config.model, name=_base_name(session), chat_template=Path(config.model.chat_template).name),
         prompts=replace(own, training=Path(own.training).name, folder=Path(own.folder).name),
+        direction=replace(config.direction, source=_without_place(config.direction.source)),
     )
 
 

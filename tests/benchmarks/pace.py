@@ -24,7 +24,7 @@ from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import prompt_set
-from safesteer_lite.stages.direction import read
+from safesteer_lite.stages.contrast import read
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.training import recipe
 from tests.benchmarks.common import say, session

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind, prompt_set
-from safesteer_lite.stages.direction import read
+from safesteer_lite.stages.contrast import read
 from tests.benchmarks.common import say, session
 
 _RIDGE = 2.0

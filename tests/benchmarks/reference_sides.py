@@ -22,7 +22,8 @@ from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Batch, Completions, Steering, pad_left, teacher
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.stages.direction import keep_clear, read, score
+from safesteer_lite.stages.contrast import keep_clear, read
+from safesteer_lite.stages.direction import score
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.training import recipe
 from tests.benchmarks import plain_procedure as authors
@@ -98,7 +99,7 @@ def our_direction(options: argparse.Namespace) -> dict[str, Any]:
         vectors = method.mean_difference(kept[0].activations, kept[1].activations)
         separation = method.separation(vectors, kept[2].activations, kept[3].activations)
         chosen = method.shortlist(separation, DEPTH_LIMIT, config.shortlist)
-        scored, coefficient = score(work, vectors, chosen, kept[2].prompts, kept[3].prompts, refusal)
+        scored, coefficient = score(work, policy, vectors, chosen, kept[2].prompts, kept[3].prompts, refusal)
         best = scored[0]
         save_file(
             {"vector": coefficient * vectors[best.position, best.layer]}, options.scratch / "steering.safetensors"

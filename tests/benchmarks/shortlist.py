@@ -11,7 +11,8 @@ import time
 from safesteer_lite.config.constants import DEPTH_LIMIT
 from safesteer_lite.method import directions as method
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.stages.direction import describe, keep_clear, read, score
+from safesteer_lite.stages.contrast import keep_clear, read
+from safesteer_lite.stages.direction import describe, score
 from tests.benchmarks.common import say, session
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     for size in (config.shortlist, 0):
         began = time.monotonic()
         chosen = method.shortlist(separation, DEPTH_LIMIT, size)
-        scored, coefficient = score(work, vectors, chosen, kept[2].prompts, kept[3].prompts, refusal)
+        scored, coefficient = score(work, policy, vectors, chosen, kept[2].prompts, kept[3].prompts, refusal)
         say(f"{len(chosen)} candidates: {time.monotonic() - began:.0f} s, coefficient {coefficient:g}")
         for entry in scored[:6]:
             say(f"  separation rank {places[entry.position, entry.layer]:3}: {describe(entry)}")

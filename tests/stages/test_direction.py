@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from safesteer_lite.errors import DirectionError
+from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.assistant import ignore
-from safesteer_lite.stages.direction import PromptSet, keep_clear, read
-from tests import tiny
+from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.sources.base import open_base
+from safesteer_lite.stages import pipeline
+from safesteer_lite.stages.contrast import PromptSet, keep_clear, read
+from safesteer_lite.stages.direction import load_steering
+from safesteer_lite.stages.session import Session
+from tests import planted, tiny
+from tests.runs.run_files import rewind
 
 
 def test_what_fitted_while_prompts_were_read_is_remembered_for_the_next_ones(
@@ -38,6 +48,13 @@ def scored(*scores: float) -> PromptSet:
     """Prompts of these refusal scores; each one's activations hold its score, so that they can be told apart."""
     values = torch.tensor(scores)
     return PromptSet([f"scores {score:g}" for score in scores], values, Activations(values.reshape(-1, 1, 1, 1)))
+
+
+def copied(run: RunFolder, parent: Path) -> RunFolder:
+    """A copy of a run that has not done anything behind its first stage."""
+    copy = RunFolder(shutil.copytree(run.path, parent / run.path.name))
+    rewind(copy.path, pipeline.STAGE_NAMES[1:])
+    return copy
 
 
 HARMLESS = scored(*(-10.0 + index / 10 for index in range(19)), 1.0), scored(*(-9.0 for _ in range(19)), -8.0)
@@ -77,3 +94,35 @@ def test_the_threshold_never_rises_above_0() -> None:
     refused = scored(*(5.0 for _ in range(20)))
     _, threshold = keep_clear((scored(6, -1), refused, scored(6, -1), refused), 2)
     assert threshold == 0
+
+
+def test_a_direction_that_is_found_on_another_model_is_used_on_this_one(
+    planted_run: RunFolder, planted_model: Path, tmp_path: Path
+) -> None:
+    origin = shutil.copytree(planted_model, tmp_path / "origin")
+    run = copied(planted_run, tmp_path / "runs")
+    wanted, base = planted.settings(planted_model, {"direction.source": str(origin)}), open_base(planted_model)
+    events: list[Event] = []
+    with planted.one_thread():
+        pipeline.run(wanted, run, base, events.append, last="direction")
+    found, own = run.record("direction").result, planted_run.record("direction").result
+    assert found["source"] == {"name": str(origin), "commit": "", "fingerprint": open_base(origin).fingerprint}
+    assert (found["position"], found["layer"]) == (own["position"], own["layer"]) and "source" not in own
+    ours, known = (load_steering(Session(wanted, one, base, discard)) for one in (run, planted_run))
+    assert torch.equal(ours.vector / found["strength"], known.vector / own["strength"])
+    assert any("found on" in event.message for event in events if isinstance(event, Note))
+
+
+def test_a_model_that_refuses_nothing_goes_on_with_another_s_direction_to_its_own_strength(
+    planted_model: Path, tmp_path: Path
+) -> None:
+    obliging = planted.build(tmp_path / "obliging", refused=("violence",), steps=8)
+    alone = planted.settings(obliging)
+    run = planted.new_run(tmp_path / "runs", alone)
+    with planted.one_thread(), pytest.raises(DirectionError, match="barely refuses") as caught:
+        pipeline.run(alone, run, open_base(obliging), discard)
+    assert "--direction-from" in caught.value.hint
+    wanted = planted.settings(obliging, {"direction.source": str(planted_model)})
+    # The direction is found on the planted model; this one, which hardly learnt to write, is no teacher at any strength of it.
+    with planted.one_thread(), pytest.raises(DirectionError, match="No steering strength makes a usable teacher"):
+        pipeline.run(wanted, run, open_base(obliging), discard)

@@ -54,6 +54,8 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
         flags["model.chat_template"] = str(options.chat_template)
     if options.column:
         flags["prompts.column"] = options.column
+    if options.direction_from:
+        flags["direction.source"] = options.direction_from
     asked = flags.get("recipe") or environment.get("recipe")
     if file and asked and asked != values.get("recipe", asked):
         raise UsageError(
@@ -77,7 +79,8 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
         name=_whole_name(settings.model.name),
         chat_template=_whole_path(settings.model.chat_template),
     )
-    return replace(settings, prompts=own, model=model)
+    direction = replace(settings.direction, source=_whole_name(settings.direction.source))
+    return replace(settings, prompts=own, model=model, direction=direction)
 
 
 def _whole_name(name: str) -> str:

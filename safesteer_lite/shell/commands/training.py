@@ -183,6 +183,7 @@ def _begin(
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.sources.base import check_values
     from safesteer_lite.sources.hub import commit_of
+    from safesteer_lite.sources.origin import open_origin
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
@@ -190,6 +191,8 @@ def _begin(
         # What `auto` comes to is kept: a thought takes memory and time.
         settings = replace(settings, model=replace(settings.model, thinking="on"))
     decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
+    if settings.direction.source:
+        open_origin(settings.direction.source, base, emit)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
     check_values(base)

@@ -1,0 +1,42 @@
+"""The model that another one was made from: what is found in the hidden states of the one means the same in the other."""
+
+from __future__ import annotations
+
+from safesteer_lite.errors import ModelError
+from safesteer_lite.events import Emit
+from safesteer_lite.hardware.shape import ModelShape
+from safesteer_lite.sources.base import Base
+from safesteer_lite.sources.preview import look
+from safesteer_lite.sources.resolve import resolve_model
+
+_HINT = "Name the model that this one was fine-tuned or changed from, a folder or a Hub id."
+
+
+def open_origin(name: str, base: Base, emit: Emit) -> Base:
+    """The model `name`, if its hidden states can be those that `base` began from; its config.json is looked at first.
+
+    Args:
+        name: a local folder, or the id of a model on the hub.
+        base: the model that was made from it.
+        emit: takes what a download tells.
+
+    Raises:
+        ModelError: it is not there, cannot be used, or is of another architecture, width, depth or vocabulary.
+    """
+    _require_same_size(look(name).shape, base, name)
+    origin = resolve_model(name, None, emit)
+    _require_same_size(origin.shape, base, name)
+    ours, theirs = base.config.get("model_type"), origin.config.get("model_type")
+    if ours != theirs:
+        raise ModelError(f"{name} is a {theirs} model and {base.folder.name} a {ours} model.", _HINT)
+    return origin
+
+
+def _require_same_size(shape: ModelShape, base: Base, name: str) -> None:
+    theirs, ours = (_size(found) for found in (shape, base.shape))
+    if theirs != ours:
+        raise ModelError(f"{name} has {theirs}, and {base.folder.name} {ours}: no direction fits both.", _HINT)
+
+
+def _size(shape: ModelShape) -> str:
+    return f"{shape.layers} blocks of width {shape.width} and {shape.vocabulary:,} tokens"
