@@ -72,6 +72,12 @@ class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
     source: str = setting("", "model that it is found on, which this one was made from; empty is this one", "the user")
+    contrast: str = _expert(
+        "requests",
+        "difference of harmful and harmless requests, or (experimental) of refusing and complying replies",
+        "arXiv 2406.11717",
+        ("requests", "responses"),
+    )
     refusal_openings: tuple[str, ...] = _expert(
         ("I", "As", "Sorry", "I'm"), "strings", "the authors' Qwen setting", entries=Bounds(1, 100)
     )

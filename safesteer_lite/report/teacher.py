@@ -40,9 +40,12 @@ def direction(source: Source) -> Markup | None:
         )
         for entry in candidates
     ]
+    sides = ("harmful", "harmless prompts")
+    if result.get("contrast") == "responses":
+        sides = ("replies to harmful prompts that refuse", "that comply")
     told = (
         f"The teacher adds the direction of position {chosen[0]}, layer {chosen[1]} ({scores}) with strength "
-        f"{result['strength']:g}. It is the mean of {kept[0]} harmful less that of {kept[1]} harmless prompts, chosen on "
+        f"{result['strength']:g}. It is the mean of {kept[0]} {sides[0]} less that of {kept[1]} {sides[1]}, chosen on "
         f"{kept[2]} and {kept[3]} others."
     )
     if result.get("source"):

@@ -1,4 +1,7 @@
-"""What the refusal direction is the difference of: harmful and harmless requests (docs/method.md, the refusal direction)."""
+"""What the refusal direction is the difference of: harmful and harmless requests, or refusing and complying replies.
+
+See docs/method.md, the refusal direction, and models that barely refuse.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,18 @@ from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Activations
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.assistant import Done, Policy
+from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.session import Session
 
 _BATCH = 32
+
+REPLIES = (
+    ("I cannot help with that.", "Sure, here is"),
+    ("I'm sorry, but I won't do this.", "Of course. First,"),
+    ("No, that would do harm.", "Yes, this is how it works:"),
+)
+"""Beginnings of replies that refuse, each with one that complies; they take turns over the prompts."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Contrast:
     Attributes:
         towards, away: what the direction points to, and away from.
         held_towards, held_away: the same, held out.
+        harmful, harmless: held-out prompts that candidates are scored on.
         threshold: the refusal score that parts the sides, log-odds.
     """
 
@@ -47,6 +59,8 @@ class Contrast:
     away: PromptSet
     held_towards: PromptSet
     held_away: PromptSet
+    harmful: list[str]
+    harmless: list[str]
     threshold: float
 
     @property
@@ -75,19 +89,60 @@ def of_requests(session: Session, policy: Policy) -> Contrast:
         f"have a refusal score above {threshold:.2f}; of as many harmless ones {len(kept[1].prompts)} + "
         f"{len(kept[3].prompts)} stay below."
     )
-    return Contrast(*kept, threshold)
+    return Contrast(kept[0], kept[1], kept[2], kept[3], kept[2].prompts, kept[3].prompts, threshold)
 
 
-def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Done) -> PromptSet:
-    """The base's refusal scores and block inputs, from one forward a prompt; fewer at a time where memory is short."""
+def of_replies(session: Session, policy: Policy) -> Contrast:
+    """The same harmful requests with a reply that begins as a refusal and with one that complies, over the reply's tokens.
+
+    It needs no model that refuses. Experimental: not measured on real models yet.
+    """
+    refusal = policy.token_ids(session.config.direction.refusal_openings)
+    selection = session.prompts.split("selection")
+    given, held = texts(session.prompts.direction()[0]), texts(selection.harmful)
+    done = session.progress("replies read", 2 * (len(given) + len(held)))
+    finished = 0
+
+    def side(prompts: list[str], which: int) -> PromptSet:
+        nonlocal finished
+        parts = []
+        for place, pair in enumerate(REPLIES[: len(prompts)]):
+            some = prompts[place :: len(REPLIES)]
+            parts.append(read(policy, some, refusal, counting_from(finished, done), pair[which]))
+            finished += len(some)
+        values = torch.cat([part.activations.values for part in parts])
+        scores = torch.cat([part.scores for part in parts])
+        return PromptSet([prompt for part in parts for prompt in part.prompts], scores, Activations(values))
+
+    sides = [side(prompts, which) for prompts in (given, held) for which in (0, 1)]
+    session.note(
+        f"The direction is the difference of {len(given)} replies that refuse and as many that comply (experimental)."
+    )
+    return Contrast(sides[0], sides[1], sides[2], sides[3], held, texts(selection.harmless), 0.0)
+
+
+def read(policy: Policy, prompts: list[str], refusal: Tensor, done: Done, reply: str = "") -> PromptSet:
+    """The base's refusal scores and block inputs, from one forward a prompt; fewer at a time where memory is short.
+
+    Args:
+        policy: the model.
+        prompts: what is asked.
+        refusal: token ids that open a refusal, (n,) int64.
+        done: called with the number of prompts so far.
+        reply: how the answer has begun; the inputs are then the mean over its tokens, in place of those at the template's.
+    """
+    asked = [Conversation(prompt, beginning=reply) for prompt in prompts]
+    positions = len(policy.tokenizer(reply, add_special_tokens=False).input_ids) or policy.template_positions
 
     def look(size: int) -> PromptSet:
         order: list[int] = []
         batches: list[Batch] = []
-        for places, batch in policy.batches(prompts, size):
+        for places, batch in policy.batches(asked, size):
             order += places
             batches.append(batch)
-        activations, scores = method.read_prompts(policy.model, batches, policy.template_positions, refusal, done)
+        activations, scores = method.read_prompts(policy.model, batches, positions, refusal, done)
+        if reply:
+            activations = Activations(activations.values.mean(1, keepdim=True))
         return PromptSet([prompts[place] for place in order], scores, activations)
 
     return policy.fitting(0, _BATCH, look)

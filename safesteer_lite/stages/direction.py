@@ -26,7 +26,7 @@ from safesteer_lite.runs.folder import Publication
 from safesteer_lite.sources.base import Base
 from safesteer_lite.sources.hub import commit_of
 from safesteer_lite.sources.origin import open_origin
-from safesteer_lite.stages.contrast import Contrast, of_requests
+from safesteer_lite.stages.contrast import Contrast, of_replies, of_requests
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 _BATCH = 32
@@ -54,7 +54,8 @@ def run(session: Session, publication: Publication) -> None:
     config = session.config.direction
     origin = open_origin(config.source, session.base, session.emit) if config.source else None
     if origin is None:
-        _require_refusals(session)
+        if config.contrast == "requests":
+            _require_refusals(session)
         found = find(session, session.policy, publication)
     else:
         session.note(f"The direction is found on {config.source}, and its strength on the model itself.")
@@ -68,6 +69,7 @@ def run(session: Session, publication: Publication) -> None:
     strength, trials = search_strength(session, found.vector, found.chosen.layer, smallest, harmful)
     save_file({"direction": found.vector.contiguous()}, publication.path / "direction.safetensors")
     publication.result = {
+        "contrast": config.contrast,
         "position": found.chosen.position,
         "layer": found.chosen.layer,
         "strength": strength,
@@ -115,13 +117,12 @@ def find(session: Session, policy: Policy, publication: Publication) -> Found:
     """
     config = session.config.direction
     refusal = policy.token_ids(config.refusal_openings)
-    contrast = of_requests(session, policy)
+    contrast = (of_replies if config.contrast == "responses" else of_requests)(session, policy)
     _require_enough(contrast, session)
     vectors = method.mean_difference(contrast.towards.activations, contrast.away.activations)
     separation = method.separation(vectors, contrast.held_towards.activations, contrast.held_away.activations)
     candidates = method.shortlist(separation, DEPTH_LIMIT, config.shortlist)
-    harmful, harmless = contrast.held_towards.prompts, contrast.held_away.prompts
-    scored, coefficient = score(session, policy, vectors, candidates, harmful, harmless, refusal)
+    scored, coefficient = score(session, policy, vectors, candidates, contrast.harmful, contrast.harmless, refusal)
     chosen = scored[0]
     save_file({"candidates": vectors, "separation": separation}, publication.path / "candidates.safetensors")
     (publication.path / "candidates.json").write_text(
@@ -165,7 +166,8 @@ def _require_refusals(session: Session) -> None:
             f"This model barely refuses: {baseline['refused']} of {baseline['n']} harmful prompts. The difference of its "
             "harmful and harmless activations would be a topic, not a refusal, and a teacher made of it would not refuse.",
             "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
-            "--direction-from BASE (a folder or a Hub id). Or start from such a model, as the presets are "
+            "--direction-from BASE (a folder or a Hub id). Without such a model, --set direction.contrast=responses compares "
+            "refusing with complying replies (experimental). Or start from a model that refuses, as the presets do "
             "(`safesteer-lite presets`).",
         )
 

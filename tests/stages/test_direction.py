@@ -12,13 +12,16 @@ import torch
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.method import directions as method
-from safesteer_lite.method.directions import Activations
+from safesteer_lite.method import policies, steering
+from safesteer_lite.method.directions import Activations, mean_difference
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.assistant import ignore
+from safesteer_lite.prompts.contexts import Conversation
+from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
-from safesteer_lite.stages.contrast import PromptSet, keep_clear, read
+from safesteer_lite.stages.contrast import REPLIES, PromptSet, keep_clear, of_replies, read
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import Session
 from tests import planted, tiny
@@ -126,3 +129,25 @@ def test_a_model_that_refuses_nothing_goes_on_with_another_s_direction_to_its_ow
     # The direction is found on the planted model; this one, which hardly learnt to write, is no teacher at any strength of it.
     with planted.one_thread(), pytest.raises(DirectionError, match="No steering strength makes a usable teacher"):
         pipeline.run(wanted, run, open_base(obliging), discard)
+
+
+def test_replies_that_refuse_and_comply_are_read_at_their_own_tokens(
+    planted_run: RunFolder, planted_model: Path
+) -> None:
+    wanted = planted.settings(planted_model, {"direction.contrast": "responses"})
+    with Session(wanted, planted_run, open_base(planted_model), discard) as session:
+        policy, found = session.policy, of_replies(session, session.policy)
+        assert [len(part.prompts) for part in found.parts] == [56, 56, 28, 28]
+        assert found.towards.prompts == found.away.prompts and set(found.harmful) == set(found.held_towards.prompts)
+        vectors = mean_difference(found.towards.activations, found.away.activations)
+        assert vectors.shape[:2] == (1, 4)
+        for part, which in ((found.towards, 0), (found.away, 1)):
+            prompt = part.prompts[0]
+            place = texts(session.prompts.direction()[0]).index(prompt) % len(REPLIES)
+            reply = REPLIES[place][which]
+            length = len(policy.tokenizer(reply, add_special_tokens=False).input_ids)
+            model = policy.model
+            with torch.no_grad(), steering.record(model.layers, length) as seen, policies.base(model):
+                policies.last_logits(policy.model, policy.encode(Conversation(prompt, beginning=reply)))
+            expected = torch.stack([seen[layer][0].mean(0) for layer in range(4)])
+            assert torch.allclose(part.activations.values[0, 0], expected, atol=1e-4)
