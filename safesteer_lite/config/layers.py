@@ -73,6 +73,10 @@ def _cross_checks(config: RunConfig) -> list[str]:
         problems.append(f"distill.temperature is 0, the likeliest token, or at least {LOWEST_TEMPERATURE}.")
     if list(config.direction.steering_strengths) != sorted(config.direction.steering_strengths):
         problems.append("direction.steering_strengths must rise: the smallest sufficient one is taken.")
+    if config.direction.teacher == "prompted" and (config.direction.source or config.direction.contrast != "requests"):
+        problems.append(
+            "direction.teacher: a teacher that is prompted has no direction; leave direction.source and contrast out."
+        )
     if 1 in config.distill.adapter_strengths:
         problems.append("distill.adapter_strengths: 1, the adapter as trained, is there anyway.")
     return problems

@@ -72,6 +72,12 @@ class DirectionConfig:
     """How the refusal direction and the steering strength are found."""
 
     source: str = setting("", "model that it is found on, which this one was made from; empty is this one", "the user")
+    teacher: str = _expert(
+        "steered",
+        "what makes the teacher: the direction, or (experimental) a system prompt that it alone reads",
+        "arXiv 2606.02530",
+        ("steered", "prompted"),
+    )
     contrast: str = _expert(
         "requests",
         "difference of harmful and harmless requests, or (experimental) of refusing and complying replies",

@@ -133,24 +133,27 @@ class Distillation:
     def __init__(
         self,
         model: LanguageModel,
-        steer: Steering,
+        steer: Steering | None,
         safety_tokens: Tensor,
         harmful: Sequence[Batch],
         harmless: Sequence[Batch],
         recipe: Recipe,
         refusal_tokens: Tensor | None = None,
+        taught: Sequence[Batch] | None = None,
     ) -> None:
         """Prepare to train.
 
         Args:
             model: base, teacher and student in one.
-            steer: makes the teacher.
+            steer: makes the teacher; None where its prompts alone do.
             safety_tokens: (K,) int64.
             harmful: training prompts, one a batch, unpadded.
             harmless: anchor prompts, one a batch, unpadded; may be empty when the recipe has no anchors.
             recipe: how.
             refusal_tokens: (n,) int64, tokens that open a refusal; needed where the recipe has a score weight.
+            taught: the training prompts as the teacher reads them, in the same order; None where it reads them as they are.
         """
+        self.taught = taught
         self.model, self.steer, self.recipe = model, steer, recipe
         self.safety_tokens = safety_tokens.to(model.device)
         self.refusal_tokens = refusal_tokens
@@ -179,7 +182,9 @@ class Distillation:
         # The key-value cache is gone; its room must not stay cut to its shape while the blocks are trained.
         release()
         self.optimizer.zero()
-        loss, anchor_loss = self.backward(prompts.repeat(recipe.rollouts), rollouts, steered=True), float("nan")
+        taught = pad_left([self.taught[index] for index in chosen]).repeat(recipe.rollouts) if self.taught else None
+        loss = self.backward(prompts.repeat(recipe.rollouts), rollouts, steered=True, taught=taught)
+        anchor_loss = float("nan")
         if anchors is not None and anchor_rollouts is not None:
             anchor_loss = self.backward(anchors, anchor_rollouts, steered=False)
         rate = learning_rate_at(at, recipe)
@@ -227,7 +232,7 @@ class Distillation:
             rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
         return rollouts
 
-    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
+    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool, taught: Batch | None = None) -> float:
         """Accumulate gradients over micro-batches; returns the divergence, unweighted.
 
         Where memory runs out, the same rollouts are taken up again with fewer at a time: a micro-batch leaves all of its
@@ -238,42 +243,52 @@ class Distillation:
         lengths = prompts.attention_mask.sum(-1) + rollouts.mask.sum(-1)
         order = lengths.argsort(descending=True, stable=True)
         prompts, rollouts = prompts.take(order), rollouts.take(order)
+        taught = taught.take(order) if taught is not None else None
         total, start = 0.0, 0
         while start < len(prompts):
-            work = partial(self._gradients, prompts, rollouts, start, steered=steered)
+            work = partial(self._gradients, prompts, rollouts, taught, start, steered=steered)
             (share, gradients), self.micro_batch = fitting(self.micro_batch, work)
             self.optimizer.add(gradients)
             total, start = total + share, start + self.micro_batch
         return total
 
     def _gradients(
-        self, prompts: Batch, rollouts: Completions, start: int, size: int, *, steered: bool
+        self,
+        prompts: Batch,
+        rollouts: Completions,
+        taught: Batch | None,
+        start: int,
+        size: int,
+        *,
+        steered: bool,
     ) -> tuple[float, Sequence[Tensor | None]]:
         """Divergence, unweighted, and the adapter's gradients of the `size` rollouts from `start` on."""
         stop = min(start + size, len(prompts))
         part, answers = prompts.rows(start, stop).trimmed(), rollouts.rows(start, stop).trimmed()
-        divergence, score_rise = self._losses(part, answers, len(prompts), steered=steered)
+        read = taught.rows(start, stop).trimmed() if taught is not None else None
+        divergence, score_rise = self._losses(part, answers, read, len(prompts), steered=steered)
         weight = 1.0 if steered else self.recipe.anchor_weight
         loss = weight * divergence + self.recipe.score_weight * score_rise
         gradients = torch.autograd.grad(loss, self.optimizer.parameters, allow_unused=True)
         return float(divergence.detach()), gradients
 
     def _losses(
-        self, prompts: Batch, rollouts: Completions, count: int, *, steered: bool
+        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool
     ) -> tuple[Tensor, Tensor | float]:
         """Divergence, and an anchor's rise of the refusal score (0 where there is none), of one micro-batch, as its
         share of the mean over `count` rollouts.
 
         Below both the first adapter and the steered block all three policies are the same function: that part runs
-        once.
+        once. A teacher that reads other prompts reads them for itself.
         """
         model, length = self.model, rollouts.tokens.shape[1]
-        shared = min(model.first_adapter_layer, self.steer.layer)
+        shared = min(model.first_adapter_layer, self.steer.layer if self.steer else model.first_adapter_layer)
         with torch.no_grad():
             with policies.base(model):
                 trunk = model.advance(model.start(rollouts.after(prompts)), shared)
             with policies.teacher(model, self.steer) if steered else policies.base(model):
-                teacher_hidden = policies.completion_hidden(model, trunk, length)
+                seen = trunk if taught is None else model.start(rollouts.after(taught))
+                teacher_hidden = policies.completion_hidden(model, seen, length)
         student_hidden = policies.completion_hidden(model, trunk, length)
         divergence = chunked_divergence(
             student_hidden[rollouts.mask],

@@ -213,10 +213,14 @@ def base(model: LanguageModel) -> Iterator[None]:
 
 
 @contextmanager
-def teacher(model: LanguageModel, steer: Steering) -> Iterator[None]:
-    """The safety teacher `pi_t`: adapters off, steering on."""
-    with model.adapters_off(), steering.add(model.layers, steer.layer, steer.vector):
-        yield
+def teacher(model: LanguageModel, steer: Steering | None) -> Iterator[None]:
+    """The safety teacher `pi_t`: adapters off, steering on; without steering, the base, which is told to refuse in its prompt."""
+    with model.adapters_off():
+        if steer is None:
+            yield
+        else:
+            with steering.add(model.layers, steer.layer, steer.vector):
+                yield
 
 
 def last_logits(model: LanguageModel, batch: Batch) -> Tensor:

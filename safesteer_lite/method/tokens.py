@@ -69,38 +69,43 @@ class VotePositions:
 
 def collect(
     model: LanguageModel,
-    steer: Steering,
+    steer: Steering | None,
     prompts: Batch,
     *,
     samples: int,
     horizon: int,
     generator: torch.Generator,
     by_teacher: bool = True,
+    taught: Batch | None = None,
 ) -> VotePositions:
     """Sample continuations and read both policies along them.
 
     Args:
+        steer: what makes the teacher; None where its prompts alone do.
         prompts: harmless prompts for the paper's vote, harmful ones to look where the loss is read.
         samples: continuations a prompt (M).
         horizon: positions read a continuation (H); the first is the last prompt position, so H - 1 tokens are sampled.
         generator: source of randomness, temperature 1, top-p 1.
         by_teacher: whether the teacher writes the continuations (paper); else the base does, which is the student before
             its first step.
+        taught: the same prompts as the teacher reads them; None where it reads them as they are.
 
     Returns:
         The hidden states of all valid positions: those before the first one where the base's likeliest token ends the turn.
     """
     with torch.no_grad():
         with policies.teacher(model, steer) if by_teacher else policies.base(model):
-            continuation = model.generate(prompts, horizon - 1, 1.0, generator, samples)
+            asked = taught if by_teacher and taught is not None else prompts
+            continuation = model.generate(asked, horizon - 1, 1.0, generator, samples)
         sequences = continuation.after(prompts.repeat(samples))
         # Fewer than `horizon` where every continuation ended early.
         read = continuation.tokens.shape[1] + 1
         with policies.base(model):
-            shared = model.advance(model.start(sequences), steer.layer)
+            shared = model.advance(model.start(sequences), steer.layer if steer else 0)
             base_hidden = model.final(shared)[:, -read:]
         with policies.teacher(model, steer):
-            teacher_hidden = model.final(shared)[:, -read:]
+            seen = shared if taught is None else model.start(continuation.after(taught.repeat(samples)))
+            teacher_hidden = model.final(seen)[:, -read:]
         rows, width = base_hidden.shape[0], base_hidden.shape[-1]
         likeliest = torch.stack([model.logits(base_hidden[:, at]).argmax(-1) for at in range(read)], dim=1)
     ends = torch.isin(likeliest, torch.tensor(sorted(model.end_of_turn), device=likeliest.device))

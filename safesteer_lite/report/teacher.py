@@ -22,6 +22,12 @@ def direction(source: Source) -> Markup | None:
     result = source.result("direction")
     if not result:
         return None
+    if result.get("teacher") == "prompted":
+        [trial] = result["trials"]
+        return paragraph(
+            f"The teacher was not steered but told, by a system prompt that it alone read: “{result['system']}” It refused "
+            f"{trial['refused']} of {trial['n']} held-out harmful prompts. Experimental."
+        )
     candidates = source.read("direction", "candidates.json", plain_json) or []
     separation = source.read("direction", "candidates.safetensors", separation_scores)
     chosen = (result["position"], result["layer"])

@@ -26,32 +26,20 @@ from safesteer_lite.runs.folder import Publication
 from safesteer_lite.sources.base import Base
 from safesteer_lite.sources.hub import commit_of
 from safesteer_lite.sources.origin import open_origin
+from safesteer_lite.stages import prompted
 from safesteer_lite.stages.contrast import Contrast, of_replies, of_requests
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.trial import Trial, repeats
 
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A teacher of one strength on the held-out harmful prompts.
-
-    Attributes:
-        strength: multiple of the refusal direction.
-        refused: answers judged refusals, of `n`.
-        n: prompts.
-        broken: answers that repeat themselves.
-    """
-
-    strength: float
-    refused: int
-    n: int
-    broken: int
 
 
 def run(session: Session, publication: Publication) -> None:
     """Find the direction and the strength, or stop with the reason."""
     config = session.config.direction
+    if config.teacher == "prompted":
+        prompted.publish(session, publication)
+        return
     origin = open_origin(config.source, session.base, session.emit) if config.source else None
     if origin is None:
         if config.contrast == "requests":
@@ -166,8 +154,9 @@ def _require_refusals(session: Session) -> None:
             f"This model barely refuses: {baseline['refused']} of {baseline['n']} harmful prompts. The difference of its "
             "harmful and harmless activations would be a topic, not a refusal, and a teacher made of it would not refuse.",
             "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
-            "--direction-from BASE (a folder or a Hub id). Without such a model, --set direction.contrast=responses compares "
-            "refusing with complying replies (experimental). Or start from a model that refuses, as the presets do "
+            "--direction-from BASE (a folder or a Hub id). Without such a model there are two ways, both experimental: --set "
+            "direction.teacher=prompted tells the teacher to refuse, and --set direction.contrast=responses compares replies "
+            "that refuse with replies that comply. Or start from a model that refuses, as those of the presets do "
             "(`safesteer-lite presets`).",
         )
 
@@ -278,15 +267,10 @@ def search_strength(
     return best.strength, trials
 
 
-def repeats(answer: str) -> bool:
-    """Whether more than half of an answer's word triples have been said before: steering too strong shows like this."""
-    words = answer.split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return len(triples) >= 4 and len(set(triples)) < 0.5 * len(triples)
-
-
-def load_steering(session: Session) -> Steering:
-    """The teacher that a published direction stage chose."""
+def load_steering(session: Session) -> Steering | None:
+    """The steering that a published direction stage chose; None where the teacher is told what to do instead."""
     result = session.result("direction")
+    if result.get("teacher") == "prompted":
+        return None
     vector = session.tensors("direction", "direction.safetensors")["direction"]
     return Steering(result["layer"], result["strength"] * vector)

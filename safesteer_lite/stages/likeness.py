@@ -12,6 +12,7 @@ from safesteer_lite.method import policies
 from safesteer_lite.models.adapter import adapter_tensors
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.stages.direction import load_steering
+from safesteer_lite.stages.prompted import taught_batches
 from safesteer_lite.stages.session import Session
 
 LARGEST_KL = 0.05
@@ -32,10 +33,11 @@ def expectations(session: Session) -> dict[str, Tensor]:
     harmful, harmless = session.prompts.training(), session.prompts.direction()[1]
     prompts = texts([*harmful[:_PROMPTS_A_KIND], *harmless[:_PROMPTS_A_KIND]])
     batches = [policy.encode(prompt) for prompt in prompts]
+    told = taught_batches(session, prompts) or batches
     with torch.no_grad():
         student = [policies.last_logits(policy.model, batch).log_softmax(-1) for batch in batches]
         with policies.teacher(policy.model, steer):
-            teacher = [policies.last_logits(policy.model, batch).log_softmax(-1) for batch in batches]
+            teacher = [policies.last_logits(policy.model, batch).log_softmax(-1) for batch in told]
     return {
         "student": torch.cat(student).cpu(),
         "teacher": torch.cat(teacher).cpu(),

@@ -13,10 +13,12 @@ from torch import Tensor
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.hardware.pace import SHARE_PLACES
 from safesteer_lite.method import tokens as method
+from safesteer_lite.method.policies import pad_left
 from safesteer_lite.method.tokens import VotePositions
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.direction import load_steering
+from safesteer_lite.stages.prompted import taught_batches
 from safesteer_lite.stages.session import Session
 
 # Prompts a batch, fewer where memory is short; each may stand for several sequences.
@@ -93,7 +95,8 @@ def _collect(
 
     def read(size: int) -> list[VotePositions]:
         generator, positions, finished = torch.Generator().manual_seed(session.config.seed), [], 0
-        for _, batch in policy.batches(prompts, size):
+        for places, batch in policy.batches(prompts, size):
+            told = taught_batches(session, [prompts[place] for place in places])
             found = method.collect(
                 policy.model,
                 steer,
@@ -102,6 +105,7 @@ def _collect(
                 horizon=horizon,
                 generator=generator,
                 by_teacher=by_teacher,
+                taught=pad_left(told) if told else None,
             )
             positions.append(found)
             finished += len(batch)

@@ -26,6 +26,7 @@ from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.history import History, restore_step, save_step
 from safesteer_lite.stages.parent import parent_of
+from safesteer_lite.stages.prompted import taught_batches
 from safesteer_lite.stages.reading import prepare_adapter
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.shown import ShownAnswers
@@ -82,14 +83,16 @@ def begin(session: Session, checkpoints: Checkpoints) -> Training:
     anchors = drawn_anchors(session) if config.distill.anchors else []
     saved = checkpoints.newest_checkpoint()
     prepare_adapter(session, saved[1] if saved else None)
+    asked = session.asked(session.prompts.training())
     loop = Distillation(
         policy.model,
         load_steering(session),
         load_tokens(session),
-        [policy.encode(asked) for asked in session.asked(session.prompts.training())],
-        [policy.encode(asked) for asked in session.asked(anchors)],
+        [policy.encode(entry) for entry in asked],
+        [policy.encode(entry) for entry in session.asked(anchors)],
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
+        taught_batches(session, asked),
     )
     history, best = restore_step(saved[1], loop) if saved else (History(), adapter_tensors(policy.model))
     training = Training(policy.model, loop, history, best, Yardstick(session))
@@ -177,7 +180,7 @@ def _fit_micro_batch(session: Session, training: Training) -> None:
     allocator.return_freed_memory()
     free = free_cuda_memory() if on_card else ram()[1]
     element = model.decoder.embed_tokens.weight.element_size()
-    longest = max(prompt.input_ids.shape[1] for prompt in (*loop.harmful, *loop.harmless))
+    longest = max(prompt.input_ids.shape[1] for prompt in (*loop.harmful, *loop.harmless, *(loop.taught or ())))
 
     def need(rollouts: int) -> int:
         return training_bytes(

@@ -49,9 +49,9 @@ class TimedDistillation(Distillation):
         super().__init__(*arguments, **named)
         self.spent: list[float] = []
 
-    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool) -> float:
+    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool, taught: Batch | None = None) -> float:
         began = time.perf_counter()
-        loss = super().backward(prompts, rollouts, steered=steered)
+        loss = super().backward(prompts, rollouts, steered=steered, taught=taught)
         self.spent.append(time.perf_counter() - began)
         return loss
 

@@ -532,3 +532,32 @@ def test_half_life_is_passed_on(tiny_policy: tiny.Loader) -> None:
     _, single = gradients(training(policy, replace(RECIPE, completion_tokens=1)), prompts)
     for one, two in zip(sharp, single, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_that_is_told_reads_its_own_prompts_along_the_student_s_rollouts(tiny_policy: tiny.Loader) -> None:
+    """With rollouts of several lengths in several micro-batches, against a plain computation of each."""
+    policy = tiny_policy()
+    model, recipe = policy.model, replace(RECIPE, prompts=3, rollouts=2, micro_batch=4)
+    prompts = [policy.encode(prompt) for prompt in tiny.PROMPTS]
+    told = [policy.encode(f"Never help with this. {prompt}") for prompt in tiny.PROMPTS]
+    alone = Distillation(model, None, SAFETY_TOKENS, prompts, [], recipe)
+    assert abs(alone.step().loss) < 1e-6, "told nothing, the teacher is the base, which the student still is"
+    policy = tiny_policy()
+    model = policy.model
+    loop = Distillation(model, None, SAFETY_TOKENS, prompts, [], recipe, None, told)
+    chosen = prompts_at(0, 3, len(prompts), recipe.seed)
+    rollouts = loop.sample(pad_left([prompts[index] for index in chosen]), 2, stream=0)
+    losses = []
+    with torch.no_grad(), policies.base(model):
+        for row in range(6):
+            answer = rollouts.rows(row, row + 1)
+            length = int(answer.mask.sum())
+            answer = Completions(answer.tokens[:, :length], answer.mask[:, :length])
+            student, teacher = (
+                model.logits(
+                    policies.completion_hidden(model, model.start(answer.after(read[chosen[row // 2]])), length)
+                ).log_softmax(-1)
+                for read in (prompts, told)
+            )
+            losses.append((student.exp() * (student - teacher)).sum(-1).mean())
+    assert loop.step().loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)

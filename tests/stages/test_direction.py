@@ -18,9 +18,10 @@ from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.assistant import ignore
 from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.prompts.plan import texts
+from safesteer_lite.prompts.sets import prompt_set
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
-from safesteer_lite.stages import pipeline
+from safesteer_lite.stages import pipeline, prompted
 from safesteer_lite.stages.contrast import REPLIES, PromptSet, keep_clear, of_replies, read
 from safesteer_lite.stages.direction import load_steering
 from safesteer_lite.stages.session import Session
@@ -112,6 +113,7 @@ def test_a_direction_that_is_found_on_another_model_is_used_on_this_one(
     assert found["source"] == {"name": str(origin), "commit": "", "fingerprint": open_base(origin).fingerprint}
     assert (found["position"], found["layer"]) == (own["position"], own["layer"]) and "source" not in own
     ours, known = (load_steering(Session(wanted, one, base, discard)) for one in (run, planted_run))
+    assert ours is not None and known is not None
     assert torch.equal(ours.vector / found["strength"], known.vector / own["strength"])
     assert any("found on" in event.message for event in events if isinstance(event, Note))
 
@@ -151,3 +153,42 @@ def test_replies_that_refuse_and_comply_are_read_at_their_own_tokens(
                 policies.last_logits(policy.model, policy.encode(Conversation(prompt, beginning=reply)))
             expected = torch.stack([seen[layer][0].mean(0) for layer in range(4)])
             assert torch.allclose(part.activations.values[0, 0], expected, atol=1e-4)
+
+
+def test_a_teacher_that_is_told_to_be_safe_and_refuses_too_little_is_none(
+    planted_run: RunFolder, planted_model: Path, tmp_path: Path
+) -> None:
+    """The planted model knows none of these words."""
+    run = copied(planted_run, tmp_path / "runs")
+    wanted = planted.settings(planted_model, {"direction.teacher": "prompted"})
+    with (
+        planted.one_thread(),
+        pytest.raises(DirectionError, match="refuses 0 of 28 held-out harmful prompts") as caught,
+    ):
+        pipeline.run(wanted, run, open_base(planted_model), discard)
+    assert "--direction-from" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_told_to_be_safe_trains_a_model_without_steering_it(
+    planted_run: RunFolder, planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words of which the planted model knows that it refuses them."""
+    violent = [prompt.text for prompt in prompt_set("harmful", "train") if prompt.category == "violence"]
+    monkeypatch.setattr(prompted, "SAFETY_PROMPT", " ".join(violent[:3]))
+    run = copied(planted_run, tmp_path / "runs")
+    wanted = planted.settings(planted_model, {"direction.teacher": "prompted", "direction.teacher_refusals": 0.5})
+    with planted.one_thread():
+        pipeline.run(wanted, run, open_base(planted_model), discard, last="distill")
+    found, trained = run.record("direction").result, run.record("distill").result
+    assert found["system"] == prompted.SAFETY_PROMPT and "layer" not in found
+    start = planted_run.record("baseline").result["scorecard"]["harmful"]["refused"]
+    assert max(entry["harmful"]["refused"] for entry in trained["measured"]) > start
+    with Session(wanted, run, open_base(planted_model), discard) as session:
+        assert load_steering(session) is None
+        asked: list[str | Conversation] = [Conversation("Why?", system="Be brief."), "Why?"]
+        first, second = prompted.taught(session, asked)
+        assert isinstance(first, Conversation) and first.system == f"{prompted.SAFETY_PROMPT}\n\nBe brief."
+        assert isinstance(second, Conversation) and second.system == prompted.SAFETY_PROMPT
+        told = prompted.taught_batches(session, asked)
+        assert told is not None and torch.equal(told[1].input_ids, session.policy.encode(second).input_ids)
