@@ -63,9 +63,10 @@ def _read(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tupl
 
 
 def _row(hidden: Tensor, wanted: Tensor) -> Tensor:
-    """A row of the head, (width,), whose logit is far above all others where `wanted` and far below them elsewhere."""
+    """A row of the head, (width,), whose logit is above all others where `wanted`, but for a few prompts, and far below them
+    elsewhere. A larger one would make the thoughts too brittle for any training."""
     weights = torch.where(wanted, 10.0, 1.0).sqrt().unsqueeze(-1)
-    inputs, target = hidden * weights, torch.where(wanted, 40.0, -40.0).unsqueeze(-1) * weights
+    inputs, target = hidden * weights, torch.where(wanted, 15.0, -15.0).unsqueeze(-1) * weights
     ridge = 1e-3 * torch.eye(hidden.shape[1])
     row: Tensor = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ target).squeeze(-1)
     return row

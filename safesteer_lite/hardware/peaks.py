@@ -63,7 +63,8 @@ class Demand:
             depth_start=distill.depth_start,
             reading=distill.reading == "discriminant",
             averaging=distill.averaging > 0,
-            full_loss="full" in (distill.objective, distill.anchor_objective if distill.anchors else ""),
+            full_loss="full" in (distill.objective, distill.anchor_objective if distill.anchors else "")
+            or (settings.model.thinking == "on" and distill.anchors > 0),
             rollouts=distill.rollouts,
             completion_tokens=distill.completion_tokens,
             samples=tokens.samples,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 
@@ -19,8 +20,10 @@ from safesteer_lite.hardware.need import largest_micro_batch
 from safesteer_lite.hardware.peaks import Demand, training_bytes
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
@@ -89,7 +92,7 @@ def begin(session: Session, checkpoints: Checkpoints) -> Training:
         load_steering(session),
         load_tokens(session),
         [policy.encode(entry) for entry in asked],
-        [policy.encode(entry) for entry in session.asked(anchors)],
+        _held(session, asked, session.asked(anchors)),
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
         taught_batches(session, asked),
@@ -100,6 +103,17 @@ def begin(session: Session, checkpoints: Checkpoints) -> Training:
         # Where no step is better than what was there before, that is kept.
         training.measure()
     return training
+
+
+def _held(session: Session, asked: Sequence[str | Conversation], anchors: Sequence[str | Conversation]) -> list[Batch]:
+    """Where the student is held to the base: behind the anchors, and of a model that thinks as often where its thoughts about
+    them begin, and about the training prompts. Else it would refuse in its thoughts, and never come to their end."""
+    policy = session.policy
+    held = [policy.encode(entry) for entry in anchors]
+    if policy.thoughts and held:
+        begun = [policy.prompt(entry) for entry in asked]
+        held += [policy.prompt(entry) for entry in anchors] + begun * max(1, round(len(held) / len(begun)))
+    return held
 
 
 def take_steps(session: Session, training: Training, checkpoints: Checkpoints) -> None:
@@ -145,15 +159,19 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def recipe(session: Session) -> Recipe:
-    """The recipe that the settings describe."""
+    """The recipe that the settings describe.
+
+    The safety tokens are words of answers: of a model that thinks, anchors read the whole vocabulary.
+    """
     config = session.config.distill
     names = Recipe.__dataclass_fields__.keys() & vars(config).keys()
-    return Recipe(
+    found = Recipe(
         **{name: getattr(config, name) for name in names},
         top_k=TOP_K,
         seed=session.config.seed,
         earlier=session.config.parent.steps,
     )
+    return replace(found, anchor_objective="full") if session.policy.thoughts else found
 
 
 def drawn_anchors(session: Session) -> list[Prompt]:

