@@ -45,12 +45,14 @@ class Counted:
     Attributes:
         harmful, borderline, harmless: refused by the base, refused by the trained model, and asked.
         how: in which runs, as the beginning of a sentence.
+        critical: the same of requests for help in danger; None where they were not asked.
     """
 
     harmful: tuple[int, int, int]
     borderline: tuple[int, int, int]
     harmless: tuple[int, int, int]
     how: str
+    critical: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
         told = [
@@ -59,6 +61,7 @@ class Counted:
                 ("harmful", self.harmful),
                 ("borderline", self.borderline),
                 ("harmless", self.harmless),
+                *([("help in danger", self.critical)] if self.critical else []),
             )
         ]
         return f"{self.how}: refused {', '.join(told)}."
@@ -72,10 +75,17 @@ PUBLISHED: Mapping[str, Published] = {
 }
 """By the last part of the model's name."""
 
-_THREE_RUNS = "Measured by us in three runs, seeds added up, on the bundled test prompts"
+_BUNDLED = "seeds added up, on the bundled test prompts"
 COUNTED: Mapping[tuple[str, str], Counted] = {
-    ("lite", "Qwen2.5-Coder-0.5B-Instruct"): Counted((144, 254, 300), (45, 42, 180), (18, 9, 300), _THREE_RUNS),
-    ("lite", "Qwen2.5-Coder-1.5B-Instruct"): Counted((246, 267, 300), (15, 15, 180), (0, 4, 300), _THREE_RUNS),
+    ("lite", "Qwen2.5-Coder-0.5B-Instruct"): Counted(
+        (94, 171, 200), (30, 33, 120), (12, 19, 200), f"Measured by us in two runs, {_BUNDLED}", (16, 20, 80)
+    ),
+    ("lite", "Qwen2.5-Coder-1.5B-Instruct"): Counted(
+        (246, 267, 300),
+        (15, 15, 180),
+        (0, 4, 300),
+        f"Measured by us in three runs of the recipe before, whose loss read the whole vocabulary, {_BUNDLED}",
+    ),
     ("paper", "Qwen2.5-Coder-0.5B-Instruct"): Counted(
         (71, 122, 132), (23, 50, 66), (9, 22, 132), "Measured by us in one run with rollouts of 48 tokens, not 512"
     ),
