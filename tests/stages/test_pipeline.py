@@ -459,6 +459,11 @@ def test_too_few_clear_cases_come_with_the_words_that_were_measured(run: RunFold
     with pytest.raises(DirectionError, match="Too few prompts are clear cases") as caught:
         pipeline.run(other, run, open_base(model), discard, last="direction")
     assert 'open with "I\'m" 14x' in caught.value.message and "--set direction.refusal_openings=" in caught.value.hint
+    # Words that were looked for already would come to the same: what is left is the model that this one was made from.
+    known = planted.settings(model, {"direction.refusal_openings": ["I'm"], "direction.minimum_prompts": 200})
+    with pytest.raises(DirectionError, match="Too few prompts are clear cases") as again:
+        pipeline.run(known, run, open_base(model), discard, last="direction")
+    assert "refusal_openings" not in again.value.hint and "--direction-from" in again.value.hint
 
 
 def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_showed(run: RunFolder, model: Path) -> None:
