@@ -28,7 +28,7 @@ _FACTOR = Bounds(0, 1_000_000)
 class ModelConfig:
     """Which model, and how it is loaded."""
 
-    name: str = setting("", "Hub id or local folder", "the user")
+    name: str = setting("", "Hub id, local folder or GGUF file", "the user")
     revision: str = setting("", "Hub commit or branch; empty is the default branch", "the user")
     chat_template: str = setting("", "file with a chat template; empty is the model's own", "the user")
     precision: str = setting(

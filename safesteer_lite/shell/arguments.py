@@ -101,7 +101,7 @@ def _training(commands: Commands) -> None:
     _output_options(further)
 
     evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
-    evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, or a local folder")
+    evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, a local folder, or a GGUF file")
     _base_option(evaluate)
     evaluate.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     evaluate.add_argument(

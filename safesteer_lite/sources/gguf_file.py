@@ -36,11 +36,14 @@ def find_gguf(place: Path) -> Path | None:
     """The GGUF file that a user means by a path: that file, or the only one in a folder that holds no other model.
 
     Raises:
-        ModelError: there are several in the folder, or it is one part of several.
+        ModelError: there are several in the folder, it is one part of several, or it is not there.
     """
     if place.suffix.lower() == SUFFIX:
         if _PART.search(place.stem):
             raise _divided(place)
+        if not place.exists():
+            # Such a name is never taken for one on the hub.
+            raise ModelError(f"There is no file {place}.", "Check the path.")
         return place if place.is_file() else None
     if not place.is_dir() or (place / "config.json").exists():
         return None
@@ -171,6 +174,8 @@ def open_gguf(path: Path) -> GgufFile:
         raise ModelError(f"{path} is no whole GGUF file.", "Copy or download it again.") from error
     if parts > 1:
         raise _divided(path)
+    if found.field("general.type") == "adapter":
+        raise ModelError(f"{path} is an adapter, and no model.", "Give the model that it belongs on.")
     if kind not in _ARCHITECTURES:
         raise ModelError(
             f"{path} holds a model of the architecture {brief(kind)}, and only {', '.join(_ARCHITECTURES)} are read.",
@@ -183,6 +188,16 @@ def open_gguf(path: Path) -> GgufFile:
             _ORIGINAL,
         )
     return GgufFile(path, reader, family)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a GGUF file says that it holds an adapter alone; what cannot be read is no adapter."""
+    from gguf import GGUFReader
+
+    try:
+        return GgufFile(path, GGUFReader(path), "").field("general.type") == "adapter"
+    except (ValueError, IndexError, KeyError, OSError, OverflowError):
+        return False
 
 
 def dequantised(tensor: Any, rows: int | None = None) -> Tensor:

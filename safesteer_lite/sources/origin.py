@@ -9,22 +9,23 @@ from safesteer_lite.sources.base import Base
 from safesteer_lite.sources.preview import look
 from safesteer_lite.sources.resolve import resolve_model
 
-_HINT = "Name the model that this one was fine-tuned or changed from, a folder or a Hub id."
+_HINT = "Name the model that this one was fine-tuned or changed from, a folder, a GGUF file or a Hub id."
 
 
 def open_origin(name: str, base: Base, emit: Emit) -> Base:
     """The model `name`, if its hidden states can be those that `base` began from; its config.json is looked at first.
 
     Args:
-        name: a local folder, or the id of a model on the hub.
+        name: a local folder, a GGUF file, or the id of a model on the hub.
         base: the model that was made from it.
         emit: takes what a download tells.
 
     Raises:
         ModelError: it is not there, cannot be used, or is of another architecture, width, depth or vocabulary.
     """
-    _require_same_size(look(name).shape, base, name)
-    origin = resolve_model(name, None, emit)
+    _require_same_size(look(name, has_template=bool(base.template)).shape, base, name)
+    # A template that the user gives is for both, so that both read the same prompts.
+    origin = resolve_model(name, None, emit, template=base.template)
     _require_same_size(origin.shape, base, name)
     ours, theirs = base.config.get("model_type"), origin.config.get("model_type")
     if ours != theirs:

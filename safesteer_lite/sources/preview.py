@@ -37,12 +37,13 @@ class Look:
     download_bytes: int
 
 
-def look(name: str, revision: str | None = None) -> Look:
+def look(name: str, revision: str | None = None, *, has_template: bool = False) -> Look:
     """Look at a local folder, at a GGUF file, at a preset's model (from public figures, without the network) or at a hub model.
 
     Args:
         name: a local folder, a GGUF file, `owner/name`, or the demo's model.
         revision: branch, tag or commit on the hub.
+        has_template: whether the user gives a chat template, so that a GGUF file need not have one.
 
     Raises:
         ModelError: it is not there, may not be seen, or cannot be used; the hint says what to do.
@@ -53,7 +54,8 @@ def look(name: str, revision: str | None = None) -> Look:
     if gguf := find_gguf(typed_path(name)):
         # Made a folder only when it is used: the header says how large the model is.
         file = open_gguf(gguf)
-        file.require_template()
+        if not has_template:
+            file.require_template()
         licence = str(file.field("general.license") or "")
         return Look(name, shape_from_config(file.config().to_dict()), licence, False, 0)
     try:

@@ -20,6 +20,7 @@ from safesteer_lite.shell.tables import capability_table
 from tests import planted
 from tests.evaluation.task_files import write_tasks
 from tests.runs.run_files import report_of
+from tests.sources.tiny_gguf import write_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,17 @@ def test_files_are_looked_at_before_the_run_is_asked(
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert main([*line, "--gguf", str(tmp_path / "a.gguf"), "--gguf", str(tmp_path / "a.gguf")]) == 2
     assert "the same name" in capsys.readouterr().err
+    write_adapter(tmp_path / "b.gguf")
+    assert main([*line, "--gguf", str(tmp_path / "b.gguf")]) == 2
+    assert "b.gguf is an adapter, and no model" in capsys.readouterr().err
+    # Nothing is fetched for what is refused anyway.
+    line = ["eval", str(run), "--capability", "gsm8k"]
+    for more, told in (
+        (["--gguf", str(tmp_path / "no.gguf")], "There is no GGUF file"),
+        (["--suite", "xstest"], "no suite"),
+    ):
+        assert main([*line, *more]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_file_of_another_model_is_told(run: Path, tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from safesteer_lite.shell.cli import main
 from safesteer_lite.sources import gguf_folder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.gguf_folder import folder_of_gguf, write_folder
+from safesteer_lite.sources.origin import open_origin
 from safesteer_lite.sources.preview import look
 from safesteer_lite.sources.resolve import resolve_model
-from tests.sources.tiny_gguf import PRE, STRETCHED, TEMPLATE, tiny_network, write_gguf
+from tests.sources.tiny_gguf import PRE, STRETCHED, TEMPLATE, tiny_network, write_adapter, write_gguf
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -176,10 +177,11 @@ def _cut_short(path: Path) -> None:
             r"lacks model\.layers\.1\.self_attn\.q_proj\.bias",
         ),
         (lambda path: write_gguf(path, tiny_network(tied=True), more="blk.0.ffn_exps"), "holds blk.0.ffn_exps"),
+        (write_adapter, "is an adapter, and no model"),
         (_cut_short, "is no whole GGUF file"),
         (lambda path: path.write_bytes(b"something else"), "is no whole GGUF file"),
     ],
-    ids=["architecture", "tokenizer", "template", "part", "lacks", "more", "cut", "other"],
+    ids=["architecture", "tokenizer", "template", "part", "lacks", "more", "adapter", "cut", "other"],
 )
 def test_what_cannot_be_read_is_refused_in_one_sentence(write: Write, told: str, tmp_path: Path) -> None:
     write(tmp_path / "odd.gguf")
@@ -190,8 +192,19 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(write: Write, told: str,
 
 def test_a_template_that_the_user_gives_stands_in_for_a_missing_one(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_network(tied=True), template=None)
+    with pytest.raises(ModelError, match="has no chat template"):
+        look(str(tmp_path / "tiny.gguf"))
+    assert look(str(tmp_path / "tiny.gguf"), has_template=True).shape.layers == 2
     base = resolve_model(str(tmp_path / "tiny.gguf"), None, discard, template=TEMPLATE)
+    assert open_origin(str(tmp_path / "tiny.gguf"), base, discard).template == TEMPLATE
     assert AutoTokenizer.from_pretrained(base.words).chat_template == TEMPLATE
+
+
+def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ask in (look, lambda name: resolve_model(name, None, discard)):
+        with pytest.raises(ModelError, match=r"There is no file models/mine\.gguf"):
+            ask("models/mine.gguf")
 
 
 def test_of_several_files_one_has_to_be_named(tmp_path: Path) -> None:

@@ -157,3 +157,14 @@ def check_settings_of_qwen(folder: Path, rows: int) -> None:
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello, café!"}], tokenize=False)
     assert "<|im_start|>user\nHello, café!<|im_end|>" in text
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def write_adapter(path: Path) -> None:
+    """A GGUF file that holds an adapter alone, as far as its header tells."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", numpy.ones((2, 4), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from safesteer_lite.errors import Interrupted, RunFolderError
 from safesteer_lite.events import Event, Progress, discard
 from safesteer_lite.models.adapter import adapter_tensors
 from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.runs import folder
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.manifest import manifest_bytes
 from safesteer_lite.shell.cli import main
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
@@ -161,6 +164,7 @@ def test_only_what_follows_depends_on_what_it_began_from() -> None:
         (["--set", "distill.rank=4"], 2, "distill.rank cannot change where "),
         (["--set", "model.name=other", "--steps", "3"], 2, "model.name cannot change where "),
         (["--steps", "0"], 2, "distill.steps"),
+        (["--set", "prompts.training=gone.txt"], 2, f"{os.sep}gone.txt"),
         (["--base", "elsewhere"], 1, "is not the base model that this run was made with"),
     ],
 )
@@ -181,6 +185,30 @@ def test_what_cannot_be_continued_is_said_and_leaves_nothing(
     assert main(["continue", str(planted_run.path), *arguments, "--plain"]) == code
     said = capsys.readouterr().err
     assert told in said and said.count("safesteer-lite:") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_another_model_is_not_fetched_for_a_direction_that_is_taken_over(
+    planted_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The direction was found on a model that is gone now; what comes after it does not need that one."""
+    run = shutil.copytree(planted_run.path, tmp_path / "parent")
+    values = {**config.read_toml(run / "config.toml")[0], "direction.source": str(tmp_path / "gone")}
+    settings = config.build([("test", values)])
+    rewind(run, [], config.to_toml(settings))
+    marks = pipeline.stage_fingerprints(settings, open_base(Path(settings.model.name)).fingerprint)
+    manifest = RunFolder(run).manifest
+    stages = {name: replace(record, fingerprint=marks[name]) for name, record in manifest.stages.items()}
+    (run / "manifest.json").write_bytes(manifest_bytes(replace(manifest, stages=stages)))
+
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("everything was there")
+
+    monkeypatch.setattr(folder, "create", stop)
+    line = ["continue", str(run), "--plain", "--runs", str(tmp_path / "runs")]
+    main(line)
+    assert "everything was there" in capsys.readouterr().err
+    assert main([*line, "--set", "seed=7"]) == 1
+    assert f"{tmp_path / 'gone'} is neither a folder nor the id" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_and_settings_of_a_child_are_refused(

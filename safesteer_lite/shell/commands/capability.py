@@ -78,6 +78,7 @@ def check_files(files: list[Path], folder: RunFolder | None, emit: Emit) -> None
     from safesteer_lite.events import Warned
     from safesteer_lite.export.gguf.llama import check_llama
     from safesteer_lite.export.rows import made_from
+    from safesteer_lite.sources.gguf_file import is_adapter
 
     if not files:
         return
@@ -89,6 +90,11 @@ def check_files(files: list[Path], folder: RunFolder | None, emit: Emit) -> None
     for file in files:
         if not _is_gguf(file):
             raise UsageError(f"There is no GGUF file {file}.", "Name a file that `safesteer-lite export` wrote.")
+        if is_adapter(file):
+            raise UsageError(
+                f"{file} is an adapter, and no model that could solve anything.",
+                "Name a file that `safesteer-lite export --to gguf` wrote.",
+            )
         run, strength = made_from(file.parent)
         if run not in ("", folder.path.name) or strength != 1:
             emit(

@@ -29,12 +29,13 @@ def eval_command(options: argparse.Namespace) -> int:
     """`eval`: a run's adapter, or any model as it is."""
     from safesteer_lite.shell.commands.capability import asked_tasks, check_files, measure_tasks
 
-    emit = sink(options)
-    tasks, folder = asked_tasks(options, emit), _run_that_is_named(options)
-    if tasks and (options.suite or options.suite_file or options.judge):
-        raise UsageError("--capability goes with no suite and no judge.", "Ask for one after the other.")
-    if tasks:
+    emit, folder = sink(options), _run_that_is_named(options)
+    if options.capability:
+        # Before the tasks' files are fetched.
+        if options.suite or options.suite_file or options.judge:
+            raise UsageError("--capability goes with no suite and no judge.", "Ask for one after the other.")
         check_files(options.gguf, folder, emit)
+    if tasks := asked_tasks(options, emit):
         settings = _settings(folder, options)
         return measure_tasks(options, tasks, settings, folder, _base(folder, settings, options, emit), emit)
     if options.suite or options.suite_file:

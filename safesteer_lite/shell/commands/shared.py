@@ -71,7 +71,11 @@ def settings_from(options: argparse.Namespace, preset: str, file: Path | None, e
     layers.append(("environment", environment))
     layers.append(("flag", flags))
     settings = config.build(layers)
-    # Kept whole, so that a run can be resumed from another folder.
+    return whole_places(settings)
+
+
+def whole_places(settings: RunConfig) -> RunConfig:
+    """The settings with every place on this machine from the root on, so that a run can be resumed from another folder."""
     own = settings.prompts
     own = replace(own, training=_whole_path(own.training), folder=_whole_path(own.folder))
     model = replace(
@@ -111,7 +115,9 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
         UsageError: it names no model, or its settings have problems.
     """
     if not options.model and not options.config:
-        raise UsageError("There is no model to run.", "Name a preset, a Hub id or a folder, or give --config FILE.")
+        raise UsageError(
+            "There is no model to run.", "Name a preset, a Hub id, a folder or a GGUF file, or give --config FILE."
+        )
     preset, extra = "", effort(options)
     if options.model in config.preset_names():
         preset = options.model
@@ -119,7 +125,9 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
         extra["model.name"] = options.model
     settings = settings_from(options, preset, options.config, extra)
     if not settings.model.name:
-        raise UsageError("The settings name no model.", "Set model.name, or name a preset, a Hub id or a folder.")
+        raise UsageError(
+            "The settings name no model.", "Set model.name, or name a preset, a Hub id, a folder or a GGUF file."
+        )
     return settings
 
 

@@ -22,6 +22,7 @@ from safesteer_lite.shell.commands.shared import (
     settings_from,
     settings_of,
     sink,
+    whole_places,
 )
 from safesteer_lite.shell.interrupts import stop_on_interrupt
 from safesteer_lite.shell.streams import complain, tell_json
@@ -117,7 +118,7 @@ def continue_command(options: argparse.Namespace) -> int:
         changes["distill.steps"] = options.steps
     check_changes(changes, parent)
     origin = (str(parent.config_path), settings_of(parent))
-    settings = config.build([origin, ("command", settings_of_child(parent, before)), ("flag", changes)])
+    settings = whole_places(config.build([origin, ("command", settings_of_child(parent, before)), ("flag", changes)]))
     PromptPlan(settings.prompts).check()
     emit = sink(options)
     emit(_of_recipe(settings))
@@ -191,7 +192,7 @@ def _begin(
         # What `auto` comes to is kept: a thought takes memory and time.
         settings = replace(settings, model=replace(settings.model, thinking="on"))
     decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
-    if settings.direction.source:
+    if settings.direction.source and "direction" not in taken:
         open_origin(settings.direction.source, base, emit)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
@@ -231,7 +232,9 @@ def _check_before_download(settings: RunConfig) -> None:
     if place.is_dir() and not find_gguf(place):
         return
     try:
-        found = look(settings.model.name, settings.model.revision or None)
+        found = look(
+            settings.model.name, settings.model.revision or None, has_template=bool(settings.model.chat_template)
+        )
     except ModelError:
         return  # Whoever fetches it tells what is wrong with it.
     require_fit(decide(settings.model, found.shape, Path.cwd(), Demand.of(settings)))

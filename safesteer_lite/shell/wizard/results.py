@@ -13,6 +13,7 @@ from safesteer_lite.errors import RunFolderError, SafeSteerError, UsageError
 from safesteer_lite.evaluation.browse import answer_groups, context_groups, disputed_groups
 from safesteer_lite.evaluation.dial import saved_points, to_records
 from safesteer_lite.evaluation.scorecard import Flip, kinds_of
+from safesteer_lite.export.folder import file_name
 from safesteer_lite.export.gguf.convert import check_extra
 from safesteer_lite.hardware.pace import answering_share
 from safesteer_lite.hardware.units import format_estimate
@@ -138,7 +139,7 @@ class Results:
         kind = choose("Write what?", kinds)
         if {"gguf", "lora-gguf"} & set(kind):
             check_extra(kind)  # The quantisations are among its arguments.
-        name = Path(self.settings.model.name).name
+        name = file_name(self.settings.model.name)
         default = f"{name}-safer" + (f"-{self.strength:g}" if self.strength != 1 else "")
         out = until_right(
             lambda: _new_folder(write_path("Into which new folder?", default)), UsageError, self.program.explain
