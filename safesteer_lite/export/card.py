@@ -44,6 +44,7 @@ class Facts:
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
         kind: what was exported: `merged` weights, `gguf` files, or `lora-gguf`, the adapter alone.
         base_card: what the base's authors say of it.
+        gguf: the name of the GGUF file that the base was read from; empty where it was not.
         suites: what public suites showed of the run, as its report has them.
         capability: tasks that base and trained model were measured on, as `evaluation.capability.compare` tells them.
         scorecard: `before` and `after` as the run measured them; empty where it has no such figures.
@@ -62,6 +63,7 @@ class Facts:
     weights: str
     kind: str = "merged"
     base_card: BaseCard = field(default_factory=BaseCard)
+    gguf: str = ""
     suites: Sequence[Mapping[str, Any]] = ()
     capability: Sequence[Mapping[str, Any]] = ()
     scorecard: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +87,7 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         f"# {facts.title}",
         f"{facts.base}, trained to refuse more harmful requests with safesteer-lite: a refusal direction steers a teacher, and "
         f"on-policy distillation with LoRA moves the model there (SafeSteer, arXiv 2606.02530). " + _form(facts),
-        f"Base model: {facts.base}. Licence: {licence}.",
+        f"Base model: {facts.base}. Licence: {licence}." + _gguf_told(facts),
         "## What was measured",
         f"Requests refused, with 95 % Wilson intervals; test prompts that training never read; greedy answers of at most "
         f"{facts.answer_tokens} tokens. `adapter` is the model as it was trained; GGUF rows were measured in llama.cpp.",
@@ -113,13 +115,23 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
 
 def _form(facts: Facts) -> str:
     """In which form the training is here."""
-    used = "the original 16-bit weights" if facts.weights == "original" else "the weights as 4-bit training saw them"
+    own = "the base's weights, in 16 bits" if facts.gguf else "the original 16-bit weights"
+    used = own if facts.weights == "original" else "the weights as 4-bit training saw them"
     if facts.kind != "lora-gguf":
         return f"The adapter, at strength {facts.strength:g}, is merged into {used}."
     return (
         "The adapter alone is here, a GGUF file for `--lora` of llama.cpp on a GGUF file of the base; the row `LoRA` is of both, "
         f"measured on an F16 file of {used}, at scale 1. Between 0, which is the base, and 1 the scale may be turned. A "
         "scale below 0 would undo training that the base has had; nobody should use it, and nothing here supports it."
+    )
+
+
+def _gguf_told(facts: Facts) -> str:
+    """That the base was a GGUF file, which is no more than its few bits."""
+    if not facts.gguf:
+        return ""
+    return (
+        f" It was read from the GGUF file `{facts.gguf}`: what was rounded away there is not in these weights either."
     )
 
 

@@ -15,6 +15,7 @@ from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.sources import headers
 from safesteer_lite.sources.card import read_card
 from safesteer_lite.sources.folder import Findings, matches, read_json
+from safesteer_lite.sources.gguf_folder import MARKER
 from safesteer_lite.sources.headers import Tensors, check_tensors, read_tensors
 from safesteer_lite.sources.settings import is_quantised, read_settings
 from safesteer_lite.sources.words import words_of
@@ -117,8 +118,16 @@ def licence_in(folder: Path) -> str:
     """The licence that a model's folder states, as an identifier of the model hub; empty if it states none."""
     if stated := read_card(folder).licence:
         return stated
-    source = read_json(folder, "source.json", Findings(folder)) or {}
-    return str(source.get("licence", "")).lower()
+    return str(_source_of(folder).get("licence", "")).lower()
+
+
+def gguf_of(folder: Path) -> str:
+    """The name of the GGUF file that a model's folder was made from here; empty for any other folder."""
+    return str(_source_of(folder).get("file", ""))
+
+
+def _source_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder, MARKER, Findings(folder)) or {}
 
 
 def model_fingerprint(folder: Path) -> str:

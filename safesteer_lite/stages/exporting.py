@@ -34,7 +34,7 @@ from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import KINDS
-from safesteer_lite.sources.base import open_base
+from safesteer_lite.sources.base import gguf_of, open_base
 from safesteer_lite.sources.card import read_card
 from safesteer_lite.stages import evaluate, export
 from safesteer_lite.stages.session import ANSWER_BATCH, SPARE_TOKENS, Session
@@ -327,6 +327,7 @@ def write_beside(session: Session, draft: Path, request: Request, record: dict[s
         strength=request.strength,
         weights=request.weights,
         base_card=read_card(session.base.folder),
+        gguf=f"{file_name(found)}.gguf" if (found := gguf_of(session.base.folder)) else "",
         suites=[result.summary() for result in saved_suites(session.run)],
         capability=_solved(session),
         **_measured_by_run(session, request),

@@ -235,3 +235,11 @@ def test_the_card_tells_what_was_solved_of_the_model_as_it_was_trained() -> None
     ):
         said = card(other, record, {})
         assert told in said and "gsm8k" not in said
+
+
+def test_the_card_tells_where_the_base_was_a_gguf_file() -> None:
+    record = rows_record(rows(62), {"run": "r", "answer_tokens": 150, "split": "test"}, [])
+    text = card(replace(FACTS, gguf="Tiny-Q4_K_M.gguf"), record, {})
+    assert "read from the GGUF file `Tiny-Q4_K_M.gguf`: what was rounded away there is not in these weights" in text
+    assert "original 16-bit" not in text
+    assert "original 16-bit" in (plain := card(FACTS, record, {})) and "GGUF file `" not in plain

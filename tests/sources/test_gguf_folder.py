@@ -20,7 +20,7 @@ from safesteer_lite.events import Event, Note, Warned, discard
 from safesteer_lite.runs import durable
 from safesteer_lite.shell.cli import main
 from safesteer_lite.sources import gguf_folder
-from safesteer_lite.sources.base import open_base
+from safesteer_lite.sources.base import gguf_of, open_base
 from safesteer_lite.sources.gguf_folder import folder_of_gguf, write_folder
 from safesteer_lite.sources.origin import open_origin
 from safesteer_lite.sources.preview import look
@@ -205,6 +205,12 @@ def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path: Path, monke
     for ask in (look, lambda name: resolve_model(name, None, discard)):
         with pytest.raises(ModelError, match=r"There is no file models/mine\.gguf"):
             ask("models/mine.gguf")
+
+
+def test_the_folder_tells_which_file_it_was_made_from(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_network(tied=True))
+    assert gguf_of(folder_of_gguf(tmp_path / "tiny.gguf", discard, "model")) == "tiny.gguf"
+    assert gguf_of(tmp_path) == ""
 
 
 def test_of_several_files_one_has_to_be_named(tmp_path: Path) -> None:
