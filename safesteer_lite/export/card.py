@@ -44,6 +44,8 @@ class Facts:
         weights: base weights that the adapter was merged into, `original` or `dequantised`.
         kind: what was exported: `merged` weights, `gguf` files, or `lora-gguf`, the adapter alone.
         base_card: what the base's authors say of it.
+        prompted: whether the teacher was told to refuse instead of being steered.
+        direction_from: the model that the refusal direction was found on; empty for the base itself.
         gguf: the name of the GGUF file that the base was read from; empty where it was not.
         suites: what public suites showed of the run, as its report has them.
         capability: tasks that base and trained model were measured on, as `evaluation.capability.compare` tells them.
@@ -63,6 +65,8 @@ class Facts:
     weights: str
     kind: str = "merged"
     base_card: BaseCard = field(default_factory=BaseCard)
+    prompted: bool = False
+    direction_from: str = ""
     gguf: str = ""
     suites: Sequence[Mapping[str, Any]] = ()
     capability: Sequence[Mapping[str, Any]] = ()
@@ -85,7 +89,7 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
     parts = [
         _front_matter(facts, rows),
         f"# {facts.title}",
-        f"{facts.base}, trained to refuse more harmful requests with safesteer-lite: a refusal direction steers a teacher, and "
+        f"{facts.base}, trained to refuse more harmful requests with safesteer-lite: {_teacher(facts)}, and "
         f"on-policy distillation with LoRA moves the model there (SafeSteer, arXiv 2606.02530). " + _form(facts),
         f"Base model: {facts.base}. Licence: {licence}." + _gguf_told(facts),
         "## What was measured",
@@ -111,6 +115,14 @@ def card(facts: Facts, record: Mapping[str, Any], sums: Mapping[str, str]) -> st
         *_base_card(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _teacher(facts: Facts) -> str:
+    """What makes the teacher."""
+    if facts.prompted:
+        return "a system prompt that it alone reads makes a teacher of it (experimental)"
+    found = f", found on {facts.direction_from}," if facts.direction_from else ""
+    return f"a refusal direction{found} steers a teacher"
 
 
 def _form(facts: Facts) -> str:

@@ -327,6 +327,8 @@ def write_beside(session: Session, draft: Path, request: Request, record: dict[s
         strength=request.strength,
         weights=request.weights,
         base_card=read_card(session.base.folder),
+        prompted=session.config.direction.teacher == "prompted",
+        direction_from=_without_place(session.config.direction.source),
         gguf=f"{file_name(found)}.gguf" if (found := gguf_of(session.base.folder)) else "",
         suites=[result.summary() for result in saved_suites(session.run)],
         capability=_solved(session),
@@ -390,6 +392,7 @@ def _without_paths(session: Session) -> RunConfig:
         model=replace(config.model, name=_base_name(session), chat_template=Path(config.model.chat_template).name),
         prompts=replace(own, training=Path(own.training).name, folder=Path(own.folder).name),
         direction=replace(config.direction, source=_without_place(config.direction.source)),
+        evaluate=replace(config.evaluate, judge_model=_without_place(config.evaluate.judge_model)),
     )
 
 

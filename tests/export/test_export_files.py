@@ -125,6 +125,22 @@ def test_merged_weights_come_with_figures_card_modelfile_and_sums(run_of_tiny: S
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+def test_the_card_names_no_place_on_this_machine(run_of_tiny: Session, tmp_path: Path) -> None:
+    where = tmp_path / "of-mine"
+    own = run_of_tiny.config
+    own = replace(
+        own,
+        evaluate=replace(own.evaluate, judge_model=str(where / "judge")),
+        direction=replace(own.direction, source=str(where / "first.gguf")),
+        model=replace(own.model, chat_template=str(where / "own.jinja")),
+    )
+    session = Session(own, run_of_tiny.run, run_of_tiny.base, discard, stage="export")
+    export(session, tmp_path / "out", kind="merged", prompts=1)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "of-mine" not in card and "found on first, steers" in card
+    assert all(name in card for name in ('judge_model = "judge"', 'source = "first"', '"own.jinja"'))
+
+
 def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: Session, tmp_path: Path) -> None:
     few, _ = export(run_of_tiny, tmp_path / "few", kind="merged", prompts=2)
     assert {row[name]["n"] for row in few["artifacts"][:2] for name in KINDS} == {2}

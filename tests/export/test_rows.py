@@ -243,3 +243,14 @@ def test_the_card_tells_where_the_base_was_a_gguf_file() -> None:
     assert "read from the GGUF file `Tiny-Q4_K_M.gguf`: what was rounded away there is not in these weights" in text
     assert "original 16-bit" not in text
     assert "original 16-bit" in (plain := card(FACTS, record, {})) and "GGUF file `" not in plain
+
+
+def test_the_card_tells_what_made_the_teacher() -> None:
+    record = rows_record(rows(64), {})
+    steered, other, told = (
+        card(facts, record, {})
+        for facts in (FACTS, replace(FACTS, direction_from="owner/First"), replace(FACTS, prompted=True))
+    )
+    assert "a refusal direction steers a teacher" in steered
+    assert "a refusal direction, found on owner/First, steers a teacher" in other
+    assert "a system prompt that it alone reads makes a teacher of it" in told and "refusal direction" not in told
