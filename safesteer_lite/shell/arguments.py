@@ -259,7 +259,8 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _base_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=_path, metavar="FOLDER", help="where the run's base model lies now, if it moved")
+    told = "where the run's base model, a folder or a GGUF file, lies now, if it moved"
+    parser.add_argument("--base", type=_path, metavar="FOLDER", help=told)
 
 
 def _judge_options(parser: argparse.ArgumentParser) -> None:
