@@ -147,7 +147,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     )
     found["baseline"] += _thoughts(chosen_by + first, longest)
     found["direction"] += Work(read * longest)
-    found["distill"] += _thoughts(chosen_by, longest) * measured + Work(rows * longest * _TRAIN) * distill.steps
+    found["distill"] += _thoughts(chosen_by, longest) * measured + Work(trained=rows * longest) * distill.steps
     found["evaluate"] += _thoughts(2 * (_test_prompts(settings) + contexts) + sets.test, longest)
     return found
 
@@ -176,7 +176,7 @@ def _test_prompts(settings: RunConfig) -> int:
 
 def _thoughts(count: int, tokens: int) -> Work:
     """Thoughts before answers, decoded in whole batches."""
-    return Work(count * tokens * _DECODE, -(-count // _ANSWER_BATCH) * tokens)
+    return Work(written=count * tokens, steps=-(-count // _ANSWER_BATCH) * tokens)
 
 
 def _in_contexts(settings: RunConfig) -> Work:

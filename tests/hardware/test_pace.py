@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 
 from safesteer_lite import config
@@ -91,3 +93,17 @@ def test_a_large_file_of_own_prompts_takes_its_time() -> None:
     assert {**seconds(demo, 100_000), "distill": 0} == {**seconds(demo, 100), "distill": 0}
     drawn = config.build([("test", {"distill.reading_prompts": "all"})])
     assert seconds(drawn, 100_000) == seconds(drawn, 100)
+
+
+def test_thoughts_are_decoded_token_by_token() -> None:
+    values = config.preset_values("qwen2.5-coder-0.5b-demo")
+    plain, thinking = (
+        config.build([("preset", values), ("test", {"model.thinking": choice})]) for choice in ("off", "on")
+    )
+    without, found = pace.work(plain), pace.work(thinking)
+    written = found["baseline"].written - without["baseline"].written
+    # On a card each batch of 64 takes 512 steps, one after another.
+    assert written > 0 and found["baseline"].read == without["baseline"].read
+    assert found["baseline"].steps - without["baseline"].steps == ceil(written / 512 / 64) * 512
+    rows = plain.distill.prompts * plain.distill.rollouts + plain.distill.anchors
+    assert found["distill"].trained - without["distill"].trained == rows * 512 * plain.distill.steps
