@@ -1,4 +1,4 @@
-"""What older files of settings have: names that changed, and settings that are there no longer."""
+"""What older files of settings have: names that changed, settings that are there no longer, and some that they lack."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ FORMER: dict[str, bool | int | float] = {
     "export.check_prompts": constants.CHECK_PROMPTS,
 }
 """Settings that became constants, with the value that every run has now. Older files that have it may keep it."""
+
+ADDED: dict[str, str | int] = {
+    "model.thinking": "auto",
+    "model.thinking_tokens": 512,
+    "direction.source": "",
+    "direction.teacher": "steered",
+    "direction.contrast": "requests",
+}
+"""Settings that came later, with the value at which a run does what it did before there were any."""
 
 _GONE = {
     "distill.first_layer": "became distill.depth_start, a share of the depth: divide by the model's number of blocks"
@@ -46,3 +55,8 @@ def why_not(name: str, value: object) -> str | None:
 def former_settings(section: str) -> dict[str, bool | int | float]:
     """The former settings of a section by their names in it; what depended on them depends on their values still."""
     return {name.partition(".")[2]: value for name, value in FORMER.items() if name.startswith(f"{section}.")}
+
+
+def is_as_before(section: str, key: str, value: object) -> bool:
+    """Whether a setting came later, and does nothing at this value: what was done without it would be done again so."""
+    return ADDED.get(f"{section}.{key}") == value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer_lite.config import RunConfig
-from safesteer_lite.config.older import FORMER, former_settings
+from safesteer_lite.config.older import FORMER, former_settings, is_as_before
 from safesteer_lite.errors import (
     DiskSpaceError,
     Interrupted,
@@ -121,6 +121,7 @@ def _value(config: RunConfig, name: str) -> object:
     if isinstance(value, int):
         return value
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()} | former_settings(section)
+    plain = {key: entry for key, entry in plain.items() if not is_as_before(section, key, entry)}
     if section == "model":
         # The weights themselves are fingerprinted, and the chat template with them; where they lie may change.
         for place in ("name", "revision", "chat_template"):

@@ -277,6 +277,8 @@ def test_other_settings_redo_nothing_and_are_refused(run: RunFolder, model: Path
     [
         ({"seed": 1}, ["baseline", "direction", "tokens", "distill", "evaluate", "export"]),
         ({"prompts.train": 27}, ["baseline", "direction", "tokens", "distill", "evaluate", "export"]),
+        ({"direction.source": "another"}, ["direction", "tokens", "distill", "evaluate", "export"]),
+        ({"model.thinking": "on"}, ["baseline", "direction", "tokens", "distill", "evaluate", "export"]),
         ({"direction.shortlist": 7}, ["direction", "tokens", "distill", "evaluate", "export"]),
         ({"tokens.count": 9}, ["tokens", "distill", "evaluate", "export"]),
         ({"evaluate.kl_tokens": 7}, ["distill", "evaluate", "export"]),
@@ -294,11 +296,13 @@ def test_a_setting_redoes_what_depends_on_it(change: config.Values, redone: list
     )
 
 
-def test_a_setting_that_became_a_constant_leaves_fingerprints_as_they_were() -> None:
+def test_settings_that_came_or_went_leave_fingerprints_as_they_were() -> None:
     """Or the finished stages of an older run would count as those of another one."""
     settings = planted.settings(Path("somewhere"))
     found = pipeline.stage_fingerprints(settings, "model")
     direction = config.to_record(settings)["direction"] | {"depth_limit": 0.8, "teacher_tokens": 20}
+    for later in ("source", "teacher", "contrast"):
+        del direction[later]
     parts: dict[str, Any] = {"stage": "direction", "settings": {"direction": direction}, "after": [found["baseline"]]}
     assert found["direction"] == fingerprint(parts)
     export = config.to_record(settings)["export"] | {"check_prompts": 8}
