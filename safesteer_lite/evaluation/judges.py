@@ -248,6 +248,12 @@ def split_thinking(answer: str) -> tuple[str, str, bool]:
     return "\n".join(thoughts), answer[position:].strip(), True
 
 
+def reply_of(answer: str) -> str:
+    """An answer without the thought before it; where there is none, to the letter: a program may begin with white space."""
+    reply = split_thinking(answer)[1]
+    return answer if reply == answer.strip() else reply
+
+
 _FIRST_LETTER = re.compile(r"[^\W_]")
 _PLAIN_CHARACTERS = str.maketrans(
     dict.fromkeys("’‘ʼ´＇", "'") | dict.fromkeys('*_`#>~"“”„«»\u200b\u200c\u200d\ufeff', "")

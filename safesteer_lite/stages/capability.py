@@ -13,7 +13,7 @@ import torch
 from safesteer_lite.errors import ExportError
 from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.capability import Solution, Solutions, Who
-from safesteer_lite.evaluation.judges import split_thinking
+from safesteer_lite.evaluation.judges import reply_of
 from safesteer_lite.evaluation.problems import Problem
 from safesteer_lite.evaluation.programs import BLOCK_ENDS
 from safesteer_lite.evaluation.tasks import Task
@@ -130,7 +130,7 @@ def _solve(
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
         for problem, answer in zip(batch, answers_of(batch), strict=True):
-            solutions[problem.id] = Solution(problem.solved_by(split_thinking(answer)[1]), answer)
+            solutions[problem.id] = Solution(problem.solved_by(reply_of(answer)), answer)
         keep()
         done(start + len(batch))
 

@@ -13,6 +13,7 @@ from safesteer_lite.evaluation.judges import (
     UNFINISHED,
     Rule,
     judge,
+    reply_of,
     split_thinking,
 )
 
@@ -240,3 +241,16 @@ def test_every_gap_in_the_rules_is_bounded() -> None:
     # An unbounded repeat of more than a word's letters is what makes a backtracking matcher hang.
     for rule in OPENING_RULES:
         assert not re.search(r"(?:\]|\)|\.|\\s)[*+]", rule.pattern.pattern), rule.name
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply"),
+    [
+        ("    return 1\n", "    return 1\n"),  # A function's body, whose indent counts.
+        ("<think>\nHm.\n</think>\n\nYes.\n", "Yes."),
+        ("<think>\n\n</think>\n\nYes.", "Yes."),
+        ("<think>\nHm", ""),
+    ],
+)
+def test_what_is_solved_is_read_behind_the_thought_and_else_to_the_letter(answer: str, reply: str) -> None:
+    assert reply_of(answer) == reply
