@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import floor
 
@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safesteer_lite.config.constants import DEPTH_LIMIT, TEACHER_TOKENS
-from safesteer_lite.errors import DirectionError
+from safesteer_lite.errors import DirectionError, ModelError
 from safesteer_lite.evaluation import judges
 from safesteer_lite.events import Metric
 from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Candidate
 from safesteer_lite.method.policies import Steering, teacher
 from safesteer_lite.models.assistant import Policy
-from safesteer_lite.models.loading import load_policy
+from safesteer_lite.models.loading import check_template, load_policy
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.sources.base import Base
@@ -49,7 +49,7 @@ def run(session: Session, publication: Publication) -> None:
         session.note(f"The direction is found on {config.source}, and its strength on the model itself.")
         session.drop_policy()
         # Nothing here keeps this model, so that it is gone before the run's own is loaded again.
-        found = find(session, _load(session, origin), publication)
+        found = find(session, load_origin(session, origin), publication)
         session.drop_policy()
     harmful = texts(session.prompts.split("selection").harmful)
     # What it takes to steer another model is no measure of what this one takes.
@@ -73,9 +73,17 @@ def run(session: Session, publication: Publication) -> None:
     session.note(f"Chosen: {describe(found.chosen)}; strength {strength:g}.")
 
 
-def _load(session: Session, origin: Base) -> Policy:
-    """The model that the direction is found on, loaded as the run's own is, whose size it has."""
-    return load_policy(origin, session.settle(), session.config, session.day, session.note)
+def load_origin(session: Session, origin: Base) -> Policy:
+    """The model that the direction is found on, loaded as the run's own is, whose size it has.
+
+    It thinks as the run's own does where its chat template can have it so: what learned to think may come of what does not.
+    """
+    config = session.config
+    try:
+        check_template(origin, session.day, config.model.thinking)
+    except ModelError:
+        config = replace(config, model=replace(config.model, thinking="auto"))
+    return load_policy(origin, session.settle(), config, session.day, session.note)
 
 
 @dataclass(frozen=True)

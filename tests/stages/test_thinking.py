@@ -14,6 +14,7 @@ from safesteer_lite.models.reply import Reply
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
+from safesteer_lite.stages.direction import load_origin
 from safesteer_lite.stages.session import THOUGHTS, Session
 from tests import planted, planted_thought
 
@@ -87,3 +88,14 @@ def test_a_model_whose_thoughts_are_all_cut_is_told_how_to_let_it_think(model: P
     with pytest.raises(ModelError, match=r"28 answers to harmful prompts 28 are empty, .* \(28\)") as caught:
         pipeline.run(wanted, run, open_base(model), discard)
     assert "Raise model.thinking_tokens" in caught.value.hint
+
+
+def test_a_direction_s_model_need_not_think_as_the_run_s_own_does(
+    planted_model: Path, model: Path, planted_run: RunFolder
+) -> None:
+    """What learned to think may come of a model that does not, and the other way round."""
+    for base, origin, thinking in ((model, planted_model, "on"), (planted_model, model, "off")):
+        wanted = planted.settings(base, {"model.thinking": thinking})
+        with Session(wanted, planted_run, open_base(base), discard) as session:
+            policy = load_origin(session, open_base(origin))
+            assert (policy.thoughts is None) == (origin == planted_model)
