@@ -17,8 +17,11 @@ PARENT = "parent"
 
 _ADAPTER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"
-# The form of the adapter, which is there already, and the model that it was trained on.
+# The form of the adapter, which is there already, the model that it was trained on, and names of whole sets of settings, which
+# would not come with them.
 _FIXED = (
+    "preset",
+    "recipe",
     "distill.rank",
     "distill.lora_alpha",
     "distill.depth_start",
@@ -37,14 +40,14 @@ def begins_from(parent: ParentConfig) -> str:
 
 
 def check_changes(changes: Iterable[str], parent: RunFolder) -> None:
-    """Refuse settings that would ask for another adapter than the parent's, or for another base model.
+    """Refuse settings that would ask for another adapter than the parent's, for another base model, or for another recipe.
 
     Raises:
         UsageError: names them.
     """
     if wrong := sorted(set(_FIXED) & set(changes)):
         raise UsageError(
-            f"{', '.join(wrong)} cannot change where {parent.path.name} is continued: its adapter and its base stay.",
+            f"{', '.join(wrong)} cannot change where {parent.path.name} is continued: its adapter, its base and its recipe stay.",
             "Leave that out, or start a new run; where the base model lies now is told with --base.",
         )
 

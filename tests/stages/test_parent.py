@@ -163,6 +163,7 @@ def test_only_what_follows_depends_on_what_it_began_from() -> None:
     [
         (["--set", "distill.rank=4"], 2, "distill.rank cannot change where "),
         (["--set", "model.name=other", "--steps", "3"], 2, "model.name cannot change where "),
+        (["--set", "recipe=paper"], 2, "recipe cannot change where "),
         (["--steps", "0"], 2, "distill.steps"),
         (["--set", "prompts.training=gone.txt"], 2, f"{os.sep}gone.txt"),
         (["--base", "elsewhere"], 1, "is not the base model that this run was made with"),
