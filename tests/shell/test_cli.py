@@ -78,7 +78,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
             1,
             "not a folder, not on this machine, and the model hub cannot be reached",
         ),
-        (["run", "x.gguf"], 1, "GGUF file, and those cannot be trained"),
+        (["run", "x.gguf"], 1, "There is no file x.gguf"),
         (["run", "qwen3-4b", "--set", "distill.step=3"], 2, "no setting 'distill.step'; near it: distill.steps"),
         (["run", "qwen3-4b", "--set", "distill.steps=many"], 2, "distill.steps: expected a whole number, got 'many'"),
         (["run", "qwen3-4b", "--set", "distill.steps"], 2, "expected name=value"),
