@@ -211,7 +211,7 @@ def _fit_micro_batch(session: Session, training: Training) -> None:
             checkpointing=model.checkpointing,
         )
 
-    # Of RAM half: a run that took nine tenths by this reckoning needed a third more (docs/research/log.md, 2026-11-26), and the
+    # Of RAM half: a run of the paper's recipe that took nine tenths held 19 of 24 GB (docs/research/log.md, 2026-11-26), and the
     # user's other programs grow too.
     fitting = largest_micro_batch(loop.micro_batch, free if on_card else free // 2, need)
     if training.history.micro_batch:
