@@ -186,12 +186,12 @@ def _require_enough(contrast: Contrast, session: Session) -> None:
         openings = baseline["openings"]
         found = ", ".join(f"{word!r} {count}x" for word, count in openings.items())
         others = [word for word in openings if word not in config.refusal_openings and "," not in word]
-        look = f"Start a run that looks for those: --set direction.refusal_openings={shlex.quote(','.join(others))}. "
+        origin = "If the model was made from one that refuses more, start a run with --direction-from and that one."
+        look = f" Or look for those: --set direction.refusal_openings={shlex.quote(','.join(others))}"
         raise DirectionError(
             f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed. Its refusals "
             f"open with {found}; looked for were {', '.join(map(repr, config.refusal_openings))}.",
-            f"{look if others else ''}If it was made from a model that refuses more, start a run with --direction-from and "
-            "that model.",
+            origin + (look if others else ""),
         )
 
 
