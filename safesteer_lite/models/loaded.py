@@ -40,6 +40,7 @@ class _Taker(nn.Module):
         self.kind, self.kinds, self.seen = kind, kinds, seen
 
     def forward(self, hidden: Tensor, **given: Any) -> Tensor:
+        """The residual stream, (batch, length, width), as it came; ends the decoder's forward once every kind is known."""
         self.seen.setdefault(self.kind, {key: value for key, value in given.items() if key not in _OF_THE_CACHE})
         if self.seen.keys() == self.kinds:
             raise _Reached(hidden)

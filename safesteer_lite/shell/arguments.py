@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _training(commands)
+    _measuring(commands)
     _exporting(commands)
     _looking(commands)
     _listing(commands)
@@ -100,6 +101,8 @@ def _training(commands: Commands) -> None:
     _plain_option(further)
     _output_options(further)
 
+
+def _measuring(commands: Commands) -> None:
     evaluate = _command(commands, "eval", "measure a run or a model", "safesteer-lite eval ./my-model")
     evaluate.add_argument("target", type=_filled, help="a run, a preset, a Hub id, a local folder, or a GGUF file")
     _base_option(evaluate)

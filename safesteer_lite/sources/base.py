@@ -18,21 +18,9 @@ from safesteer_lite.sources.folder import Findings, matches, read_json
 from safesteer_lite.sources.gguf_folder import MARKER
 from safesteer_lite.sources.headers import Tensors, check_tensors, read_tensors
 from safesteer_lite.sources.settings import is_quantised, read_settings
-from safesteer_lite.sources.words import words_of
+from safesteer_lite.sources.words import WORDS, words_of
 
-_FINGERPRINTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "model.safetensors.index.json",
-    "*.safetensors",
-)
+_FINGERPRINTED = (*WORDS, "chat_template.*", "model.safetensors.index.json", "*.safetensors")
 _MIB = 1 << 20
 
 

@@ -21,6 +21,7 @@ from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import capability
 from safesteer_lite.stages.session import Session
 from tests import planted
+from tests.solving import session
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,6 @@ def task() -> Task:
     prompts = [(kind, prompt.text) for kind, n in counts.items() for prompt in prompt_set(kind, "test", n)]
     problems = tuple(NotRefused(f"{kind}/{place}", text) for place, (kind, text) in enumerate(prompts))
     return Task("obliging", 12, problems, runs_programs=False)
-
-
-def session(run: RunFolder, emit: list[Event] | None = None, stop_after: str = "") -> Session:
-    """The run, whose sink keeps what is told, and stops at some progress."""
-
-    def keep(event: Event) -> None:
-        if emit is not None:
-            emit.append(event)
-        if stop_after and isinstance(event, Progress) and f"{event.what} {event.done}" == stop_after:
-            raise Interrupted("Stopped.")
-
-    settings = planted.settings_of(run)
-    return Session(settings, run, open_base(Path(settings.model.name)), keep, stage="capability")
 
 
 def asked(events: list[Event]) -> dict[str, int]:

@@ -23,10 +23,9 @@ from safesteer_lite.report import parts
 from safesteer_lite.report.source import Source
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
-from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import capability
-from safesteer_lite.stages.session import Session
 from tests import planted
+from tests.solving import session
 
 # Repeats a request; of one with a text to stop at it says nothing but "Here:" where the file's name has "bare" in it, as a model
 # does that opens a block without a language. A conversation has as many tokens as `lengths.json` says, or one.
@@ -79,19 +78,6 @@ PROBLEMS = tuple(
     NotRefused(f"P/{place}", prompt.text) for place, prompt in enumerate(prompt_set("harmful", "test", 40))
 )
 TASK = Task("obliging", 12, PROBLEMS, runs_programs=False)
-
-
-def session(run: RunFolder, events: list[Event] | None = None, stop_after: str = "") -> Session:
-    """The run, whose sink keeps what is told, and stops at some progress."""
-
-    def keep(event: Event) -> None:
-        if events is not None:
-            events.append(event)
-        if stop_after and isinstance(event, Progress) and f"{event.what} {event.done}" == stop_after:
-            raise Interrupted("Stopped.")
-
-    settings = planted.settings_of(run)
-    return Session(settings, run, open_base(Path(settings.model.name)), keep, stage="capability")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from transformers import (
 
 from safesteer_lite.export.gguf.agreement import first_token_kl
 from safesteer_lite.export.gguf.convert import QUANTS, check_embedded_template, convert_adapter, write_gguf
-from safesteer_lite.export.gguf.llama import LlamaCpp
+from safesteer_lite.export.gguf.llama import Answer, LlamaCpp
 from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import check_files
 from safesteer_lite.models import attention
@@ -163,6 +163,21 @@ def save_with_sentencepiece(folder: Path, kind: str) -> Path:
     return folder
 
 
+def expectations(network: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Log-probabilities of the first token behind each prompt, (vocabulary,) each, which differ and are not all sure."""
+    with torch.no_grad():
+        expected = [network(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+    entropy = [-float((row.exp() * row).sum()) for row in expected]
+    assert max(entropy) > 0.5 and len({int(row.argmax()) for row in expected}) > 1
+    return expected
+
+
+def assert_near(expected: list[torch.Tensor], found: list[Answer], quant: str) -> None:
+    """A file's first tokens are as near to those of transformers as its bits allow."""
+    kls = [first_token_kl(row, answer.first) for row, answer in zip(expected, found, strict=True)]
+    assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
+
+
 @pytest.mark.parametrize("kind", WITH_SENTENCEPIECE)
 def test_llama_cpp_computes_what_transformers_does_with_windows_and_bounds(kind: str, tmp_path: Path) -> None:
     folder = save_with_sentencepiece(tmp_path / kind, kind)
@@ -171,18 +186,14 @@ def test_llama_cpp_computes_what_transformers_does_with_windows_and_bounds(kind:
     ).eval()
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(FIRST_PIECE, 320, (length,), generator=generator).tolist() for length in (5, 20, 40)]
-    with torch.no_grad():
-        expected = [network(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
-    entropy = [-float((row.exp() * row).sum()) for row in expected]
-    assert max(entropy) > 0.5 and len({int(row.argmax()) for row in expected}) > 1
+    expected = expectations(network, prompts)
     for quant in QUANTS:
         file = tmp_path / f"{kind}-{quant}.gguf"
         write_gguf(folder, file, quant, kind, tmp_path)
         check_embedded_template(file, folder)
         with LlamaCpp(file, 256, 1) as llama:
             found = [llama.greedy(ids, 1) for ids in prompts]
-        kls = [first_token_kl(row, answer.first) for row, answer in zip(expected, found, strict=True)]
-        assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
+        assert_near(expected, found, quant)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -197,10 +208,7 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) ->
         )["input_ids"]
         for text in PROMPTS
     ]
-    with torch.no_grad():
-        expected = [network(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
-    entropy = [-float((row.exp() * row).sum()) for row in expected]
-    assert max(entropy) > 0.5 and len({int(row.argmax()) for row in expected}) > 1
+    expected = expectations(network, prompts)
     for quant in QUANTS:
         file = tmp_path / f"{kind}-{quant}.gguf"
         write_gguf(folder, file, quant, kind, tmp_path)
@@ -208,8 +216,7 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) ->
         with LlamaCpp(file, 256, 1) as llama:
             assert [llama.prompt_length(text) for text in PROMPTS] == [len(ids) for ids in prompts]
             found = [llama.greedy(ids, 1) for ids in prompts]
-        kls = [first_token_kl(row, answer.first) for row, answer in zip(expected, found, strict=True)]
-        assert sum(kls) / len(kls) < LIMITS[quant], (quant, kls)
+        assert_near(expected, found, quant)
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= kinds
 
