@@ -11,18 +11,13 @@ from safesteer_lite.export.folder import MERGED, WORK, exported
 from safesteer_lite.export.gguf import convert
 from safesteer_lite.export.gguf.agreement import FIRST_KL_ALLOWANCE
 from safesteer_lite.export.rehearsal import rehearse
+from safesteer_lite.export.request import Request
 from safesteer_lite.export.rows import LORA
 from safesteer_lite.export.weights import merge
 from safesteer_lite.stages import export
-from safesteer_lite.stages.exporting import (
-    Request,
-    gguf_row,
-    measure_trained,
-    model_name,
-    tell_losses,
-    write_beside,
-    written_rows,
-)
+from safesteer_lite.stages.export_card import model_name, write_beside
+from safesteer_lite.stages.export_rows import gguf_row, measure_trained
+from safesteer_lite.stages.exporting import tell_losses, written_rows
 from safesteer_lite.stages.session import Session
 
 # The base's file, on which the adapter is measured: the widest, so that what differs is the adapter's doing.

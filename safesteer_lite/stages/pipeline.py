@@ -25,6 +25,7 @@ from safesteer_lite.evaluation.judged import MODELS, summaries
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.evaluation.verdicts import OPENINGS
 from safesteer_lite.events import Emit, JsonLines, StageDone, StageSkipped, StageStarted, tee
+from safesteer_lite.export.request import Request
 from safesteer_lite.export.rows import keep_rows
 from safesteer_lite.export.weights import merge, shards
 from safesteer_lite.hardware import allocator
@@ -332,7 +333,7 @@ def export_run(
     allocator.keep_freed_memory()
     session = Session(config, run_folder, base, emit, stage="export")
     session.settle()
-    request = exporting.Request(kind, weights, strength, quants, prompts, original)
+    request = Request(kind, weights, strength, quants, prompts, original)
     write = lora.export_lora if kind == "lora-gguf" else exporting.export_files
     record = write(session, adapter, out, request)
     try:

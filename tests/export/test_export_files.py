@@ -24,6 +24,7 @@ from safesteer_lite.events import Event, Progress, Warned, discard
 from safesteer_lite.export.gguf import convert
 from safesteer_lite.export.gguf.agreement import Agreement
 from safesteer_lite.export.gguf.convert import QUANTS
+from safesteer_lite.export.request import Request
 from safesteer_lite.export.rows import LORA, Row
 from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import FailedCheck, check_sums
@@ -35,7 +36,8 @@ from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.lines import artifacts_table
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import lora, pipeline
-from safesteer_lite.stages.exporting import Measured, Request, export_files
+from safesteer_lite.stages.export_rows import Measured
+from safesteer_lite.stages.exporting import export_files
 from safesteer_lite.stages.session import Session
 from tests import tiny
 from tests.export.gguf.test_convert import write_file
