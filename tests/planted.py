@@ -62,6 +62,7 @@ SETTINGS: config.Values = {
     "prompts.train": 28,
     "prompts.test": 28,
     "prompts.borderline_selection": 10,
+    "prompts.critical_selection": 10,
     "prompts.borderline_test": 10,
     "prompts.contrast": 12,
     "distill.critical": 0,

@@ -24,9 +24,9 @@ _DECODE, _TRAIN = 2.3, 3.4
 PROMPT_TOKENS = 19
 """The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all."""
 
-# The mean that a bundled test context adds to a prompt, counted in the same way, and the bundled requests for help in danger.
+# The mean that a bundled test context adds to a prompt, counted in the same way; the bundled requests for help in the test split.
 _CONTEXT_TOKENS = 24
-_CRITICAL_SELECTION, _CRITICAL_TEST = 20, 40
+_CRITICAL_TEST = 40
 
 # From the events of the demo (docs/research/log.md, seed 0): loading and self-check before the first answer, and the whole
 # export, which is spent on reading and writing weights, for each parameter.
@@ -113,7 +113,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     """
     sets, direction, tokens = settings.prompts, settings.direction, settings.tokens
     distill, evaluate = settings.distill, settings.evaluate
-    chosen_by = 2 * sets.selection + sets.borderline_selection + min(sets.borderline_selection, _CRITICAL_SELECTION)
+    chosen_by = 2 * sets.selection + sets.borderline_selection + sets.critical_selection
     selection = _answers(chosen_by, evaluate.selection_tokens)
     candidates = direction.shortlist or _ALL_CANDIDATES
     read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection

@@ -68,19 +68,19 @@ class PromptPlan:
         return list(dict.fromkeys(chain(*measured, *self.direction(), *self.anchors(), self.training())))
 
     def split(self, name: str) -> PromptSets:
-        """The prompts to measure on: the `selection` or `test` split; of the critical ones at most as many as borderline ones."""
+        """The prompts to measure on: the `selection` or `test` split; to test at most as many critical as borderline ones."""
         limits = self._settings
-        common, borderline = (
-            (limits.selection, limits.borderline_selection)
+        common, borderline, critical = (
+            (limits.selection, limits.borderline_selection, limits.critical_selection)
             if name == "selection"
-            else (limits.test, limits.borderline_test)
+            else (limits.test, limits.borderline_test, limits.borderline_test)
         )
         return PromptSets(
             self._take("harmful", name, common),
             self._take("borderline", name, borderline),
             self._take("harmless", name, common),
             # Of other splits, which folders of one's own may have, nothing more is known.
-            self._take("critical", name, borderline) if name in ("selection", "test") else (),
+            self._take("critical", name, critical) if name in ("selection", "test") else (),
         )
 
     def direction(self) -> tuple[list[Prompt], list[Prompt]]:

@@ -32,7 +32,7 @@ COUNTS: dict[Kind, dict[str, int]] = {
     "harmful": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "harmless": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "borderline": {"selection": 30, "train": 300, "test": 60},
-    "critical": {"selection": 20, "train": 100, "test": 40},
+    "critical": {"selection": 60, "train": 100, "test": 40},
     "twin": {"train": 100},
 }
 SETS = [(kind, split) for kind, splits in COUNTS.items() for split in splits]
@@ -82,7 +82,7 @@ def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str)
 
 def test_no_similar_pairs_within_or_between_the_bundled_sets() -> None:
     prompts = all_bundled()
-    assert len(prompts) == 1370
+    assert len(prompts) == 1410
     twins = {f"{kind}-train-{n:03d}": n for kind in ("harmful", "twin") for n in range(1, 101)}
     found = [(a.id, b.id) for a, b in pairs(prompts, prompts) if a is not b]
     assert [(a, b) for a, b in found if twins.get(a, a) != twins.get(b, b)] == []
