@@ -211,9 +211,9 @@ def _fit_micro_batch(session: Session, training: Training) -> None:
             checkpointing=model.checkpointing,
         )
 
-    # Of RAM half: a run of the paper's recipe that took nine tenths held 19 of 24 GB (docs/research/log.md, 2026-11-26), and the
-    # user's other programs grow too.
-    fitting = largest_micro_batch(loop.micro_batch, free if on_card else free // 2, need)
+    # Of RAM a third: freed memory stays with the process, in pieces, and a run of the paper's recipe that was reckoned to take half
+    # held 18 of 24 GB (docs/research/log.md, 2026-11-26). The user's other programs grow too.
+    fitting = largest_micro_batch(loop.micro_batch, free if on_card else free // 3, need)
     if training.history.micro_batch:
         if not on_card and need(loop.micro_batch) > free:
             fewer = f", or resume it with --set distill.micro_batch={fitting}, which rounds sums differently"
