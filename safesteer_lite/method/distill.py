@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from safesteer_lite.method import policies
+from safesteer_lite.method.draws import Draws
 from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_rise
 from safesteer_lite.method.optimizer import MasterAdamW
@@ -211,20 +212,22 @@ class Distillation:
 
     def sample(self, prompts: Batch, repeats: int, stream: int) -> Completions:
         """Rollouts of all prompts, at once or, where memory is short, part by part."""
-        recipe, rows = self.recipe, len(prompts) * repeats
-        # Each rollout has its own numbers, so that they are the same in whatever parts they are sampled.
-        drawn = torch.rand(
-            recipe.completion_tokens, rows, generator=generator_at(recipe.earlier + self.done, recipe.seed, stream)
-        )
+        recipe = self.recipe
+        generator = generator_at(recipe.earlier + self.done, recipe.seed, stream)
+        drawn = Draws.of(recipe.completion_tokens, len(prompts), repeats, generator)
 
         def sample(size: int) -> Completions:
-            parts = zip(range(0, len(prompts), size), drawn.split(size * repeats, dim=1), strict=True)
+            parts = [range(len(prompts))[start : start + size] for start in range(0, len(prompts), size)]
             return join(
                 [
                     self.model.generate(
-                        prompts.rows(start, start + size), recipe.completion_tokens, recipe.temperature, own, repeats
+                        prompts.rows(part.start, part.stop),
+                        recipe.completion_tokens,
+                        recipe.temperature,
+                        drawn.at(part),
+                        repeats,
                     )
-                    for start, own in parts
+                    for part in parts
                 ]
             )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safesteer_lite.method import policies
 from safesteer_lite.method.objective import divergence
-from safesteer_lite.method.policies import Batch, LanguageModel, Steering
+from safesteer_lite.method.policies import Batch, Chance, LanguageModel, Steering
 
 Vote = Literal["mass", "ratio"]
 
@@ -74,7 +74,7 @@ def collect(
     *,
     samples: int,
     horizon: int,
-    generator: torch.Generator,
+    chance: Chance,
     by_teacher: bool = True,
     taught: Batch | None = None,
 ) -> VotePositions:
@@ -85,7 +85,7 @@ def collect(
         prompts: harmless prompts for the paper's vote, harmful ones to look where the loss is read.
         samples: continuations a prompt (M).
         horizon: positions read a continuation (H); the first is the last prompt position, so H - 1 tokens are sampled.
-        generator: source of randomness, temperature 1, top-p 1.
+        chance: source of randomness, temperature 1, top-p 1.
         by_teacher: whether the teacher writes the continuations (paper); else the base does, which is the student before
             its first step.
         taught: the same prompts as the teacher reads them; None where it reads them as they are.
@@ -96,7 +96,7 @@ def collect(
     with torch.no_grad():
         with policies.teacher(model, steer) if by_teacher else policies.base(model):
             asked = taught if by_teacher and taught is not None else prompts
-            continuation = model.generate(asked, horizon - 1, 1.0, generator, samples)
+            continuation = model.generate(asked, horizon - 1, 1.0, chance, samples)
         sequences = continuation.after(prompts.repeat(samples))
         # Fewer than `horizon` where every continuation ended early.
         read = continuation.tokens.shape[1] + 1

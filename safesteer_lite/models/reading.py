@@ -101,11 +101,15 @@ def read_discriminants(
 
 
 def _sample(good: list[_Text]) -> None:
-    """Choose the tokens of harmless text that the second moment is taken of: about `_TOKENS`, or all."""
-    generator = torch.Generator().manual_seed(0)
-    share = _TOKENS / max(1, sum(int(text.mask.sum()) for text in good))
-    for text in good:
-        text.sampled = text.mask & (torch.rand(text.mask.shape, generator=generator) < share)
+    """Choose the tokens of harmless text that the second moment is taken of: about `_TOKENS`, or all.
+
+    The prompts come in the same order whatever the batches, so that each of their tokens has a number of its own.
+    """
+    counts = [int(text.mask.sum()) for text in good]
+    drawn = torch.rand(sum(counts), generator=torch.Generator().manual_seed(0))
+    chosen = drawn < _TOKENS / max(1, sum(counts))
+    for text, own in zip(good, chosen.split(counts), strict=True):
+        text.sampled = text.mask.masked_scatter(text.mask, own)
 
 
 def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Text], ridge: float) -> None:
@@ -137,10 +141,11 @@ def _texts(policy: Policy, prompts: Sequence[str | Conversation], size: int) -> 
     """The prompts with the first words of the base's answers, at the first adapted block."""
     model, texts = policy.model, []
     words = max(0, model.rank - policy.template_positions)
-    for _, batch in policy.batches(prompts, size):
+    for places, batch in policy.batches(prompts, size):
         whole = _widened(model.generate(batch, words, 0.0, None, 1), words).after(batch) if words else batch
         residual = model.advance(model.start(whole), model.first_adapter_layer)
-        mask = _own(whole, residual).cpu()
+        beginnings = torch.tensor([policy.encode(prompts[place]).prefix for place in places], device=model.device)
+        mask = _own(whole, beginnings, residual).cpu()
         texts.append(_Text(residual.to(_CPU), mask, mask))
     return texts
 
@@ -151,10 +156,12 @@ def _widened(completions: Completions, length: int) -> Completions:
     return Completions(nn.functional.pad(completions.tokens, missing), nn.functional.pad(completions.mask, missing))
 
 
-def _own(batch: Batch, residual: Residual) -> Tensor:
-    """Which positions of the residual stream hold a token that is not the template's beginning."""
-    own = batch.split_prefix()[1].attention_mask.bool()
-    return own if residual.prefix else nn.functional.pad(own, (batch.prefix, 0))
+def _own(batch: Batch, beginnings: Tensor, residual: Residual) -> Tensor:
+    """Which positions of the residual stream hold a token that is not the template's beginning, whose length, (rows,) int64,
+    is that of each prompt: a batch shares the shortest of them."""
+    reached = batch.attention_mask.cumsum(-1)
+    own = batch.attention_mask.bool() & (reached > beginnings.unsqueeze(-1))
+    return own[:, batch.prefix :] if residual.prefix else own
 
 
 def _run_block(model: PlainModel, text: _Text, layer: int) -> list[tuple[Modules, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from safesteer_lite.errors import DirectionError
 from safesteer_lite.hardware.pace import SHARE_PLACES
 from safesteer_lite.method import tokens as method
+from safesteer_lite.method.draws import Draws
 from safesteer_lite.method.policies import pad_left
 from safesteer_lite.method.tokens import VotePositions
 from safesteer_lite.prompts.plan import texts
@@ -93,8 +94,11 @@ def _collect(
     policy, steer = session.policy, load_steering(session)
     done = session.progress("prompts continued", len(prompts))
 
+    # One number a token beyond the last prompt position, which is the first to be read.
+    drawn = Draws.of(horizon - 1, len(prompts), samples, torch.Generator().manual_seed(session.config.seed))
+
     def read(size: int) -> list[VotePositions]:
-        generator, positions, finished = torch.Generator().manual_seed(session.config.seed), [], 0
+        positions, finished = [], 0
         for places, batch in policy.batches(prompts, size):
             told = taught_batches(session, [prompts[place] for place in places])
             found = method.collect(
@@ -103,7 +107,7 @@ def _collect(
                 batch,
                 samples=samples,
                 horizon=horizon,
-                generator=generator,
+                chance=drawn.at(places),
                 by_teacher=by_teacher,
                 taught=pad_left(told) if told else None,
             )

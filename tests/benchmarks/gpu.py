@@ -179,7 +179,7 @@ def run_case(name: str, backend: str, naive: bool, cap: int, folder: Path, devic
         found, generator = [], torch.Generator().manual_seed(0)
         for start in range(0, min(8, len(read)), size):
             part = read.rows(start, min(start + size, 8))
-            found.append(tokens.collect(model, steer, part, samples=8, horizon=7, generator=generator))
+            found.append(tokens.collect(model, steer, part, samples=8, horizon=7, chance=generator))
         return tokens.vote(
             found,
             model.logits,

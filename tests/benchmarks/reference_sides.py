@@ -201,9 +201,7 @@ def our_tokens(options: argparse.Namespace) -> dict[str, Any]:
     def vote() -> dict[str, Any]:
         generator = torch.Generator().manual_seed(work.config.seed)
         positions = [
-            voting.collect(
-                policy.model, steer, batch, samples=config.samples, horizon=config.horizon, generator=generator
-            )
+            voting.collect(policy.model, steer, batch, samples=config.samples, horizon=config.horizon, chance=generator)
             for batch in batches
         ]
         chosen = voting.vote(

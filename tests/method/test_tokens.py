@@ -57,7 +57,7 @@ def test_the_tokens_that_steering_raises_are_elected(tiny_policy: tiny.Loader) -
     # Added to the input of the last block, so that the final hidden state carries the vector whatever attention does.
     steer = Steering(tiny.LAYERS - 1, 6 * vector)
     found = tokens.collect(
-        model, steer, tiny.prompt_batch(policy), samples=3, horizon=4, generator=torch.Generator().manual_seed(0)
+        model, steer, tiny.prompt_batch(policy), samples=3, horizon=4, chance=torch.Generator().manual_seed(0)
     )
     elected = tokens.vote(
         [found],
@@ -173,9 +173,7 @@ def test_collected_positions_equal_a_naive_reading(ends: str, horizon: int, tiny
         model.end_of_turn = frozenset(range(320)) - {int(token) for token in first}
     steer = Steering(2, tiny.vector(0.5))
     teacher, base = naive_positions(policy, steer, prompts, 4, horizon)
-    found = tokens.collect(
-        model, steer, prompts, samples=4, horizon=horizon, generator=torch.Generator().manual_seed(6)
-    )
+    found = tokens.collect(model, steer, prompts, samples=4, horizon=horizon, chance=torch.Generator().manual_seed(6))
     with torch.no_grad():
         torch.testing.assert_close(model.logits(found.base), base, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.logits(found.teacher), teacher, rtol=1e-4, atol=1e-4)

@@ -47,7 +47,7 @@ def whole_method(policy: Policy) -> dict[str, Any]:
     candidates = directions.ablation_scores(model, vectors, candidates, batches, batches, refusal, ignore)
     found["candidates"] = directions.induce_scores(model, vectors, candidates, batches, refusal, ignore)
     voters = tokens.collect(
-        model, STEER, tiny.prompt_batch(policy), samples=3, horizon=5, generator=torch.Generator().manual_seed(0)
+        model, STEER, tiny.prompt_batch(policy), samples=3, horizon=5, chance=torch.Generator().manual_seed(0)
     )
     for by in ("mass", "ratio"):
         safety = tokens.vote(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from safesteer_lite.errors import ModelError
 from safesteer_lite.method.discriminant import RunningMean, reading_directions
+from safesteer_lite.models import reading
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.reading import read_discriminants
+from safesteer_lite.prompts.contexts import Conversation
 from tests import tiny
 
 HARMFUL, HARMLESS = tiny.PROMPTS[:3], tiny.PROMPTS[2:]
@@ -114,9 +116,24 @@ def test_where_memory_runs_out_fewer_prompts_are_read_at_a_time_to_the_same_dire
     assert {2, 1} <= set(rows)
 
 
-def reading_weights(policy: Policy, size: int) -> dict[str, Tensor]:
+def test_how_many_prompts_are_read_at_a_time_does_not_decide_which_tokens_are_read(
+    tiny_policy: tiny.Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few tokens of many, and a prompt that does not begin as the others do."""
+    monkeypatch.setattr(reading, "_TOKENS", 15)
+    harmless = [*HARMLESS, Conversation(tiny.PROMPTS[0], "You are brief."), tiny.PROMPTS[1]]
+    expected = reading_weights(tiny_policy(first_layer=2), 1, harmless)
+    for size in (2, 8):
+        for name, weight in reading_weights(tiny_policy(first_layer=2), size, harmless).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(reading, "_TOKENS", 3000)
+    every = reading_weights(tiny_policy(first_layer=2), 8, harmless)
+    assert any(not torch.allclose(weight, expected[name], rtol=0.1) for name, weight in every.items())
+
+
+def reading_weights(policy: Policy, size: int, harmless: Sequence[str | Conversation] = HARMLESS) -> dict[str, Tensor]:
     """What the adapter reads, after it was told."""
-    read_discriminants(policy, HARMFUL, HARMLESS, 0.5, size)
+    read_discriminants(policy, HARMFUL, harmless, 0.5, size)
     return {
         name: weight.detach().clone() for name, weight in policy.model.network.named_parameters() if "lora_A" in name
     }

@@ -67,7 +67,7 @@ def test_the_same_tokens_win_the_vote(tiny_policy: tiny.Loader) -> None:
     model.end_of_turn = frozenset(range(0, 320, 11))
     samples, horizon = 4, 6
     positions = voting.collect(
-        model, STEER, batch, samples=samples, horizon=horizon, generator=torch.Generator().manual_seed(1)
+        model, STEER, batch, samples=samples, horizon=horizon, chance=torch.Generator().manual_seed(1)
     )
     ours = voting.vote(
         [positions],
