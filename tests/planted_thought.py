@@ -1,7 +1,8 @@
 """The planted model made one that thinks before every answer, without training: three tokens more, and what they do.
 
 The template opens a thought at `<think>`, behind which the model writes `THOUGHT` and `</think>`. To the model `</think>` looks
-as the line break at the end of the planted template does, so it answers behind it what the planted model answers.
+as the line break at the end of the planted template does, so it answers behind it what the planted model answers. With a switch,
+`enable_thinking`, the template closes the thought at once where it is false.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ _TEMPLATE = (
     "{{ message['content'].replace('</think>\n\n', '</think>') }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<think>{% endif %}"
 )
+_SWITCHED = "<think>{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
 
 
 @torch.no_grad()
-def build(folder: Path, model: Path) -> Path:
-    """Write the planted model of one folder to another, as one that thinks."""
+def build(folder: Path, model: Path, *, switch: bool = False) -> Path:
+    """Write the planted model of one folder to another, as one that thinks; with a switch, it need not."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in (_OPENING, THOUGHT, _CLOSING)])
-    tokenizer.chat_template = _TEMPLATE
+    tokenizer.chat_template = _TEMPLATE.replace("<think>", _SWITCHED) if switch else _TEMPLATE
     network = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     opening, thought, closing = tokenizer.convert_tokens_to_ids([_OPENING, THOUGHT, _CLOSING])

@@ -43,7 +43,8 @@ class Solutions:
     """The answers to one task so far.
 
     Attributes:
-        way: what they depend on: the task's fingerprint and how the model is loaded. Others are not mixed with them.
+        way: what they depend on: the task's fingerprint, how the model is loaded, and whether it thinks. Others are not mixed
+            with them.
         problems: how many problems the task has, of which not all need have been asked.
         tokens: the longest answer.
         base: by the problem's id.
@@ -60,7 +61,7 @@ class Solutions:
 
     @classmethod
     def none_yet(cls, task: Task, loaded: str) -> Solutions:
-        """No answer to a task yet, from a model loaded as `loaded` says: its precision and its longest prompt."""
+        """No answer to a task yet, from a model loaded as `loaded` says: its precision, its longest prompt and its thoughts."""
         return cls(f"{task.fingerprint} {loaded}", len(task.problems), task.tokens)
 
     def of(self, who: Who) -> dict[str, Solution]:

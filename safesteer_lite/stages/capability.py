@@ -20,6 +20,7 @@ from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.export.gguf.llama import LlamaCpp
 from safesteer_lite.models.adapter import read_adapter
 from safesteer_lite.models.assistant import Policy, ignore
+from safesteer_lite.models.loading import check_template
 from safesteer_lite.models.thoughts import Thoughts
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.stages.session import SPARE_TOKENS, Session
@@ -55,7 +56,7 @@ def measure(
     """
     kept = capability.saved(session.run) if trained else {}
     keep = partial(capability.save, session.run, kept) if trained else _nothing
-    way = f"{session.config.model.precision} {session.config.prompts.prompt_tokens}"
+    way = _loaded_how(session)
     asked = [(task, task.problems[: limit or None]) for task in tasks]
     for task, problems in asked:
         found = Solutions.none_yet(task, way)
@@ -65,6 +66,15 @@ def measure(
         _ask_models(session, task, problems, found, keep, trained=trained)
     _ask_files(session, asked, kept, files, keep)
     return [capability.compare(task.name, kept[task.name]) for task in tasks]
+
+
+def _loaded_how(session: Session) -> str:
+    """What of the settings an answer depends on. A model that does not think is named as before there were any thoughts."""
+    settings = session.config.model
+    # What `auto` comes to is known of the template alone.
+    thinks = check_template(session.base, session.day, settings.thinking).marks is not None
+    thoughts = f" thinks {settings.thinking_tokens}" if thinks else ""
+    return f"{settings.precision} {session.config.prompts.prompt_tokens}{thoughts}"
 
 
 def _nothing() -> None:

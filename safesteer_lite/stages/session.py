@@ -144,7 +144,9 @@ class Session:
         """What the base thought of the prompts in the first stage stays what it was, in whichever process."""
         if policy.thoughts is None or not (self.run.path / "manifest.json").is_file():
             return
-        if "baseline" in self.run.manifest.stages:
+        measured = self.run.manifest.stages.get("baseline")
+        # A run that was trained without thoughts has none, and may be measured with them all the same.
+        if measured and THOUGHTS in measured.artifacts:
             for entry in self.run.read_json("baseline", THOUGHTS):
                 turns = tuple((user, assistant) for user, assistant in entry["turns"])
                 policy.thoughts.known[Conversation(entry["prompt"], entry["system"], turns)] = entry["ids"]

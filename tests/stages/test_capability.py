@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from safesteer_lite import config
 from safesteer_lite.errors import Interrupted
 from safesteer_lite.evaluation import capability as kept
 from safesteer_lite.evaluation.problems import Problem
@@ -20,7 +21,7 @@ from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import capability
 from safesteer_lite.stages.session import Session
-from tests import planted
+from tests import planted, planted_thought
 from tests.solving import session
 
 
@@ -97,6 +98,29 @@ def test_answers_to_another_wording_or_of_other_weights_are_not_mixed(run: RunFo
     other = Task(task.name, task.tokens - 1, task.problems, runs_programs=False)
     capability.measure(session(run, events), [other], limit=2)
     assert set(asked(events).values()) == {2}
+
+
+def test_answers_behind_thoughts_are_not_mixed_with_others(
+    run: RunFolder, task: Task, planted_model: Path, tmp_path: Path
+) -> None:
+    """Of a model that may think or not; the run was trained without thoughts, and kept none."""
+    base = open_base(planted_thought.build(tmp_path / "model", planted_model, switch=True))
+    alone = {f"answers of obliging, {who}": 2 for who in ("base", "hardened")}
+
+    def asked_anew(**changes: str | int) -> dict[str, int]:
+        events: list[Event] = []
+        own = config.read_toml(run.config_path)[0]
+        settings = config.build([("run", own), ("test", {f"model.{name}": value for name, value in changes.items()})])
+        capability.measure(Session(settings, run, base, events.append, stage="capability"), [task], limit=2)
+        return asked(events)
+
+    assert asked_anew(thinking="off") == alone
+    assert asked_anew(thinking="auto") == {}, "the template says no by itself"
+    assert not any("think" in entry.answer for entry in kept.saved(run)["obliging"].base.values())
+    assert asked_anew(thinking="on", thinking_tokens=8) == alone
+    assert all(entry.answer.startswith("<think>") for entry in kept.saved(run)["obliging"].base.values())
+    assert asked_anew(thinking="on", thinking_tokens=8) == {}
+    assert asked_anew(thinking="on", thinking_tokens=9) == alone, "a longer thought may come to its end"
 
 
 def test_a_model_alone_is_asked_once_and_nothing_is_kept(run: RunFolder, task: Task, tmp_path: Path) -> None:
