@@ -211,8 +211,8 @@ def _fit_micro_batch(session: Session, training: Training) -> None:
             checkpointing=model.checkpointing,
         )
 
-    # Of RAM a third: freed memory stays with the process, in pieces, and a run of the paper's recipe that was reckoned to take half
-    # held 18 of 24 GB (docs/research/log.md, 2026-11-26). The user's other programs grow too.
+    # Of RAM a third: freed memory stays with the process, in pieces, and a run of the paper's recipe that was reckoned to take
+    # half held 18 of 24 GB (docs/research/log.md, 2026-11-26). The user's other programs grow too.
     fitting = largest_micro_batch(loop.micro_batch, free if on_card else free // 3, need)
     if training.history.micro_batch:
         if not on_card and need(loop.micro_batch) > free:
