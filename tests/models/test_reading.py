@@ -121,7 +121,7 @@ def test_how_many_prompts_are_read_at_a_time_does_not_decide_which_tokens_are_re
 ) -> None:
     """A few tokens of many, and a prompt that does not begin as the others do."""
     monkeypatch.setattr(reading, "_TOKENS", 15)
-    harmless = [*HARMLESS, Conversation(tiny.PROMPTS[0], "You are brief."), tiny.PROMPTS[1]]
+    harmless: list[str | Conversation] = [*HARMLESS, Conversation(tiny.PROMPTS[0], "You are brief."), tiny.PROMPTS[1]]
     expected = reading_weights(tiny_policy(first_layer=2), 1, harmless)
     for size in (2, 8):
         for name, weight in reading_weights(tiny_policy(first_layer=2), size, harmless).items():
