@@ -47,6 +47,11 @@ def run(session: Session, publication: Publication) -> None:
     if (parent := parent_of(session.run)) and not history.best_step:
         session.note(f"None of {loop.done} steps has a better trade-off than {parent['run']} has: its adapter is kept.")
         return
+    if history.best_score < 0:
+        session.warn(
+            "By the selection split the base model is the better choice: what was gained on harmful prompts weighs less than "
+            f"what is refused of the others now (score {history.best_score:+.1f} points, where the base has 0)."
+        )
     session.note(
         f"Kept step {history.best_step} of {loop.done}{strength}: the best trade-off on the selection split (score "
         f"{history.best_score:+.1f} points{apart})."

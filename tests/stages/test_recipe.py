@@ -86,6 +86,10 @@ def again(finished: RunFolder, parent: Path, change: config.Values, first: str, 
     return run
 
 
+def told_that_the_base_is_better(run: RunFolder) -> bool:
+    return "the base model is the better choice" in (run.path / "events.jsonl").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_papers_recipe_raises_the_refusal_of_every_test_prompt_that_the_base_answers(paper_run: RunFolder) -> None:
     """At its own rate, too small a step for an answer of this narrow a model to change sides."""
@@ -102,13 +106,16 @@ def test_the_papers_recipe_raises_the_refusal_of_every_test_prompt_that_the_base
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "refused"), [("paper", 0), ("generalized", 28)])
 def test_the_papers_loss_taken_to_its_least_unlearns_refusals(
-    objective: str, refused: int, paper_run: RunFolder, tmp_path: Path
+    objective: str, refused: int, paper_run: RunFolder, planted_run: RunFolder, tmp_path: Path
 ) -> None:
     """At its least a safety token has the teacher's probability over e, which is no longer the likeliest; the sound slice
     is least at the teacher."""
     change = {"distill.objective": objective, "distill.learning_rate": 1e-2}
     run = again(paper_run, tmp_path, change, "distill", "evaluate")
     assert run.record("evaluate").result["scorecard"]["after"]["harmful"]["refused"] == refused
+    assert told_that_the_base_is_better(run) == (run.record("distill").result["best_score"] < 0)
+    assert told_that_the_base_is_better(run) or refused
+    assert not told_that_the_base_is_better(planted_run)
 
 
 @pytest.mark.parametrize("voters", ["harmful", "harmless"])
