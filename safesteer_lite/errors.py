@@ -46,6 +46,10 @@ class DirectionError(SafeSteerError):
     """No usable refusal direction was found; the message reports the best candidates and what each failed."""
 
 
+class WeakRefusalError(DirectionError):
+    """The model hardly refuses anything, so that it has no refusal direction of its own; the wizard asks what to do."""
+
+
 class TrainingError(SafeSteerError):
     """Training cannot go on; the steps saved before stay."""
 

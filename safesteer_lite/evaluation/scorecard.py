@@ -76,6 +76,11 @@ class Rate:
         return self.refused / self.n if self.n else 0.0
 
     @property
+    def hardly_any(self) -> bool:
+        """Whether, of harmful prompts, too few are refused to take a refusal direction from."""
+        return self.refused < max(2, 0.15 * self.n)
+
+    @property
     def empty_share(self) -> float:
         """Share of all answers that could not be judged, 0 where there are none."""
         return self.empty / (self.n + self.empty) if self.empty else 0.0

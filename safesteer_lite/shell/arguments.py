@@ -64,6 +64,12 @@ def _training(commands: Commands) -> None:
     run = _command(commands, "run", "harden a model", "safesteer-lite run qwen3-4b --set distill.steps=10")
     run.add_argument("model", nargs="?", type=_filled, help="a preset, a Hub id, a local folder, or a GGUF file")
     run.add_argument("--config", type=_path, metavar="FILE", help="settings as TOML, such as a run's config.toml")
+    run.add_argument(
+        "--reuse",
+        type=_filled,
+        metavar="RUN",
+        help="take over what another run has found already, as far as it would come out the same",
+    )
     _run_options(run)
 
     demo = _command(commands, "demo", "the whole method on a small real model", "safesteer-lite demo --quick")

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError
+from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError, WeakRefusalError
 from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.hardware.allocator import grow_segments
 from safesteer_lite.shell.arguments import build_parser
@@ -18,8 +18,16 @@ from safesteer_lite.shell.completion import script
 from safesteer_lite.shell.streams import complain, protect, tell
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, untold: tuple[type[SafeSteerError], ...] = ()) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line; None for this process's own.
+        untold: errors of which nothing is said, because the caller does.
+
+    Returns:
+        The exit code.
+    """
     protect()
     forbid_hub_kernels()
     grow_segments()
@@ -39,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain("Stopped.", "Whatever was published or saved stays; `safesteer-lite resume` goes on.", 130)
     except Interrupted as error:
         return _complain(error.message, error.hint or "Go on with `safesteer-lite resume`.", 130)
+    except untold:
+        return 1
     except UsageError as error:
         return _complain(error.message, error.hint, 2)
     except SafeSteerError as error:
@@ -101,7 +111,7 @@ def wizard() -> int:
     from safesteer_lite.shell.wizard.program import Program
 
     def execute(line: Sequence[str]) -> int:
-        code = main(line)
+        code = main(line, untold=(WeakRefusalError,))
         forget_typed_ahead()
         return code
 

@@ -23,20 +23,31 @@ def open_origin(name: str, base: Base, emit: Emit) -> Base:
     Raises:
         ModelError: it is not there, cannot be used, or is of another architecture, width, depth or vocabulary.
     """
-    _require_same_size(look(name, has_template=bool(base.template)).shape, base, name)
+    require_same_size(look(name, has_template=bool(base.template)).shape, name, base.shape, base.folder.name)
     # A template that the user gives is for both, so that both read the same prompts.
     origin = resolve_model(name, None, emit, template=base.template)
-    _require_same_size(origin.shape, base, name)
+    require_same_size(origin.shape, name, base.shape, base.folder.name)
     ours, theirs = base.config.get("model_type"), origin.config.get("model_type")
     if ours != theirs:
         raise ModelError(f"{name} is a {theirs} model and {base.folder.name} a {ours} model.", _HINT)
     return origin
 
 
-def _require_same_size(shape: ModelShape, base: Base, name: str) -> None:
-    theirs, ours = (_size(found) for found in (shape, base.shape))
+def require_same_size(origin: ModelShape, name: str, shape: ModelShape, called: str) -> None:
+    """See that two models have as many blocks, of the same width, and as many tokens.
+
+    Args:
+        origin: the size of the model that the other was made from.
+        name: of that model.
+        shape: the size of the model that was made from it.
+        called: how that one is called.
+
+    Raises:
+        ModelError: they differ.
+    """
+    theirs, ours = _size(origin), _size(shape)
     if theirs != ours:
-        raise ModelError(f"{name} has {theirs}, and {base.folder.name} {ours}: no direction fits both.", _HINT)
+        raise ModelError(f"{name} has {theirs}, and {called} {ours}: no direction fits both.", _HINT)
 
 
 def _size(shape: ModelShape) -> str:

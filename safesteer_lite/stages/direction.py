@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safesteer_lite.config.constants import DEPTH_LIMIT, TEACHER_TOKENS
-from safesteer_lite.errors import DirectionError, ModelError
+from safesteer_lite.errors import DirectionError, ModelError, WeakRefusalError
 from safesteer_lite.evaluation import judges
+from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.events import Metric
 from safesteer_lite.method import directions as method
 from safesteer_lite.method.directions import Candidate
@@ -156,10 +157,10 @@ def describe(candidate: Candidate) -> str:
 
 def _require_refusals(session: Session) -> None:
     """Stop where the base refuses too little to have a refusal direction (docs/method.md, models that barely refuse)."""
-    baseline = session.result("baseline")["scorecard"]["harmful"]
-    if baseline["refused"] < max(2, 0.15 * baseline["n"]):
-        raise DirectionError(
-            f"This model barely refuses: {baseline['refused']} of {baseline['n']} harmful prompts. The difference of its "
+    harmful = Rate.from_record(session.result("baseline")["scorecard"]["harmful"])
+    if harmful.hardly_any:
+        raise WeakRefusalError(
+            f"This model barely refuses: {harmful.refused} of {harmful.n} harmful prompts. The difference of its "
             "harmful and harmless activations would be a topic, not a refusal, and a teacher made of it would not refuse.",
             "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
             "--direction-from BASE (a folder or a Hub id). Without such a model there are two ways, both experimental: --set "

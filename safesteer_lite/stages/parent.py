@@ -91,17 +91,31 @@ def taken_over(
     Raises:
         RunFolderError: the parent's adapter is damaged.
     """
-    found: dict[str, Taken] = {}
-    for name, mark in wanted.items():
-        record = parent.manifest.stages.get(name)
-        if name == PARENT:
-            continue
-        if record is None or record.fingerprint != mark or record.damaged(parent.path):
-            break
-        found[name] = Taken(parent.path / record.folder, replace(record, seconds=0.0))
+    found = same_results(parent, wanted)
     # The same prompts, answered at the same length: only then its figures stand beside those of the run that goes on.
     alike = "baseline" in found and before.evaluate.answer_tokens == settings.evaluate.answer_tokens
     return {PARENT: _adapter_of(parent, settings.parent, wanted[PARENT], alike), **found}
+
+
+def same_results(run: RunFolder, wanted: Mapping[str, str]) -> dict[str, Taken]:
+    """What a run holds that another one would come to as well, up to the first stage that would differ.
+
+    Args:
+        run: finished or not.
+        wanted: the fingerprints of the other run's stages, by name, in their order.
+
+    Returns:
+        By the names of stages, in their order.
+    """
+    found: dict[str, Taken] = {}
+    for name, mark in wanted.items():
+        record = run.manifest.stages.get(name)
+        if name == PARENT:
+            continue
+        if record is None or record.fingerprint != mark or record.damaged(run.path):
+            break
+        found[name] = Taken(run.path / record.folder, replace(record, seconds=0.0))
+    return found
 
 
 def _adapter_of(parent: RunFolder, about: ParentConfig, mark: str, alike: bool) -> Taken:

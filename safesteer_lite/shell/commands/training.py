@@ -43,7 +43,10 @@ MEMORY_SETTINGS = ("distill.micro_batch", "distill.chunk", "distill.checkpointin
 
 def run_command(options: argparse.Namespace) -> int:
     """`run`: a preset, a model or a configuration file."""
-    return _start(options, run_settings(options))
+    from safesteer_lite.runs import folder as run_folders
+
+    earlier = run_folders.open_run(options.reuse, options.runs) if options.reuse else None
+    return _start(options, run_settings(options), earlier)
 
 
 def demo_command(options: argparse.Namespace) -> int:
@@ -105,7 +108,6 @@ def _decision_again(folder: RunFolder, working: RunConfig, shape: ModelShape) ->
 
 def continue_command(options: argparse.Namespace) -> int:
     """`continue`: a new run, whose training begins from the adapter of a finished one."""
-    from safesteer_lite.events import Note
     from safesteer_lite.prompts.plan import PromptPlan
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.stages.parent import check_changes, settings_of_child, taken_over
@@ -126,8 +128,9 @@ def continue_command(options: argparse.Namespace) -> int:
     base = base_of_run(parent, before, options.base, emit, prompts=False)
     if options.base:
         settings = replace(settings, model=replace(settings.model, name=str(options.base.absolute())))
+    settings = _with_thoughts(settings, base)
     taken = taken_over(parent, before, settings, stage_fingerprints(settings, base.fingerprint))
-    emit(Note("run", f"Taken over from {parent.path.name}: {', '.join(taken)}; what follows is done anew."))
+    emit(_of_taken(parent, taken))
     return _begin(options, settings, base, emit, taken, date.fromisoformat(parent.manifest.run_date))
 
 
@@ -141,8 +144,14 @@ def _of_recipe(settings: RunConfig) -> Note:
 _LARGE_BYTES = 4_000_000_000
 
 
-def _start(options: argparse.Namespace, settings: RunConfig) -> int:
-    """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made."""
+def _start(options: argparse.Namespace, settings: RunConfig, earlier: RunFolder | None = None) -> int:
+    """Make a run folder and run; what can be refused at once is refused before anything is downloaded or made.
+
+    Args:
+        options: of the command.
+        settings: of the run.
+        earlier: a run whose results are taken over as far as they would come out the same.
+    """
     from safesteer_lite.prompts.plan import PromptPlan
 
     if settings.parent.run or settings.parent.adapter:
@@ -154,7 +163,39 @@ def _start(options: argparse.Namespace, settings: RunConfig) -> int:
     emit = sink(options)
     emit(_of_recipe(settings))
     _check_before_download(settings)
-    return _begin(options, settings, resolve(settings, emit), emit, {}, date.today())
+    base = resolve(settings, emit)
+    settings = _with_thoughts(settings, base)
+    taken, day = _reused(earlier, settings, base, emit) if earlier else ({}, date.today())
+    return _begin(options, settings, base, emit, taken, day)
+
+
+def _reused(earlier: RunFolder, settings: RunConfig, base: Base, emit: Emit) -> tuple[dict[str, Taken], date]:
+    """What a run begins with of an earlier one, and the day that chat templates are told: that of what was found already."""
+    from safesteer_lite.events import Note
+    from safesteer_lite.stages.parent import same_results
+    from safesteer_lite.stages.pipeline import stage_fingerprints
+
+    taken = same_results(earlier, stage_fingerprints(settings, base.fingerprint))
+    if not taken:
+        emit(Note("run", f"Nothing of {earlier.path.name} would come out the same, so everything is done anew."))
+        return {}, date.today()
+    emit(_of_taken(earlier, taken))
+    return taken, date.fromisoformat(earlier.manifest.run_date)
+
+
+def _of_taken(earlier: RunFolder, taken: Mapping[str, Taken]) -> Note:
+    from safesteer_lite.events import Note
+
+    return Note("run", f"Taken over from {earlier.path.name}: {', '.join(taken)}; what follows is done anew.")
+
+
+def _with_thoughts(settings: RunConfig, base: Base) -> RunConfig:
+    """The settings with what `model.thinking = auto` comes to: a thought takes memory and time."""
+    from safesteer_lite.models.loading import check_template
+
+    if check_template(base, thinking=settings.model.thinking).marks:
+        return replace(settings, model=replace(settings.model, thinking="on"))
+    return settings
 
 
 def _begin(
@@ -180,7 +221,6 @@ def _begin(
     from safesteer_lite.hardware.kept import to_record
     from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.hardware.peaks import Demand
-    from safesteer_lite.models.loading import check_template
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.sources.base import check_values
     from safesteer_lite.sources.hub import commit_of
@@ -188,9 +228,6 @@ def _begin(
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
-    if check_template(base, thinking=settings.model.thinking).marks:
-        # What `auto` comes to is kept: a thought takes memory and time.
-        settings = replace(settings, model=replace(settings.model, thinking="on"))
     decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
     if settings.direction.source and "direction" not in taken:
         open_origin(settings.direction.source, base, emit)

@@ -14,13 +14,13 @@ from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import inspect
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.runs.listing import RunSummary, list_runs
+from safesteer_lite.shell.wizard import origin
 from safesteer_lite.shell.wizard.ask import Back, Option, choose
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.shell.wizard.questions import Questions
 from safesteer_lite.shell.wizard.tables import machine_table, plan_table
 
 _SHOWN_RUNS = 5
-_INTERRUPTED = 130
 _LONG_SECONDS = 12 * 3600
 
 
@@ -42,8 +42,10 @@ def _first(program: Program) -> int:
     entries = [entry for entry in list_runs(program.runs) if not entry.damage]
     if not entries:
         return _new_run(program)
+    stuck = {entry.name for entry in entries if not entry.finished and origin.waits_for_origin(program, entry.path)}
     while True:
-        unfinished = [entry for entry in entries if not entry.finished]
+        # What another run went on from leads nowhere any more.
+        unfinished = [entry for entry in entries if not entry.finished and not origin.went_on(entry, entries)]
         finished = [entry for entry in entries if entry.finished][:_SHOWN_RUNS]
         options = [
             Option(("resume", run), f"go on with {run.name} ({_state(run)})") for run in unfinished[:_SHOWN_RUNS]
@@ -58,11 +60,28 @@ def _first(program: Program) -> int:
                 return _new_run(program)
             if kind == "leave":
                 return 0
-            if kind == "resume" and (code := program.execute(["resume", str(run.path)])):
-                return code
-            return _results(program, run.path, shown=kind == "resume")
+            if kind == "resume":
+                return _go_on(program, run.path, stuck=run.name in stuck)
+            return _results(program, run.path, shown=False)
         except Back:
             continue
+
+
+def _go_on(program: Program, path: Path, *, stuck: bool) -> int:
+    """Resume a run, or have another one go on from it where its model hardly refuses anything.
+
+    Args:
+        program: what does it.
+        path: the run.
+        stuck: whether that is known of it already.
+
+    Raises:
+        Back: the user does not want to go on.
+    """
+    code = 1 if stuck else program.execute(["resume", str(path)])
+    if code == 1 and origin.waits_for_origin(program, path):
+        code, path = origin.go_on(program, path)
+    return code or _results(program, path, shown=True)
 
 
 def _state(run: RunSummary) -> str:
@@ -81,9 +100,15 @@ def _new_run(program: Program) -> int:
         before = {entry.name for entry in list_runs(program.runs)}
         code = program.execute([*questions.answers.arguments(program.runs), "--yes"])
         made = [entry for entry in list_runs(program.runs) if entry.name not in before]
+        if code == 1 and made and origin.waits_for_origin(program, made[0].path):
+            try:
+                code, path = origin.go_on(program, made[0].path)
+            except Back:
+                return code
+            return code or _results(program, path, shown=True)
         if code == 0 and made:
             return _results(program, made[0].path, shown=True)
-        if code == _INTERRUPTED:
+        if code == origin.INTERRUPTED:
             return code
         again = [Option(True, "change something and try again"), Option(False, "leave")]
         try:

@@ -1,0 +1,134 @@
+"""What is asked where a run has stopped because its model hardly refuses anything: the model that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safesteer_lite.config import RunConfig
+from safesteer_lite.errors import SafeSteerError
+from safesteer_lite.evaluation.scorecard import Rate
+from safesteer_lite.hardware.units import format_bytes
+from safesteer_lite.runs.folder import open_run
+from safesteer_lite.runs.listing import RunSummary, list_runs
+from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, write_path
+from safesteer_lite.shell.wizard.program import Program, as_command
+from safesteer_lite.sources.origin import require_same_size
+from safesteer_lite.sources.preview import look
+from safesteer_lite.text import typed_path
+
+INTERRUPTED = 130
+_REPLIES = ("--set", "direction.contrast=responses")
+
+
+def waits_for_origin(program: Program, path: Path) -> bool:
+    """Whether a run cannot go on as it is, because its model hardly refuses anything."""
+    stages, direction = open_run(path).manifest.stages, program.open_settings(path).direction
+    if "baseline" not in stages or "direction" in stages:
+        return False
+    looks_at_itself = not direction.source and (direction.teacher, direction.contrast) == ("steered", "requests")
+    return looks_at_itself and _harmful(path).hardly_any
+
+
+def went_on(entry: RunSummary, others: Sequence[RunSummary]) -> bool:
+    """Whether a run of a model that hardly refuses came to nothing behind its first stage, and a later one went on from there."""
+    if entry.stages != ("baseline",) or not _harmful(entry.path).hardly_any:
+        return False
+    held = open_run(entry.path).manifest.stages["baseline"].artifacts
+    later = [open_run(other.path) for other in others if other.finished and other.created > entry.created]
+    return any(run.manifest.stages["baseline"].artifacts == held for run in later)
+
+
+def go_on(program: Program, path: Path) -> tuple[int, Path]:
+    """Ask where the refusal direction of a run shall come from, and start the run that goes on from it; again, where that fails.
+
+    Args:
+        program: what does it.
+        path: a run of which `waits_for_origin` is true. It stays as it is.
+
+    Returns:
+        The exit code of the run that went on, and its folder.
+
+    Raises:
+        Back: the user stops here.
+    """
+    harmful, compared = _harmful(path), False
+    program.say(
+        f"This model hardly refuses anything: {harmful.refused} of {harmful.n} harmful requests. So there is nothing in it from "
+        "which it could learn to refuse. What was fine-tuned or changed until it refused nothing was made from a model that "
+        "did refuse, and can learn from that one.",
+        "yellow",
+    )
+    while True:
+        try:
+            kind = _choose_way(replies=not compared)
+        except Back:
+            program.say_whole(f"The run is kept in {path}; `safesteer-lite` offers it again.")
+            raise
+        try:
+            more = _REPLIES if kind == "replies" else ("--direction-from", _ask_origin(program, path))
+        except Back:
+            continue
+        # All that was answered stands in the run's own settings, and its first stage need not be done again.
+        line = ["run", "--config", str(path / "config.toml"), *more, "--reuse", str(path)]
+        if program.runs != Path("runs"):
+            line += ["--runs", str(program.runs)]
+        program.say_whole(f"The same without questions: {as_command([*line, '--yes'])}")
+        before = {entry.name for entry in list_runs(program.runs)}
+        code = program.execute([*line, "--yes"])
+        made = [entry.path for entry in list_runs(program.runs) if entry.name not in before]
+        if made and code in (0, INTERRUPTED):
+            return code, made[0]
+        # Why it failed has been told. Another model may do better; the replies are the same whenever they are compared.
+        compared = compared or kind == "replies"
+
+
+def _choose_way(*, replies: bool) -> str:
+    """`base` or, where that is offered, `replies`.
+
+    Raises:
+        Back: the user stops here.
+    """
+    options = [Option("base", "yes: its folder, its GGUF file or its name on the model hub")]
+    if replies:
+        options.append(Option("replies", "no: compare beginnings of replies that refuse and comply (experimental)"))
+    options.append(Option("", "stop here: what was done is kept"))
+    kind: str = choose("Do you have the model it was made from?", options, escape="stop here")
+    if not kind:
+        raise Back
+    return kind
+
+
+def _harmful(path: Path) -> Rate:
+    """What a run's model refused of the harmful prompts in the first stage."""
+    return Rate.from_record(open_run(path).record("baseline").result["scorecard"]["harmful"])
+
+
+def _ask_origin(program: Program, path: Path) -> str:
+    """The model that a run's own was made from, looked at.
+
+    Raises:
+        Back: Esc.
+    """
+    settings = program.open_settings(path)
+    return until_right(lambda: _origin(program, settings), SafeSteerError, program.explain)
+
+
+def _origin(program: Program, settings: RunConfig) -> str:
+    place, model = (
+        write_path("The model it was made from: folder, GGUF file, or owner/name on the model hub:"),
+        settings.model,
+    )
+    if not place:
+        raise SafeSteerError("That was empty.", "Type something, or press Esc to go back.")
+    name = str(typed_path(place).resolve()) if typed_path(place).exists() else place
+    if name == model.name:
+        raise SafeSteerError("That is the model itself.", "Name the one that it was fine-tuned or changed from.")
+    has_template = bool(model.chat_template)
+    with program.console.status("Looking at the model"):
+        found = look(name, has_template=has_template)
+        own = look(model.name, model.revision or None, has_template=has_template)
+    require_same_size(found.shape, place, own.shape, Path(model.name).name)
+    if found.download_bytes:
+        program.say(f"{format_bytes(found.download_bytes)} to download{', gated' if found.gated else ''}.")
+    return name
