@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from safesteer_lite import config
@@ -33,23 +31,17 @@ def test_of_a_model_that_nobody_measured_no_figure_is_told(recipe: str) -> None:
     assert "its own before and after will tell" in told and "%" not in told
 
 
-@pytest.mark.parametrize("model", MEASURED)
-def test_what_we_counted_under_the_default_recipe_stands_in_the_results(model: str) -> None:
-    """Whoever measures the recipe anew writes the counts in both places."""
-    counted = COUNTED["lite", model]
+@pytest.mark.parametrize(("recipe", "model"), COUNTED)
+def test_what_we_counted_stands_in_the_results(recipe: str, model: str) -> None:
+    """Whoever measures a recipe anew writes the counts in both places."""
+    counted = COUNTED[recipe, model]
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     kinds = (counted.harmful, counted.borderline, counted.harmless, *([counted.critical] if counted.critical else []))
     cells = [f"| {before} → {after} of {asked} (" for before, after, asked in kinds]
     assert any(all(cell in line for cell in cells) for line in page.splitlines())
     for before, after, asked in kinds:
-        assert f"{100 * before / asked:.0f} to {100 * after / asked:.0f} % of {asked}" in known_of("lite", model)
+        assert f"{100 * before / asked:.0f} to {100 * after / asked:.0f} % of {asked}" in known_of(recipe, model)
 
 
-def test_what_we_counted_under_the_papers_choices_stands_in_the_records() -> None:
-    counted = COUNTED["paper", "Qwen2.5-Coder-0.5B-Instruct"]
-    lines = (DOCS / "research" / "tradeoff.jsonl").read_text(encoding="utf-8").splitlines()
-    [row] = [row for row in map(json.loads, lines) if row["row"] == "the paper's loss, no anchors, random A"]
-    assert row["set"]["distill.completion_tokens"] == 48
-    for kind in ("harmful", "borderline", "harmless"):
-        before, after, asked = getattr(counted, kind)
-        assert row["base"][kind] == [before, asked] and row["hardened"][kind] == [after, asked]
+def test_the_default_recipe_was_counted_on_every_model_that_it_was_made_with() -> None:
+    assert {model for recipe, model in COUNTED if recipe == "lite"} == set(MEASURED)
