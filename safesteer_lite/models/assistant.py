@@ -60,8 +60,8 @@ class Policy:
         self.thoughts = Thoughts(marks, model.tokenizer, thought_tokens) if marks else None
         self.prompt_tokens = prompt_tokens
         self._prefix, self.template_positions = self._template_around()
-        # Sequences at a time that fitted in memory where fewer than asked for did, by the longest answer.
-        self._fitted: dict[int, int] = {}
+        self.fitted: dict[int, int] = {}
+        """Sequences at a time that fitted in memory where fewer than asked for did, by the longest answer."""
 
     @property
     def notes(self) -> list[str]:
@@ -228,10 +228,10 @@ class Policy:
             work: must do the same whenever it is called again.
             samples: sequences that each prompt stands for.
         """
-        known = [fitted // samples for length, fitted in self._fitted.items() if length <= tokens]
+        known = [fitted // samples for length, fitted in self.fitted.items() if length <= tokens]
         found, fitted = fitting(max(1, min([size, *known])), work)
         if fitted < size:
-            self._fitted[tokens] = fitted * samples
+            self.fitted[tokens] = fitted * samples
         return found
 
     def first_block_ended(self) -> Ended:

@@ -105,15 +105,16 @@ def _witness(session: Session, policy: Policy) -> Witness:
 
 
 def merged_row(session: Session, folder: Path, request: Request, measured: Measured) -> Row:
-    """The merged weights, loaded as a user loads them, in 16 bits where the machine computes in them."""
+    """The merged weights, loaded as a user loads them, in 16 bits, and computed in what the run computed in."""
     started = time.monotonic()
     written = open_base(folder)
     decision = decide(replace(session.config.model, precision="bf16"), written.shape, folder)
     # What is decided for training may be too much for a card that could still answer; the reload check used the CPU too.
     device = "cpu" if decision.fit == "does not fit" else decision.place
-    network, tokenizer = plain.load(
-        written, precision="bf16", device=device, unpack=False, compute=decision.compute_dtype
-    )
+    # How much memory is free now must not decide what the rows above are compared with.
+    trained = session.settle()
+    compute = decision.compute_dtype if trained.precision == "fp32" else trained.compute_dtype
+    network, tokenizer = plain.load(written, precision="bf16", device=device, unpack=False, compute=compute)
     settings, longest = session.config.model, session.config.prompts.prompt_tokens
     model = PlainModel(network, tokenizer, None)
     policy = Policy(model, longest, session.day, settings.thinking, settings.thinking_tokens)

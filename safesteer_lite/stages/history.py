@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safesteer_lite.evaluation.choice import Candidate
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs.durable import read_json, write_json
+from safesteer_lite.runs.folder import RunFolder
 
 
 @dataclass
@@ -33,6 +35,7 @@ class History:
         best_by_trainer: whether that score is one that another process measured, with its own library.
         micro_batch: rollouts a forward that fitted in memory; 0 is "as configured".
         sampled_at_once: prompts sampled at a time that fitted in memory; 0 is "all of a step".
+        fitted: what else fitted in memory, as `sizes_to_record` has it.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -45,6 +48,7 @@ class History:
     best_by_trainer: bool = False
     micro_batch: int = 0
     sampled_at_once: int = 0
+    fitted: dict[str, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> Candidate | None:
@@ -57,6 +61,22 @@ class History:
     def highest(self) -> float:
         """The highest counted score so far, points; minus infinity before the first measurement."""
         return max((entry["score"] for entry in self.measured + self.scaled), default=-math.inf)
+
+
+def sizes_to_record(fitted: Mapping[int, int]) -> dict[str, int]:
+    """Sequences at a time that fitted in memory, by the longest answer, as JSON has them."""
+    return {str(tokens): size for tokens, size in fitted.items()}
+
+
+def sizes_from_record(record: Mapping[str, int]) -> dict[int, int]:
+    """What `sizes_to_record` was given."""
+    return {int(tokens): size for tokens, size in record.items()}
+
+
+def sizes_of(run: RunFolder) -> dict[int, int]:
+    """The same of the newest of a run's published stages that keeps any."""
+    kept = [record.result["fitted"] for record in run.manifest.stages.values() if "fitted" in record.result]
+    return sizes_from_record(kept[-1]) if kept else {}
 
 
 def save_step(folder: Path, training: Distillation, history: History, best: dict[str, Tensor]) -> None:

@@ -38,6 +38,7 @@ from safesteer_lite.runs.folder import Publication, RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import Base
 from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, judging, lora, tokens
+from safesteer_lite.stages.history import sizes_of, sizes_to_record
 from safesteer_lite.stages.parent import PARENT, begins_from
 from safesteer_lite.stages.session import Session
 
@@ -260,6 +261,8 @@ def run(
         if last == "export" and "export" not in run_folder.manifest.stages:
             session.settle()
             export.rehearse_stage(config, base, run_folder.path, session.day)
+        # Sums round differently in other parts: the run goes on with the sizes that it has come to.
+        session.fitted.update(sizes_of(run_folder))
         changed: set[str] = set()
         for number, stage in enumerate(STAGES[: STAGE_NAMES.index(last) + 1], 1):
             session.stage = stage.name
@@ -389,4 +392,6 @@ def _do(session: Session, stage: Stage, number: int, mark: str) -> None:
         stage.work(session, publication)
         elsewhere = publication.result.get("peak_memory_bytes", 0)
         publication.result["peak_memory_bytes"] = max(allocator.peak(), elsewhere)
+        if session.fitted:
+            publication.result["fitted"] = sizes_to_record(session.fitted)
     session.emit(StageDone(stage.name, round(time.monotonic() - started, 1)))

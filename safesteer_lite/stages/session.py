@@ -16,7 +16,9 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.scorecard import Scorecard, cut_in_thought
 from safesteer_lite.events import Emit, Metric, Note, Progress, Warned
+from safesteer_lite.hardware.allocator import return_freed_memory
 from safesteer_lite.hardware.backend import Decision, decide
+from safesteer_lite.hardware.kept import decide_alike, to_record
 from safesteer_lite.hardware.peaks import Demand
 from safesteer_lite.method.memory import release
 from safesteer_lite.models.assistant import Policy
@@ -49,8 +51,11 @@ class Session:
         emit: the sink for events.
         stage: the stage at work, which events are told to belong to.
         stop_requested: whether the user asked to stop; looked at after each optimizer step and each stage.
-        decision: how the base is loaded; None to decide when it is needed first.
+        decision: how the base is loaded; None to decide when it is needed first, for a run that keeps how it was loaded in
+            the same precision.
         trainer: whether this is the process that only trains, with the library decided for it, and tells nothing twice.
+        fitted: what fitted where memory ran out, as the policy remembers it: of every model that the session loads, and of the
+            run so far where that goes on.
         prompts: the prompts that the settings ask for.
     """
 
@@ -62,6 +67,7 @@ class Session:
     stop_requested: Callable[[], bool] = lambda: False
     decision: Decision | None = None
     trainer: bool = False
+    fitted: dict[int, int] = field(default_factory=dict)
     prompts: PromptPlan = field(init=False, repr=False)
     _policy: Policy | None = field(default=None, repr=False)
     _loaded: bool = field(default=False, repr=False)
@@ -117,15 +123,30 @@ class Session:
     @property
     def day(self) -> date:
         """The day on which the run began: what a chat template that asks the date is told, however long the run takes."""
-        if not (self.run.path / "manifest.json").is_file():
+        if not self._is_run:
             return date.today()
         return date.fromisoformat(self.run.manifest.run_date)
 
     def settle(self) -> Decision:
-        """How the base is loaded. Decided once: a stage's numbers must not depend on how much memory was free just then."""
+        """How the base is loaded. Decided once: a stage's numbers must not depend on how much memory was free just then, and
+        no more what a run's models are asked later on."""
         if self.decision is None:
-            self.decision = decide(self.config.model, self.base.shape, self.run.path, Demand.of(self.config))
+            about = (self.config.model, self.base.shape, self.run.path, Demand.of(self.config))
+            if loaded := self.run.manifest.loaded if self._is_run else {}:
+                return_freed_memory()
+                self.decision = decide_alike(loaded, *about)
+                if to_record(self.decision) != loaded:
+                    self.warn(
+                        "The models are loaded in the run's precision, but on another device or packed otherwise than when it "
+                        "began: figures may differ in their last digits."
+                    )
+            else:
+                self.decision = decide(*about)
         return self.decision
+
+    @property
+    def _is_run(self) -> bool:
+        return (self.run.path / "manifest.json").is_file()
 
     @property
     def policy(self) -> Policy:
@@ -136,13 +157,14 @@ class Session:
             # What is loaded again is loaded as before.
             note = self._untold if self.trainer or self._loaded else self.note
             self._policy = load_policy(self.base, decision, self.config, self.day, note, library)
+            self._policy.fitted = self.fitted
             self._remember_thoughts(self._policy)
             self._loaded = True
         return self._policy
 
     def _remember_thoughts(self, policy: Policy) -> None:
         """What the base thought of the prompts in the first stage stays what it was, in whichever process."""
-        if policy.thoughts is None or not (self.run.path / "manifest.json").is_file():
+        if policy.thoughts is None or not self._is_run:
             return
         measured = self.run.manifest.stages.get("baseline")
         # A run that was trained without thoughts has none, and may be measured with them all the same.

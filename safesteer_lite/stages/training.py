@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -27,7 +27,7 @@ from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
-from safesteer_lite.stages.history import History, restore_step, save_step
+from safesteer_lite.stages.history import History, restore_step, save_step, sizes_from_record, sizes_to_record
 from safesteer_lite.stages.parent import parent_of
 from safesteer_lite.stages.prompted import taught_batches
 from safesteer_lite.stages.reading import prepare_adapter
@@ -47,6 +47,7 @@ class Training:
         history: what happened so far.
         best: the adapter of the best step measured so far, by name; before the first measurement, the adapter as it began.
         yardstick: what measures the student.
+        fitted: of the session.
     """
 
     model: PlainModel
@@ -54,6 +55,7 @@ class Training:
     history: History
     best: dict[str, Tensor]
     yardstick: Yardstick
+    fitted: Mapping[int, int]
 
     @property
     def is_over(self) -> bool:
@@ -76,6 +78,7 @@ class Training:
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Save the step."""
+        self.history.fitted = sizes_to_record(self.fitted)
         write = partial(save_step, training=self.loop, history=self.history, best=self.best)
         checkpoints.save_checkpoint(self.loop.done, write)
 
@@ -98,7 +101,8 @@ def begin(session: Session, checkpoints: Checkpoints) -> Training:
         taught_batches(session, asked),
     )
     history, best = restore_step(saved[1], loop) if saved else (History(), adapter_tensors(policy.model))
-    training = Training(policy.model, loop, history, best, Yardstick(session))
+    session.fitted.update(sizes_from_record(history.fitted))
+    training = Training(policy.model, loop, history, best, Yardstick(session), session.fitted)
     if not saved and parent_of(session.run):
         # Where no step is better than what was there before, that is kept.
         training.measure()

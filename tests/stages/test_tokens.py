@@ -58,9 +58,7 @@ def vote(planted_run: RunFolder, planted_model: Path, tmp_path: Path, monkeypatc
             pipeline.run(wanted, run, open_base(planted_model), discard, last="tokens")
         result = run.record("tokens").result
         rows = json.loads((run.stage_folder("tokens") / "tokens.json").read_text(encoding="utf-8"))
-        return {"rows": rows, "shares": result["shares"], "positions": result["positions"], "sizes": sizes} | {
-            "answers": answers
-        }
+        return {**result, "rows": rows, "sizes": sizes, "answers": answers}
 
     return taken
 
@@ -72,6 +70,8 @@ def test_how_many_prompts_are_sampled_at_a_time_changes_no_token_and_no_vote(vot
     halved = vote(16, settings, fits=6)
     # Two answers a prompt: 16, 8 and 4 prompts do not fit, 2 do, and so 4 where the shares are read along one answer each.
     assert halved["sizes"][:5] == [16, 8, 4, 2, 2] and set(halved["sizes"][4:]) == {2, 4}
+    # By the positions of an answer; the run goes on with them.
+    assert halved["fitted"] == {"5": 4, "8": 4} and "fitted" not in known
     for other in (vote(2, settings), vote(1000, settings), halved):
         assert other["answers"] == known["answers"]
         assert other["positions"] == known["positions"]

@@ -6,15 +6,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError
 from safesteer_lite.events import Event, Note, Progress
 from safesteer_lite.hardware.backend import decide
+from safesteer_lite.method.policies import Batch, Chance, Completions
+from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.manifest import manifest_bytes
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
 from tests import planted
@@ -53,10 +58,16 @@ def go_on(model: Path, run: RunFolder, until: int, free: int = 0, working: RunCo
     return told
 
 
+def history_of(run: RunFolder, step: int) -> dict[str, Any]:
+    """What a saved step holds of the steps before it."""
+    place = run.path / "04-distill.partial" / f"step-{step:06d}" / "history.json"
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return found
+
+
 def kept_size(run: RunFolder, step: int) -> int:
     """The rollouts a forward that a saved step has."""
-    history = json.loads((run.path / "04-distill.partial" / f"step-{step:06d}" / "history.json").read_text())
-    return int(history["micro_batch"])
+    return int(history_of(run, step)["micro_batch"])
 
 
 @pytest.mark.slow
@@ -89,3 +100,32 @@ def test_a_run_that_began_where_there_was_room_is_refused_where_there_is_none(
     small = replace(settings, distill=replace(settings.distill, micro_batch=1))
     # As the hint says.
     assert go_on(planted_model, run, until=1, working=small) == []
+
+
+@pytest.mark.slow
+def test_what_fitted_in_memory_in_any_stage_is_what_the_run_goes_on_with(
+    planted_model: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the tokens stage three sequences fitted, of 20 tokens; now eight answers of 12 do. Later on there is room for all."""
+    manifest = run.manifest
+    voted = manifest.stages["tokens"]
+    voted = replace(voted, result={**voted.result, "fitted": {"20": 3}})
+    manifest = replace(manifest, stages={**manifest.stages, "tokens": voted})
+    (run.path / "manifest.json").write_bytes(manifest_bytes(manifest))
+    generate = PlainModel.generate
+
+    def short_of_memory(
+        model: PlainModel, prompts: Batch, tokens: int, heat: float, chance: Chance, *more: Any
+    ) -> Completions:
+        if chance is None and len(prompts) > 8:
+            raise torch.OutOfMemoryError("simulated, for want of a card")
+        return generate(model, prompts, tokens, heat, chance, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainModel, "generate", short_of_memory)
+        # Answers of 12 tokens are measured after the fourth step.
+        go_on(planted_model, run, until=5)
+    kept = history_of(run, 4)["fitted"]
+    assert kept["20"] == 3 and kept["12"] == 8
+    go_on(planted_model, run, until=7)
+    assert history_of(run, 6)["fitted"] == kept

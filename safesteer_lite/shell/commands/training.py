@@ -130,8 +130,35 @@ def continue_command(options: argparse.Namespace) -> int:
         settings = replace(settings, model=replace(settings.model, name=str(options.base.absolute())))
     settings = _with_thoughts(settings, base)
     taken = taken_over(parent, before, settings, stage_fingerprints(settings, base.fingerprint))
+    decision = _decision_like(parent, settings, base.shape, _CONTINUED)
     emit(_of_taken(parent, taken))
-    return _begin(options, settings, base, emit, taken, date.fromisoformat(parent.manifest.run_date))
+    return _begin(options, settings, base, emit, taken, date.fromisoformat(parent.manifest.run_date), decision)
+
+
+_CONTINUED = (
+    "Continue it on a machine like the one that it was trained on, or have all figures taken anew with the model loaded in "
+    "another way, such as --set model.device=cpu."
+)
+
+
+def _decision_like(earlier: RunFolder, settings: RunConfig, shape: ModelShape, way_out: str) -> Decision | None:
+    """How the model of a run that takes over results of another one is loaded: as that one's, unless the user asks for another
+    way; None where that is still to be decided.
+
+    Raises:
+        ModelError: this machine cannot hold it so; `way_out` says what to do.
+    """
+    from safesteer_lite.hardware.kept import decide_again
+    from safesteer_lite.hardware.peaks import Demand
+
+    before, now = open_settings(earlier).model, settings.model
+    if not earlier.manifest.loaded or any(getattr(before, name) != getattr(now, name) for name in _LOADING):
+        return None
+    return decide_again(earlier.manifest.loaded, now, shape, earlier.path, Demand.of(settings), way_out)
+
+
+_LOADING = ("precision", "device", "unpack")
+"""Settings of the section `model` that decide how it is loaded."""
 
 
 def _of_recipe(settings: RunConfig) -> Note:
@@ -166,7 +193,10 @@ def _start(options: argparse.Namespace, settings: RunConfig, earlier: RunFolder 
     base = resolve(settings, emit)
     settings = _with_thoughts(settings, base)
     taken, day = _reused(earlier, settings, base, emit) if earlier else ({}, date.today())
-    return _begin(options, settings, base, emit, taken, day)
+    decision = None
+    if earlier and taken:
+        decision = _decision_like(earlier, settings, base.shape, "Leave --reuse out to have everything done anew.")
+    return _begin(options, settings, base, emit, taken, day, decision)
 
 
 def _reused(earlier: RunFolder, settings: RunConfig, base: Base, emit: Emit) -> tuple[dict[str, Taken], date]:
@@ -205,6 +235,7 @@ def _begin(
     emit: Emit,
     taken: Mapping[str, Taken],
     day: date,
+    decision: Decision | None,
 ) -> int:
     """Make a run folder and run, on a base model that is here.
 
@@ -215,6 +246,7 @@ def _begin(
         emit: sink for events.
         taken: what it begins with of another run, by the names of stages.
         day: what chat templates are told.
+        decision: how the model is loaded; None where that is still to be decided.
     """
     from safesteer_lite.events import Note
     from safesteer_lite.hardware.backend import decide, require_fit
@@ -228,7 +260,7 @@ def _begin(
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
-    decision = require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
+    decision = decision or require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
     if settings.direction.source and "direction" not in taken:
         open_origin(settings.direction.source, base, emit)
     if base.size > _LARGE_BYTES:
