@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safesteer_lite.errors import ModelError
 from safesteer_lite.sources.download import quiet_libraries
 from safesteer_lite.sources.folder import brief
+from safesteer_lite.sources.gguf_header import UNREADABLE, check_header, read_header, understood, value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,8 +82,7 @@ class GgufFile:
 
     def field(self, name: str) -> Any:
         """A value of the header; None where it has none of that name."""
-        found = self.reader.get_field(name)
-        return None if found is None else found.contents()
+        return value(self.reader, name)
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class GgufFile:
         """
         from transformers import AutoConfig
 
-        with quiet_libraries():
+        with understood(self.path), quiet_libraries():
             config: Any = AutoConfig.from_pretrained(
                 self.path.parent, gguf_file=self.path.name, trust_remote_code=False
             )
@@ -163,40 +163,41 @@ def open_gguf(path: Path) -> GgufFile:
     Raises:
         ModelError: it is no whole GGUF file, or has a model or a tokenizer that cannot be read.
     """
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
-        found = GgufFile(path, reader, "")
-        kind, cut = found.field("general.architecture"), found.field("tokenizer.ggml.pre")
-        vocabulary, parts = found.field("tokenizer.ggml.model"), found.field("split.count") or 1
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+        reader = read_header(path)
+        kind = _architecture_of(reader, path)
+        check_header(reader, kind, path)
+    except UNREADABLE as error:
         raise ModelError(f"{path} is no whole GGUF file.", "Copy or download it again.") from error
-    if parts > 1:
+    return GgufFile(path, reader, _ARCHITECTURES[kind][0])
+
+
+def _architecture_of(reader: Any, path: Path) -> str:
+    """Which of `_ARCHITECTURES` a whole model is of, whose text is cut as that one's is."""
+    if value(reader, "split.count") not in (None, 0, 1):
         raise _divided(path)
-    if found.field("general.type") == "adapter":
+    if value(reader, "general.type") == "adapter":
         raise ModelError(f"{path} is an adapter, and no model.", "Give the model that it belongs on.")
-    if kind not in _ARCHITECTURES:
+    kind = value(reader, "general.architecture")
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise ModelError(
             f"{path} holds a model of the architecture {brief(kind)}, and only {', '.join(_ARCHITECTURES)} are read.",
             _ORIGINAL,
         )
-    family, known = _ARCHITECTURES[kind]
-    if (vocabulary, cut) != ("gpt2", known):
+    vocabulary, cut = value(reader, "tokenizer.ggml.model"), value(reader, "tokenizer.ggml.pre")
+    if (vocabulary, cut) != ("gpt2", _ARCHITECTURES[kind][1]):
         raise ModelError(
             f"{path} cuts text into tokens in a way that is not read here ({brief(kind)} with {brief(cut or vocabulary)}).",
             _ORIGINAL,
         )
-    return GgufFile(path, reader, family)
+    return kind
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a GGUF file says that it holds an adapter alone; what cannot be read is no adapter."""
-    from gguf import GGUFReader
-
     try:
-        return GgufFile(path, GGUFReader(path), "").field("general.type") == "adapter"
-    except (ValueError, IndexError, KeyError, OSError, OverflowError):
+        return bool(value(read_header(path), "general.type") == "adapter")
+    except UNREADABLE:
         return False
 
 

@@ -14,6 +14,7 @@ from safesteer_lite.runs.durable import explained, read_json, write_json
 from safesteer_lite.sources.download import alone, cache_folder, quiet_libraries, readable_size, require_space
 from safesteer_lite.sources.folder import INDEX, WEIGHTS
 from safesteer_lite.sources.gguf_file import GgufFile, dequantised, open_gguf
+from safesteer_lite.sources.gguf_header import understood
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +93,7 @@ def publish_folder(gguf: Path, folder: Path, name: str, about: Mapping[str, obje
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        with quiet_libraries(), explained(f"the 16-bit weights of {gguf.name}"):
+        with understood(gguf), quiet_libraries(), explained(f"the 16-bit weights of {gguf.name}"):
             write_folder(gguf, unfinished, name, emit, stage)
         write_json(unfinished / MARKER, {**about, "version": FOLDER_VERSION})
         shutil.rmtree(folder, ignore_errors=True)
