@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from dataclasses import fields, replace
@@ -107,6 +108,10 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         ("direction.refusal_openings", ["I", "Sorry"], ("I", "Sorry")),
         ("distill.adapter_strengths", [], ()),
         ("distill.adapter_strengths", "", ()),
+        ("distill.adapter_strengths", " [] ", ()),
+        ("direction.steering_strengths", "[1, 2.5]", (1.0, 2.5)),
+        ("direction.refusal_openings", '["No, I", "Sorry"]', ("No, I", "Sorry")),
+        ("direction.refusal_openings", "[No, Sorry]", ("[No", "Sorry]")),
         ("distill.anchors", "0", 0),
         ("prompts.training", "", ""),
     ],
@@ -132,6 +137,7 @@ def test_values_become_the_type_of_their_setting(name: str, value: object, expec
         ("distill.learning_rate", "-1", "must be above 0 and at most 1"),
         ("evaluate.every", -1, "must be from 0 to 10,000"),
         ("direction.steering_strengths", [], "must not be empty"),
+        ("direction.steering_strengths", "[]", "must not be empty"),
         ("direction.steering_strengths", "1,x", "expected a number, got 'x'"),
         ("direction.steering_strengths", "-1,2", "must be above 0"),
         ("direction.steering_strengths", "nan,2", "finite"),
@@ -184,6 +190,21 @@ def test_every_number_has_bounds_that_are_kept(name: str, bounds: Bounds, defaul
     for outside in (bounds.low - step, bounds.high + step, -1e300, 1e300):
         [told, *_] = problems_of(("flag", {name: [outside] if isinstance(default, tuple) else outside}))
         assert f"{name}: must be {bounds}" in told or "expected a whole number" in told
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, item in config.known_settings().items() if isinstance(item.default, tuple)]
+)
+def test_a_list_on_the_command_line_is_written_as_in_a_file(name: str) -> None:
+    item, (section, _, key) = config.known_settings()[name], name.partition(".")
+    default: Any = item.default
+    for entries in ([], list(default)):
+        written = json.dumps(entries)
+        flags = config.parse_assignments([f"{name}={written}"])
+        if len(entries) in item.metadata["entries"]:
+            assert getattr(getattr(config.build([("flag", flags)]), section), key) == tuple(entries)
+        else:
+            assert problems_of(("flag", flags)) == [f"flag: {name}: must not be empty, got '[]'."]
 
 
 def test_the_highest_seed_reaches_every_stream() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass, field
 from typing import Any
 
+from safesteer_lite.runs.durable import parse_json
 from safesteer_lite.text import is_unicode
 
 _LONGEST_SHOWN = 100
@@ -114,7 +116,7 @@ def _number(raw: Any, kind: type, bounds: Bounds | None) -> float:
 
 
 def _list(raw: Any, kind: type, bounds: Bounds | None, entries: Bounds) -> tuple[Any, ...]:
-    items = ([part.strip() for part in raw.split(",")] if raw.strip() else []) if isinstance(raw, str) else raw
+    items = _entries(raw) if isinstance(raw, str) else raw
     if not isinstance(items, (list, tuple)):
         raise ValueError(f"expected a list, got {_shown(raw)}")
     if not items and entries.low:
@@ -125,6 +127,14 @@ def _list(raw: Any, kind: type, bounds: Bounds | None, entries: Bounds) -> tuple
     if "" in found:
         raise ValueError(f"expected no empty entry, got {_shown(raw)}")
     return found
+
+
+def _entries(raw: str) -> list[Any]:
+    """The entries of a list that was written as text: between commas, or as TOML and JSON write a list."""
+    with suppress(ValueError):
+        if isinstance(found := parse_json(raw), list):
+            return found
+    return [part.strip() for part in raw.split(",")] if raw.strip() else []
 
 
 def _text(raw: Any) -> str:

@@ -73,7 +73,9 @@ def _training(commands: Commands) -> None:
     _run_options(run)
 
     demo = _command(commands, "demo", "the whole method on a small real model", "safesteer-lite demo --quick")
-    demo.add_argument("--model", type=_filled, metavar="FOLDER", help="any local model instead of the demo's own")
+    demo.add_argument(
+        "--model", type=_filled, metavar="PLACE", help="any local model, a folder or a GGUF file, not the demo's own"
+    )
     demo.add_argument("--quick", action="store_true", help="fewer prompts, steps and tokens: to see that it works")
     _run_options(demo)
 
@@ -269,7 +271,7 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
 
 def _base_option(parser: argparse.ArgumentParser) -> None:
     told = "where the run's base model, a folder or a GGUF file, lies now, if it moved"
-    parser.add_argument("--base", type=_path, metavar="FOLDER", help=told)
+    parser.add_argument("--base", type=_path, metavar="PLACE", help=told)
 
 
 def _judge_options(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 # Names as the shell itself lists them when Tab is pressed, since starting Python would take a noticeable while.
 _RUNS = "ls runs 2>/dev/null"
+_GGUF = ".gguf"
 _WORDS = r"printf '%s\n' "
 
 
@@ -25,35 +26,48 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
     presets = _WORDS + " ".join(config.preset_names())
     settings = _WORDS + " ".join(f"{name}=" for name in sorted(config.known_settings()))
-    models, runs = _with_folders("models", presets), _with_folders("runs", _RUNS)
+    model, run = _places("bases", presets, _GGUF), _places("runs", _RUNS)
     completed = {
         "FILE": shtab.FILE,
         "FILE.svg": shtab.FILE,
         "FOLDER": shtab.DIRECTORY,
-        "model": models,
-        "MODEL": models,
-        "run": runs,
-        "target": runs,
+        "PLACE": _places("places", suffix=_GGUF),
+        "MODEL": _places("models", presets),
+        "--direction-from": model,
+        "model": model,
+        "run": run,
+        "target": _places("targets", _RUNS, _GGUF),
         "folder": shtab.DIRECTORY,
         "name": shtab.cmd(presets),
         "NAME=VALUE": shtab.cmd(settings),
     }
     for action in _actions(parser):
-        if found := completed.get(str(action.metavar or action.dest)):
+        names = (*action.option_strings, str(action.metavar or action.dest))
+        if found := next((completed[name] for name in names if name in completed), None):
             vars(action)["complete"] = found
     text: str = shtab.complete(parser, shell=shell)
     return text
 
 
-def _with_folders(name: str, command: str) -> dict[str, object]:
-    """For shtab: the words that a command prints, and folders."""
+def _places(name: str, command: str = "", suffix: str = "") -> dict[str, object]:
+    """For shtab: folders, and with them the words that a command prints and the files that end with `suffix`."""
     function = f"_safesteer_lite_{name}"
+    bash, zsh, fish = ['compgen -d -- "$1"'], ["_files -/"], ["__fish_complete_directories"]
+    if suffix:
+        bash.append(f"compgen -f -X '!*{suffix}' -- \"$1\"")
+        zsh.append(f"_files -g '*{suffix}'")
+        fish.append(f"__fish_complete_path (commandline -ct) | string match -r '.*\\{suffix}(?:\\t.*)?$'")
+    if command:
+        bash.insert(0, f'compgen -W "$({command})" -- "$1"')
+        # Not evaluated when the script is read, but when Tab is pressed.
+        zsh.append(f"compadd -- \\$({command})")
+        fish.insert(0, command)
+    body = "\n  ".join(bash)
     return {
         "bash": function,
-        # Not evaluated when the script is read, but when Tab is pressed.
-        "zsh": f"{{_files -/; compadd -- \\$({command})}}",
-        "fish": f"({command}; __fish_complete_directories)",
-        "preamble": {"bash": f'{function}() {{\n  compgen -W "$({command})" -- "$1"\n  compgen -d -- "$1"\n}}\n'},
+        "zsh": f"{{{'; '.join(zsh)}}}",
+        "fish": f"({'; '.join(fish)})",
+        "preamble": {"bash": f"{function}() {{\n  {body}\n}}\n"},
     }
 
 

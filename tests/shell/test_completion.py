@@ -30,9 +30,14 @@ TYPED: list[tuple[str, set[str], set[str]]] = [
     ("export a --to ", {"merged", "adapter", "gguf"}, {"Q8_0"}),
     ("export a --quant Q", {"Q8_0", "Q4_K_M"}, {"merged"}),
     ("run qw", {"qwen3-4b", "qwen2.5-7b"}, {"llama-3-8b"}),
-    ("run my", {"my-model"}, {"my-run", "my.toml"}),
+    ("run my", {"my-model", "my.gguf"}, {"my-run", "my.toml"}),
+    ("run --direction-from my", {"my-model", "my.gguf"}, {"my-run", "my.toml"}),
+    ("demo --model my", {"my-model", "my.gguf"}, {"my-run", "my.toml"}),
+    ("eval my", {"my-run", "my-model", "my.gguf"}, {"my.toml"}),
+    ("eval a --judge-model my", {"my-model"}, {"my.gguf"}),
+    ("export a --base my", {"my-model", "my.gguf"}, {"my.toml"}),
     ("presets show ", set(config.preset_names()), {"list"}),
-    ("resume my", {"my-run"}, {"my.toml"}),
+    ("resume my", {"my-run"}, {"my.toml", "my.gguf"}),
     ("run --config my", {"my.toml"}, {"my-run"}),
     ("run --set distill.st", {"distill.steps="}, {"tokens.count="}),
     ("doctor --", {"--json", "--help"}, {"--runs"}),
@@ -41,11 +46,12 @@ TYPED: list[tuple[str, set[str], set[str]]] = [
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run, a model, a file, and the scripts."""
+    """A folder with a run, models as a folder and as a file, another file, and the scripts."""
     folder = tmp_path_factory.mktemp("completion")
     (folder / "runs" / "my-run").mkdir(parents=True)
     (folder / "my-model").mkdir()
-    (folder / "my.toml").touch()
+    for name in ("my.toml", "my.gguf"):
+        (folder / name).touch()
     for shell in SHELLS:
         (folder / shell).write_text(script(build_parser(), shell), encoding="utf-8")
     return folder
