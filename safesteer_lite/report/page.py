@@ -75,16 +75,18 @@ def render(run: RunFolder, record: Mapping[str, Any]) -> str:
     template = (resources.files("safesteer_lite") / "data" / FILE).read_text(encoding="utf-8")
     return Template(template).substitute(
         title=element("title", f"{_model_name(record)}: safesteer-lite report"),
-        head=_head(record),
+        head=_head(source),
         contents=join([element("a", title, href=f"#{name}") for name, title, _ in shown]),
         sections=join(sections),
         foot=paragraph(f"Written by safesteer-lite {__version__}. This page asks the network for nothing."),
     )
 
 
-def _head(record: Mapping[str, Any]) -> Markup:
-    seconds = sum(stage["seconds"] for stage in record["stages"].values())
-    facts = [f"started {str(record['created'])[:16].replace('T', ' ')} UTC", f"{format_duration(seconds)} of work"]
+def _head(source: Source) -> Markup:
+    record, stages = source.record, source.stages
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    facts = [f"continues {source.parent['run']}"] if source.parent else []
+    facts += [f"started {str(record['created'])[:16].replace('T', ' ')} UTC", f"{format_duration(seconds)} of work"]
     if record["peak_memory_bytes"]:
         facts.append(f"peak memory {format_bytes(record['peak_memory_bytes'])}")
     said = [
@@ -94,7 +96,7 @@ def _head(record: Mapping[str, Any]) -> Markup:
     if record["verdict"]:
         said.append(paragraph(record["verdict"], "verdict"))
     if not record["finished"]:
-        done = ", ".join(record["stages"]) or "nothing yet"
+        done = ", ".join(stages) or "nothing yet"
         resume = element("code", f"safesteer-lite resume {record['run']}")
         said.append(
             paragraph(join([f"This run is not finished. Done so far: {done}. Go on with ", resume, "."]), "warning")

@@ -206,18 +206,19 @@ def _not_measured(source: Source) -> list[str]:
 
 def timings(source: Source) -> Markup | None:
     """How long each stage took, and the memory held by its end."""
-    # A stage that was done again was published last, but keeps its number.
-    stages = dict(sorted(source.record["stages"].items(), key=lambda entry: source.run.stage_folder(entry[0]).name))
-    longest = max((stage["seconds"] for stage in stages.values()), default=0) or 1
+    longest = max((stage["seconds"] for stage in source.stages.values()), default=0) or 1
     rows = [
-        (
-            name,
-            join([bar(stage["seconds"] / longest), unbroken(format_duration(stage["seconds"]))]),
-            format_bytes(stage["result"].get("peak_memory_bytes", 0)),
-        )
-        for name, stage in stages.items()
+        (name, _time(stage["seconds"], longest, source), format_bytes(stage["result"].get("peak_memory_bytes", 0)))
+        for name, stage in source.stages.items()
     ]
     return table(("stage", "time", "peak memory so far"), rows) if rows else None
+
+
+def _time(seconds: float, longest: float, source: Source) -> Markup | str:
+    """What a stage took; nothing where its result is the parent's."""
+    if source.parent and not seconds:
+        return f"taken over from {source.parent['run']}"
+    return join([bar(seconds / longest), unbroken(format_duration(seconds))])
 
 
 def settings(source: Source) -> Markup:

@@ -11,6 +11,7 @@ from safesteer_lite.evaluation import dial
 from safesteer_lite.evaluation.judged import Judged, saved_judged
 from safesteer_lite.runs.durable import parse_json
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.manifest import PARENT
 
 T = TypeVar("T")
 
@@ -31,6 +32,18 @@ class Source:
         """What a stage left in the manifest; empty where the stage is not done."""
         found: dict[str, Any] = self.record["stages"].get(stage, {}).get("result", {})
         return found
+
+    @property
+    def parent(self) -> dict[str, Any]:
+        """What is kept of the run that this one continues; empty for a run that began from its base."""
+        return self.result(PARENT)
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What the record holds of each finished stage, in their order."""
+        found = {name: stage for name, stage in self.record["stages"].items() if name != PARENT}
+        # A stage that was done again was published last, but keeps its number.
+        return dict(sorted(found.items(), key=lambda entry: self.run.stage_folder(entry[0]).name))
 
     def read(self, stage: str, name: str, parse: Callable[[bytes], T]) -> T | None:
         """A file of a published stage, parsed; None where it is not there.

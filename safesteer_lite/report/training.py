@@ -18,7 +18,7 @@ def training(source: Source) -> Markup | None:
     if not history:
         return None
     start, best = source.record["selection"]["before"], history["best_step"]
-    parent = source.result("parent")
+    parent = source.parent
     # A run that continues another one begins with that one's adapter, which was measured before the first step.
     measured = ([{"step": 0, **start, "kl_to_base": 0.0}] if start and not parent else []) + history["measured"]
     losses = [Series("loss on harmful prompts", "loss", _points(history["steps"], "step", "loss"))]

@@ -8,6 +8,7 @@ from pathlib import Path
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.runs.durable import explained
 from safesteer_lite.runs.folder import RUNS_FOLDER, RunFolder
+from safesteer_lite.runs.manifest import PARENT
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def _summarise(path: Path) -> RunSummary:
     try:
         run = RunFolder(path)
         manifest = run.manifest
-        done = tuple(name for name, record in manifest.stages.items() if record.has_its_sizes(path))
+        done = tuple(name for name, record in manifest.stages.items() if name != PARENT and record.has_its_sizes(path))
         run.settings()  # Without them it can be listed, and nothing else.
     except (RunFolderError, OSError) as error:
         return RunSummary(path.name, path, "", (), False, getattr(error, "message", str(error)))

@@ -18,6 +18,9 @@ SCHEMA_VERSION = 1
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
+PARENT = "parent"
+"""What a run's manifest calls what it holds of the run that it continues, as if that were a stage before the first."""
+
 _SUM = "sum"
 
 STAGE_FOLDER = re.compile(r"\d{2}-[a-z][a-z0-9_-]*")

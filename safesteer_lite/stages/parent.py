@@ -10,10 +10,7 @@ from typing import Any
 from safesteer_lite.config import ParentConfig, RunConfig
 from safesteer_lite.errors import RunFolderError, UsageError
 from safesteer_lite.runs.folder import RunFolder, Taken
-from safesteer_lite.runs.manifest import StageRecord, fingerprint, stage_folder_name
-
-PARENT = "parent"
-"""What a run's manifest calls what it holds of its parent, as if that were a stage before the first."""
+from safesteer_lite.runs.manifest import PARENT, StageRecord, fingerprint, stage_folder_name
 
 _ADAPTER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"

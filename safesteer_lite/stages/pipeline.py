@@ -35,11 +35,11 @@ from safesteer_lite.prompts import sets
 from safesteer_lite.report import record as report
 from safesteer_lite.runs.durable import LARGEST_JSON, read_bytes
 from safesteer_lite.runs.folder import Publication, RunFolder
-from safesteer_lite.runs.manifest import fingerprint
+from safesteer_lite.runs.manifest import PARENT, fingerprint
 from safesteer_lite.sources.base import Base
 from safesteer_lite.stages import baseline, direction, distill, evaluate, export, exporting, judging, lora, tokens
 from safesteer_lite.stages.history import sizes_of, sizes_to_record
-from safesteer_lite.stages.parent import PARENT, begins_from
+from safesteer_lite.stages.parent import begins_from
 from safesteer_lite.stages.session import Session
 
 

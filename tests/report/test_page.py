@@ -22,6 +22,7 @@ from safesteer_lite.report import page
 from safesteer_lite.report import record as report
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.runs.folder import RunFolder
+from safesteer_lite.runs.listing import list_runs
 from safesteer_lite.shell.cli import main
 from safesteer_lite.text import visible
 from tests.report.html_tree import Node, parsed, rows
@@ -357,6 +358,19 @@ def test_stages_stand_in_their_order_though_one_was_done_again(tmp_path: Path) -
         write_files("tokens", publication.path, "plain")
     lines = rows(part(parsed(rendered(run)), "timings"))[1:]
     assert [line[0] for line in lines] == list(STAGES) and lines[2][1] == "2 h"
+
+
+def test_the_run_that_it_continues_is_told_as_such_and_is_no_stage(tmp_path: Path) -> None:
+    run = planted_run(tmp_path, last="baseline")
+    for number, stage in enumerate(("parent", "baseline")):
+        with run.publish(stage, number, "mark") as publication:
+            publication.result, publication.seconds = results("plain").get(stage, {"run": "first-run"}), 0.0
+    tree = parsed(rendered(run))
+    [line] = rows(part(tree, "timings"))[1:]
+    assert line[:2] == ["baseline", "taken over from first-run"]
+    [facts], [warning] = tree.all("p", class_="facts"), tree.all("p", class_="warning")
+    assert "continues first-run, started" in facts.text and "Done so far: baseline." in warning.text
+    assert list_runs(tmp_path)[0].stages == ("baseline",)
 
 
 def test_the_same_folder_gives_the_same_page(run: RunFolder) -> None:

@@ -19,11 +19,11 @@ from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.runs import folder
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
-from safesteer_lite.runs.manifest import manifest_bytes
+from safesteer_lite.runs.manifest import PARENT, manifest_bytes
 from safesteer_lite.shell.cli import main
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
-from safesteer_lite.stages.parent import PARENT, parent_of, settings_of_child, taken_over
+from safesteer_lite.stages.parent import parent_of, settings_of_child, taken_over
 from safesteer_lite.stages.reading import prepare_adapter
 from safesteer_lite.stages.session import Session
 from tests import planted
@@ -78,6 +78,7 @@ def test_it_tells_where_it_comes_from(child: RunFolder, planted_run: RunFolder) 
     assert told["stages"]["baseline"]["seconds"] == 0 and told["stages"]["distill"]["seconds"] > 0
     page = (child.path / "report.html").read_text(encoding="utf-8")
     assert f"the adapter of {name} (SHA-256 {planted.settings_of(child).parent.adapter[:12]}), after 8 steps" in page
+    assert f"<td>taken over from {name}</td>" in page and f"<td>{PARENT}</td>" not in page
     notes = [event.get("message", "") for event in planted.events_of(child.path)]
     assert f"Training goes on from the adapter of {name}, after 8 steps; the optimizer begins afresh." in notes
 
