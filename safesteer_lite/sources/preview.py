@@ -37,13 +37,13 @@ class Look:
     download_bytes: int
 
 
-def look(name: str, revision: str | None = None, *, has_template: bool = False) -> Look:
+def look(name: str, revision: str | None = None, *, template: str = "") -> Look:
     """Look at a local folder, at a GGUF file, at a preset's model (from public figures, without the network) or at a hub model.
 
     Args:
         name: a local folder, a GGUF file, `owner/name`, or the demo's model.
         revision: branch, tag or commit on the hub.
-        has_template: whether the user gives a chat template, so that a GGUF file need not have one.
+        template: the chat template that the user gives; empty where the model has to have one.
 
     Raises:
         ModelError: it is not there, may not be seen, or cannot be used; the hint says what to do.
@@ -54,12 +54,12 @@ def look(name: str, revision: str | None = None, *, has_template: bool = False) 
     if gguf := find_gguf(typed_path(name)):
         # Made a folder only when it is used: the header says how large the model is.
         file = open_gguf(gguf)
-        if not has_template:
+        if not template:
             file.require_template()
         licence = str(file.field("general.license") or "")
         return Look(name, shape_from_config(file.config().to_dict()), licence, False, 0)
     try:
-        base = resolve_model(name, revision, discard, download=False)
+        base = resolve_model(name, revision, discard, download=False, template=template)
     except ModelError:
         if Path(name).expanduser().exists() or not is_hub_id(name):
             raise

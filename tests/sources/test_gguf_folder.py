@@ -194,7 +194,7 @@ def test_a_template_that_the_user_gives_stands_in_for_a_missing_one(tmp_path: Pa
     write_gguf(tmp_path / "tiny.gguf", tiny_network(tied=True), template=None)
     with pytest.raises(ModelError, match="has no chat template"):
         look(str(tmp_path / "tiny.gguf"))
-    assert look(str(tmp_path / "tiny.gguf"), has_template=True).shape.layers == 2
+    assert look(str(tmp_path / "tiny.gguf"), template=TEMPLATE).shape.layers == 2
     base = resolve_model(str(tmp_path / "tiny.gguf"), None, discard, template=TEMPLATE)
     assert open_origin(str(tmp_path / "tiny.gguf"), base, discard).template == TEMPLATE
     assert AutoTokenizer.from_pretrained(base.words).chat_template == TEMPLATE

@@ -131,6 +131,13 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
     return settings
 
 
+def given_template(settings: RunConfig) -> str:
+    """The chat template that the settings name; empty for the model's own."""
+    from safesteer_lite.sources.words import read_template
+
+    return read_template(Path(settings.model.chat_template)) if settings.model.chat_template else ""
+
+
 def resolve(settings: RunConfig, emit: Emit, template: str | None = None) -> Base:
     """The base model that the settings name, fetched if need be.
 
@@ -142,10 +149,9 @@ def resolve(settings: RunConfig, emit: Emit, template: str | None = None) -> Bas
     from safesteer_lite.sources.base import open_base
     from safesteer_lite.sources.demo import DEMO, demo_model
     from safesteer_lite.sources.resolve import resolve_model
-    from safesteer_lite.sources.words import read_template
 
     if template is None:
-        template = read_template(Path(settings.model.chat_template)) if settings.model.chat_template else ""
+        template = given_template(settings)
     if settings.model.name == DEMO.name:
         return open_base(demo_model(emit), template)
     return resolve_model(settings.model.name, settings.model.revision or None, emit, template=template)

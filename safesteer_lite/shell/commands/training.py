@@ -16,6 +16,7 @@ from safesteer_lite.shell.commands.shared import (
     DEMO_PRESET,
     base_of_run,
     effort,
+    given_template,
     open_settings,
     resolve,
     run_settings,
@@ -189,7 +190,7 @@ def _start(options: argparse.Namespace, settings: RunConfig, earlier: RunFolder 
     PromptPlan(settings.prompts).check()
     emit = sink(options)
     emit(_of_recipe(settings))
-    _check_before_download(settings)
+    _check_before_download(settings, needs_source=earlier is None)
     base = resolve(settings, emit)
     settings = _with_thoughts(settings, base)
     taken, day = _reused(earlier, settings, base, emit) if earlier else ({}, date.today())
@@ -256,17 +257,21 @@ def _begin(
     from safesteer_lite.runs import folder as run_folders
     from safesteer_lite.sources.base import check_values
     from safesteer_lite.sources.hub import commit_of
-    from safesteer_lite.sources.origin import open_origin
+    from safesteer_lite.sources.origin import look_at_origin, open_origin
     from safesteer_lite.stages.export import rehearse_stage
     from safesteer_lite.stages.pipeline import STAGE_NAMES, origin
 
     decision = decision or require_fit(decide(settings.model, base.shape, Path.cwd(), Demand.of(settings)))
-    if settings.direction.source and "direction" not in taken:
-        open_origin(settings.direction.source, base, emit)
+    source = "" if "direction" in taken else settings.direction.source
+    if source:
+        look_at_origin(source, base.folder.name, base.shape, base.template)
     if base.size > _LARGE_BYTES:
         emit(Note("model", "Reading all weights once, to see that every value is a number."))
     check_values(base)
     rehearse_stage(settings, base, options.runs, day)
+    if source:
+        # The last that can fail, for it may be a download.
+        open_origin(source, base, emit)
     # Whatever the hub offers later, the run goes on with the commit that it began with.
     settings = replace(
         settings, model=replace(settings.model, revision=commit_of(base.folder) or settings.model.revision)
@@ -286,27 +291,33 @@ def _begin(
     return _work(options, settings, folder, base, decision, emit)
 
 
-def _check_before_download(settings: RunConfig) -> None:
-    """Refuse a model that does not fit by its config.json alone, before its weights are fetched or made of a GGUF file.
+def _check_before_download(settings: RunConfig, needs_source: bool) -> None:
+    """Refuse a model by its config.json alone, before its weights are fetched or made of a GGUF file.
+
+    Args:
+        settings: of the run.
+        needs_source: whether the model that the direction is found on is surely needed.
 
     Raises:
-        ModelError: it does not fit.
+        ModelError: it does not fit, or the model that the direction is found on does not go with it.
     """
     from safesteer_lite.hardware.backend import decide, require_fit
     from safesteer_lite.hardware.peaks import Demand
     from safesteer_lite.sources.gguf_file import find_gguf
+    from safesteer_lite.sources.origin import look_at_origin
     from safesteer_lite.sources.preview import look
 
     place = typed_path(settings.model.name)
     if place.is_dir() and not find_gguf(place):
         return
+    name, source, template = settings.model.name, settings.direction.source, given_template(settings)
     try:
-        found = look(
-            settings.model.name, settings.model.revision or None, has_template=bool(settings.model.chat_template)
-        )
+        found = look(name, settings.model.revision or None, template=template)
     except ModelError:
         return  # Whoever fetches it tells what is wrong with it.
     require_fit(decide(settings.model, found.shape, Path.cwd(), Demand.of(settings)))
+    if source and needs_source:
+        look_at_origin(source, name, found.shape, template)
 
 
 def _work(

@@ -15,6 +15,7 @@ from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, w
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.sources.origin import require_same_size
 from safesteer_lite.sources.preview import look
+from safesteer_lite.sources.words import read_template
 from safesteer_lite.text import typed_path
 
 INTERRUPTED = 130
@@ -124,10 +125,10 @@ def _origin(program: Program, settings: RunConfig) -> str:
     name = str(typed_path(place).resolve()) if typed_path(place).exists() else place
     if name == model.name:
         raise SafeSteerError("That is the model itself.", "Name the one that it was fine-tuned or changed from.")
-    has_template = bool(model.chat_template)
+    template = read_template(Path(model.chat_template)) if model.chat_template else ""
     with program.console.status("Looking at the model"):
-        found = look(name, has_template=has_template)
-        own = look(model.name, model.revision or None, has_template=has_template)
+        found = look(name, template=template)
+        own = look(model.name, model.revision or None, template=template)
     require_same_size(found.shape, place, own.shape, Path(model.name).name)
     if found.download_bytes:
         program.say(f"{format_bytes(found.download_bytes)} to download{', gated' if found.gated else ''}.")
