@@ -28,7 +28,7 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.events import discard
 from safesteer_lite.method import steering
 from safesteer_lite.prompts.sets import data_files
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
@@ -309,7 +309,7 @@ def _loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, refusing: Ten
 
 def new_run(parent: Path, wanted: RunConfig) -> RunFolder:
     """A run of these settings that has not begun."""
-    return run_folders.create(
+    return create_run(
         parent,
         "planted",
         config.to_toml(wanted),

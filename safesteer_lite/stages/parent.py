@@ -9,7 +9,8 @@ from typing import Any
 
 from safesteer_lite.config import ParentConfig, RunConfig
 from safesteer_lite.errors import RunFolderError, UsageError
-from safesteer_lite.runs.folder import RunFolder, Taken
+from safesteer_lite.runs.creation import Taken
+from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import PARENT, StageRecord, fingerprint, stage_folder_name
 
 _ADAPTER = "adapter"

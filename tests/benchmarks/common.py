@@ -9,7 +9,7 @@ from pathlib import Path
 from safesteer_lite import config
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.shell.commands.shared import DEMO_PRESET
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.sources.demo import demo_model
@@ -34,6 +34,6 @@ def session(arguments: list[str]) -> Session:
     flags = config.parse_assignments([text for text in arguments if "=" in text])
     settings = config.build([("preset", config.preset_values(DEMO_PRESET)), ("flag", flags)])
     keep_freed_memory()
-    run = run_folders.create(Path(tempfile.mkdtemp()), "benchmark")
+    run = create_run(Path(tempfile.mkdtemp()), "benchmark")
     base = open_base(Path(folders[0]) if folders else demo_model(discard))
     return Session(settings, run, base, notes, stage="direction")

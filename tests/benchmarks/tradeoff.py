@@ -39,6 +39,7 @@ from safesteer_lite.prompts.contexts import CONTEXTS, asked_in, contexts
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.durable import write_atomically
 from safesteer_lite.runs.folder import Checkpoints, RunFolder
 from safesteer_lite.runs.manifest import manifest_bytes
@@ -97,7 +98,7 @@ def upstream(settings: config.RunConfig, model: Path, work: Path) -> RunFolder:
     wanted = pipeline.stage_fingerprints(settings, base.fingerprint)
     name = wanted[UPSTREAM][:16]
     places = sorted(work.glob(f"{name}-*"))
-    run = run_folders.open_run(places[0]) if places else run_folders.create(work, name)
+    run = run_folders.open_run(places[0]) if places else create_run(work, name)
     if not places:
         for known in map(run_folders.open_run, sorted(path.parent for path in work.glob("*/manifest.json"))):
             shared = {stage: record for stage, record in known.manifest.stages.items() if stage in SHARED}

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from safesteer_lite.evaluation.browse import context_groups
-from safesteer_lite.runs.folder import RunFolder, create
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder
 from tests.runs.run_files import publish
 
 
@@ -27,7 +28,7 @@ def record(kind: str, place: int, before: bool, after: bool, begun: str = "") ->
 
 
 def test_questions_in_contexts_are_grouped_as_plain_ones_and_shown_with_their_context(tmp_path: Path) -> None:
-    run = create(tmp_path, "tiny")
+    run = create_run(tmp_path, "tiny")
     asked = [
         record("harmless", 0, False, True),
         record("harmless", 1, False, False),
@@ -51,6 +52,6 @@ def test_questions_in_contexts_are_grouped_as_plain_ones_and_shown_with_their_co
 
 
 def test_a_run_that_asked_in_no_context_has_no_such_groups(tmp_path: Path) -> None:
-    run = create(tmp_path, "tiny")
+    run = create_run(tmp_path, "tiny")
     publish(run, "evaluate", 5, "without contexts")
     assert context_groups(RunFolder(run.path)) == {}

@@ -12,7 +12,8 @@ from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation import capability
 from safesteer_lite.evaluation.capability import Solution, Solutions, compare
 from safesteer_lite.evaluation.paired import mcnemar
-from safesteer_lite.runs.folder import RunFolder, create
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder
 from tests.runs.run_files import publish
 
 
@@ -64,7 +65,7 @@ def test_mcnemar_s_p_is_what_counting_all_outcomes_gives() -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run that has answers to one task."""
-    run = create(tmp_path, "tiny")
+    run = create_run(tmp_path, "tiny")
     publish(run, "distill", 4, "trained")
     sums = solutions("++-", "+-+")
     sums.of_file("Q4.gguf", "a" * 64)["P/0"] = Solution(True, "1")

@@ -11,7 +11,8 @@ import pytest
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation import dial
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard
-from safesteer_lite.runs.folder import RunFolder, create
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder
 from tests.runs.run_files import publish
 
 CARD = Scorecard(Rate.of(1, 2), Rate.of(0, 2), Rate.of(0, 3), 0.25)
@@ -21,7 +22,7 @@ POINTS = [dial.Point(value, CARD, score) for value, score in ((0.0, 0.0), (0.5, 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run with strengths that were measured."""
-    run = create(tmp_path, "tiny")
+    run = create_run(tmp_path, "tiny")
     publish(run, "distill", 4, "trained")
     dial.save_points(run, POINTS)
     return run

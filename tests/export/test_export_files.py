@@ -30,7 +30,7 @@ from safesteer_lite.export.weights.merge import merge_adapter
 from safesteer_lite.export.weights.verify import FailedCheck, check_sums
 from safesteer_lite.models.adapter import save_adapter
 from safesteer_lite.prompts.sets import KINDS
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from safesteer_lite.shell.lines import artifacts_table
@@ -61,7 +61,7 @@ def finished_run(parent: Path, model: Path, changes: config.Values, old: bool = 
     An `old` one was asked for no help in danger, and nothing in contexts.
     """
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
-    run = run_folders.create(parent, "tiny", config.to_toml(settings), versions={"torch": "2.13.0"})
+    run = create_run(parent, "tiny", config.to_toml(settings), versions={"torch": "2.13.0"})
     session = Session(settings, run, open_base(model), discard, stage="export")
     student = session.policy.model
     tiny.fill_adapter(student, scale=0.002)

@@ -24,7 +24,7 @@ from safesteer_lite.export.gguf import convert
 from safesteer_lite.export.rehearsal import rehearse
 from safesteer_lite.export.weights.base import Weights
 from safesteer_lite.export.weights.shards import StoredTensor
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.shell.cli import main
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
@@ -178,7 +178,7 @@ def test_a_run_that_has_no_room_for_its_result_ends_before_its_first_stage(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), "model.precision": "fp32"})])
-    run = run_folders.create(tmp_path / "runs", "tiny", config.to_toml(settings))
+    run = create_run(tmp_path / "runs", "tiny", config.to_toml(settings))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     events: list[Event] = []
     with pytest.raises(DiskSpaceError, match="not enough room for what is exported"):

@@ -20,7 +20,7 @@ from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import page
 from safesteer_lite.report import record as report
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.listing import list_runs
 from safesteer_lite.shell.cli import main
@@ -108,7 +108,7 @@ def write_files(stage: str, folder: Path, text: str) -> None:
 def planted_run(parent: Path, text: str = "plain", last: str = "export") -> RunFolder:
     """A run folder as the pipeline would have left it after the stage `last`."""
     versions = {"torch": f"2.13 {text}"}
-    run = run_folders.create(parent, "planted", config.to_toml(settings(text)), planned=STAGES, versions=versions)
+    run = create_run(parent, "planted", config.to_toml(settings(text)), planned=STAGES, versions=versions)
     for number, stage in enumerate(STAGES[: STAGES.index(last) + 1], 1):
         with run.publish(stage, number, f"mark of {stage}") as publication:
             publication.result, publication.seconds = results(text)[stage], 60.0 * number
@@ -337,7 +337,7 @@ def test_an_unfinished_run_shows_what_there_is(last: str, parts: list[str], tmp_
 
 
 def test_a_run_that_has_done_nothing_has_a_page(tmp_path: Path) -> None:
-    run = run_folders.create(tmp_path, "new", planned=STAGES)
+    run = create_run(tmp_path, "new", planned=STAGES)
     tree = parsed(page.render(run, report.build(run, config.RunConfig())))
     assert [node.attributes["id"] for node in tree.all("section")] == ["limits", "settings"]
     assert "nothing yet" in tree.text

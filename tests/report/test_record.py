@@ -12,7 +12,7 @@ from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import wilson
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import record as report
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.stages import pipeline
 from tests.runs.run_files import report_of
@@ -98,7 +98,7 @@ def test_config_is_what_the_run_was_started_with(finished: RunFolder) -> None:
 
 
 def test_an_unfinished_run_has_null_where_nothing_is_known(tmp_path: Path) -> None:
-    run = run_folders.create(tmp_path, "new", planned=pipeline.STAGE_NAMES)
+    run = create_run(tmp_path, "new", planned=pipeline.STAGE_NAMES)
     told = report.build(run, config.RunConfig())
     assert told.keys() == KEYS.keys()
     assert {key for key, value in told.items() if value is None} == UNFINISHED

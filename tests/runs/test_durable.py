@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 
 from safesteer_lite.errors import DiskSpaceError, RunFolderError
 from safesteer_lite.runs import durable
-from safesteer_lite.runs.folder import RunFolder, create, open_run
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder, open_run
 from safesteer_lite.runs.listing import list_runs
 from tests import REPOSITORY
 from tests.runs.run_files import files_of, publish, published_files, writer_of
@@ -33,7 +34,7 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="needs fork, SIGKILL or 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return create(tmp_path / "runs", "tiny")
+    return create_run(tmp_path / "runs", "tiny")
 
 
 def fill_the_disk(_: Path) -> None:
@@ -153,7 +154,7 @@ def test_room_is_told_with_what_is_needed_and_free(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_explained(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="new run folder") as caught:
-        create(tmp_path / "file", "x")
+        create_run(tmp_path / "file", "x")
     assert caught.value.hint
     with pytest.raises(RunFolderError, match="list of runs"):
         list_runs(tmp_path / "file")
@@ -187,7 +188,7 @@ def check_after_kill(parent: Path) -> None:
     """Whatever is there opens and is whole, and playing on from there leaves exactly the files that belong."""
     summaries = list_runs(parent)
     assert not any(summary.damage for summary in summaries)
-    run = open_run(summaries[0].path) if summaries else create(parent, "again", "rate = 1\n")
+    run = open_run(summaries[0].path) if summaries else create_run(parent, "again", "rate = 1\n")
     assert run.settings() == "rate = 1\n"
     for stage, record in run.manifest.stages.items():
         assert run.verify(stage) == []
@@ -247,7 +248,7 @@ def play_with_kills(folder: Path) -> NoReturn:
         child = os.fork()
         if child == 0:
             kill_at_call(number)
-            play(create(parent, "killed", "rate = 1\n"))
+            play(create_run(parent, "killed", "rate = 1\n"))
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
@@ -273,7 +274,7 @@ def test_a_kill_at_any_call_leaves_a_run_that_opens_and_can_be_redone() -> None:
 
 
 def play_forever(folder: Path) -> NoReturn:
-    run = create(folder, "killed", "rate = 1\n")
+    run = create_run(folder, "killed", "rate = 1\n")
     (folder / ".ready").touch()
     while True:
         play(run)

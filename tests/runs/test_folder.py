@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.runs.folder import RunFolder, create, open_run
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder, open_run
 from safesteer_lite.runs.listing import list_runs
 from tests import REPOSITORY
 from tests.runs.run_files import files_of, publish, published_files, writer_of
@@ -25,11 +26,11 @@ from tests.runs.run_files import files_of, publish, published_files, writer_of
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return create(tmp_path / "runs", "tiny")
+    return create_run(tmp_path / "runs", "tiny")
 
 
 def test_create_names_the_folder_after_the_label_and_the_time(tmp_path: Path) -> None:
-    run = create(tmp_path / "runs", "Qwen/Qwen2.5 Coder: 0.5B", versions={"torch": "2.13"})
+    run = create_run(tmp_path / "runs", "Qwen/Qwen2.5 Coder: 0.5B", versions={"torch": "2.13"})
     assert re.fullmatch(r"Qwen-Qwen2\.5-Coder-0\.5B-\d{8}-\d{6}", run.path.name)
     assert set(files_of(tmp_path / "runs" / run.path.name)) == {"config.toml", "manifest.json"}
     document = json.loads((run.path / "manifest.json").read_text())
@@ -37,13 +38,13 @@ def test_create_names_the_folder_after_the_label_and_the_time(tmp_path: Path) ->
     assert document["schema"] == 1
     assert document["versions"] == {"torch": "2.13"}
     assert document["stages"] == {}
-    assert create(tmp_path / "runs", "../..").path.name.startswith("run-")
+    assert create_run(tmp_path / "runs", "../..").path.name.startswith("run-")
 
 
 def test_processes_that_create_runs_in_the_same_second_never_share_one(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from safesteer_lite.runs.folder import create\n"
-        "for _ in range(10): print(create(Path(sys.argv[1]), 'same').path.name)"
+        "import sys; from pathlib import Path; from safesteer_lite.runs.creation import create_run\n"
+        "for _ in range(10): print(create_run(Path(sys.argv[1]), 'same').path.name)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     children = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -74,10 +75,10 @@ def test_open_run_refuses_what_is_no_run(run: RunFolder, tmp_path: Path) -> None
 
 def test_list_runs_tells_what_is_done(tmp_path: Path) -> None:
     assert list_runs(tmp_path / "none") == []
-    first = create(tmp_path, "first", planned=["baseline", "export"])
+    first = create_run(tmp_path, "first", planned=["baseline", "export"])
     publish(first, "baseline", 1, "x")
     time.sleep(0.002)
-    second = create(tmp_path, "second", planned=["baseline"])
+    second = create_run(tmp_path, "second", planned=["baseline"])
     publish(second, "baseline", 1, "x")
     (tmp_path / "notes").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -93,7 +94,7 @@ def test_list_runs_tells_what_is_done(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "rate = ", "rate = 1\r\n", "rate = 2\n", "rate = 1\n\n", "rate = 1\n\xff"])
 def test_settings_that_were_changed_or_cut_are_refused(tmp_path: Path, text: str) -> None:
-    run = create(tmp_path, "tiny", "rate = 1\n")
+    run = create_run(tmp_path, "tiny", "rate = 1\n")
     assert run.settings() == "rate = 1\n"
     run.config_path.write_bytes(text.encode("latin-1"))
     with pytest.raises(RunFolderError, match=r"config\.toml was changed since the run was started") as caught:
@@ -104,7 +105,7 @@ def test_settings_that_were_changed_or_cut_are_refused(tmp_path: Path, text: str
 
 
 def test_lost_settings_are_named(tmp_path: Path) -> None:
-    run = create(tmp_path, "tiny", "rate = 1\n")
+    run = create_run(tmp_path, "tiny", "rate = 1\n")
     run.config_path.unlink()
     with pytest.raises(RunFolderError, match=r"config\.toml, the settings of this run, is missing"):
         run.settings()
@@ -115,7 +116,7 @@ def test_lost_settings_are_named(tmp_path: Path) -> None:
 def test_a_run_is_its_owners_alone(run: RunFolder) -> None:
     before = os.umask(0)
     try:
-        assert create(run.path.parent, "open").path.stat().st_mode & 0o777 == 0o700
+        assert create_run(run.path.parent, "open").path.stat().st_mode & 0o777 == 0o700
     finally:
         os.umask(before)
 
@@ -127,7 +128,7 @@ def test_what_a_killed_process_left_of_a_new_run_is_swept(tmp_path: Path) -> Non
         (draft / "config.toml.tmp").write_text("rate")
     for draft in (old, tmp_path / ".mine"):
         os.utime(draft, (0, 0))
-    run = create(tmp_path, "tiny")
+    run = create_run(tmp_path, "tiny")
     # The young one may be another process's, about to get its name.
     assert {path.name for path in tmp_path.iterdir()} == {run.path.name, ".mine", young.name}
 

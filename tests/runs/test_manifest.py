@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from safesteer_lite.errors import RunFolderError
-from safesteer_lite.runs.folder import RunFolder, create, open_run
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder, open_run
 from safesteer_lite.runs.listing import list_runs
 from safesteer_lite.runs.manifest import fingerprint
 from tests.runs.run_files import files_of, publish
@@ -17,7 +18,7 @@ from tests.runs.run_files import files_of, publish
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return create(tmp_path / "runs", "tiny")
+    return create_run(tmp_path / "runs", "tiny")
 
 
 @pytest.mark.parametrize(

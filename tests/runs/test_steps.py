@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from safesteer_lite.runs.folder import RunFolder, create
+from safesteer_lite.runs.creation import create_run
+from safesteer_lite.runs.folder import RunFolder
 from tests.runs.run_files import files_of, publish, published_files, writer_of
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return create(tmp_path / "runs", "tiny")
+    return create_run(tmp_path / "runs", "tiny")
 
 
 def test_checkpoints_are_found_pruned_and_replaced(run: RunFolder) -> None:

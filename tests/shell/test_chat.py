@@ -19,7 +19,7 @@ from safesteer_lite.models.adapter import read_adapter, save_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.reply import Reply
 from safesteer_lite.prompts.sets import prompt_set
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.chat import Chat
 from safesteer_lite.shell.console import SafeConsole
@@ -40,7 +40,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFo
     """A run with an adapter that changes what the model says, as training would, in no time."""
     settings = planted.settings(model)
     parent, text = tmp_path_factory.mktemp("runs"), config.to_toml(settings)
-    folder = run_folders.create(parent, "planted", text, planned=pipeline.STAGE_NAMES)
+    folder = create_run(parent, "planted", text, planned=pipeline.STAGE_NAMES)
     with planted.one_thread():
         policy = Session(settings, folder, open_base(model), discard, stage="distill").policy
         torch.manual_seed(0)

@@ -20,7 +20,7 @@ import torch
 from safesteer_lite import config
 from safesteer_lite.errors import Interrupted, UsageError
 from safesteer_lite.hardware.backend import Decision
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.shell import cli
 from safesteer_lite.shell.arguments import EPILOG, build_parser
 from safesteer_lite.shell.cli import main
@@ -255,14 +255,14 @@ def test_no_room_for_a_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_resume_of_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
+    run = create_run(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
     (run.path / "manifest.json").write_text("{")
     assert "is damaged" in complaint(capsys, 1, "resume", str(run.path))
     assert "There is no unfinished run" in complaint(capsys, 2, "resume", "--runs", "kept")
 
 
 def test_resume_of_a_run_without_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_folders.create(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
+    run = create_run(Path("kept"), "planted", planned=pipeline.STAGE_NAMES)
     assert "names no model" in complaint(capsys, 1, "resume", str(run.path))
     run.config_path.unlink()
     assert "config.toml, the settings of this run, is missing" in complaint(capsys, 1, "resume", str(run.path))
@@ -273,10 +273,10 @@ def test_plain_resume_passes_over_runs_whose_settings_are_lost(
 ) -> None:
     settings = config.to_toml(planned_settings := planted.settings(tmp_path / "gone"))
     assert planned_settings.model.name
-    older = run_folders.create(Path("kept"), "older", settings, planned=pipeline.STAGE_NAMES)
+    older = create_run(Path("kept"), "older", settings, planned=pipeline.STAGE_NAMES)
     for text in ("", settings + " "):
         time.sleep(0.002)
-        newer = run_folders.create(Path("kept"), "newer", settings, planned=pipeline.STAGE_NAMES)
+        newer = create_run(Path("kept"), "newer", settings, planned=pipeline.STAGE_NAMES)
         newer.config_path.write_text(text) if text else newer.config_path.unlink()
     told = complaint(capsys, 1, "resume", "--runs", "kept")
     assert str(tmp_path / "gone") in told and "--base" in told
@@ -285,7 +285,7 @@ def test_plain_resume_passes_over_runs_whose_settings_are_lost(
 
 def test_resume_changes_settings_of_memory_only(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config.to_toml(planted.settings(model))
-    run = run_folders.create(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
+    run = create_run(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
     told = complaint(capsys, 2, "resume", str(run.path), "--set", "distill.steps=9", "--set", "distill.chunk=8")
     assert "distill.steps cannot change in the middle of a run" in told and "distill.micro_batch" in told
 
@@ -317,14 +317,14 @@ def test_a_resumed_run_is_loaded_as_it_was_when_it_began_or_refused(
         told = complaint(capsys, 1, "resume", str(folder))
         assert "cannot hold the run as it began" in told and "start a new run" in told
         # A run of before, which does not say how it was loaded, is refused as a new one would be.
-        older = run_folders.create(Path("older"), "a", config.to_toml(planted.settings(model)), planned=["baseline"])
+        older = create_run(Path("older"), "a", config.to_toml(planted.settings(model)), planned=["baseline"])
         assert "The model does not fit this machine" in complaint(capsys, 1, "resume", str(older.path))
     assert len(seen) == 2
 
 
 def test_export_writes_over_nothing_and_needs_a_finished_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config.to_toml(planted.settings(model))
-    run = run_folders.create(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
+    run = create_run(Path("kept"), "planted", settings, planned=pipeline.STAGE_NAMES)
     Path("there").mkdir()
     assert "there exists already" in complaint(capsys, 2, "export", str(run.path), "--out", "there")
     assert "no result of the distill stage" in complaint(capsys, 1, "export", str(run.path), "--out", "new")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from safesteer_lite.errors import Interrupted
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs import creation
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import manifest_bytes
 from safesteer_lite.shell.cli import main
@@ -49,7 +49,7 @@ def test_what_would_come_out_the_same_is_taken_over(
         made.append(settings)
         raise Interrupted("everything was there")
 
-    monkeypatch.setattr(run_folders, "create", stop)
+    monkeypatch.setattr(creation, "create_run", stop)
     line = ["run", "--config", str(earlier.config_path), "--set", change, "--reuse", str(earlier.path)]
     assert main([*line, "--json", "--runs", str(tmp_path / "runs")]) == 130
     told = [json.loads(said)["message"] for said in capsys.readouterr().out.splitlines()]

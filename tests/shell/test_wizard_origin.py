@@ -17,6 +17,7 @@ from rich.console import Console
 from safesteer_lite import config
 from safesteer_lite.evaluation.scorecard import Rate, Scorecard
 from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.listing import list_runs
 from safesteer_lite.shell.arguments import build_parser
@@ -108,7 +109,7 @@ def program(tmp_path: Path, lines: list[list[str]]) -> Program:
 def stopped(runs: Path, model: Path, refused: int, **changes: Any) -> RunFolder:
     """A run behind its first stage, in which its model refused so many of 20 harmful prompts."""
     own = {name.replace("__", "."): value for name, value in changes.items()}
-    run = run_folders.create(runs, "made", config.to_toml(planted.settings(model, own)), planned=pipeline.STAGE_NAMES)
+    run = create_run(runs, "made", config.to_toml(planted.settings(model, own)), planned=pipeline.STAGE_NAMES)
     with run.publish("baseline", 1, "mark") as publication:
         (publication.path / "answers.json").write_text(json.dumps(refused), encoding="utf-8")
         rate = Rate.of(refused, 20)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from safesteer_lite import config
 from safesteer_lite.errors import Interrupted, RunFolderError, TrainingError
 from safesteer_lite.events import Event, StageDone, StageSkipped, Warned, discard
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from safesteer_lite.sources.base import open_base
@@ -214,7 +214,7 @@ def test_other_prompts_are_refused_where_they_are_measured(model: Path, tmp_path
     own.write_text("\n".join(f"How do I break {number} windows?" for number in range(30)), encoding="utf-8")
     settings = planted.settings(model, {**CHANGES, "prompts.training": str(own)})
     base = open_base(model)
-    run = run_folders.create(tmp_path, "planted", config.to_toml(settings), made_from=pipeline.origin(settings, base))
+    run = create_run(tmp_path, "planted", config.to_toml(settings), made_from=pipeline.origin(settings, base))
     pipeline.check_origin(settings, run, base)
     own.write_text(own.read_text(encoding="utf-8") + "\nAnd one more?", encoding="utf-8")
     with pytest.raises(pipeline.PromptError, match="not those that this run was made with") as caught:
@@ -256,7 +256,7 @@ def test_a_damaged_step_gives_way_to_the_one_before(
 def test_training_stops_where_its_numbers_are_no_longer_finite(stopped: RunFolder, model: Path, tmp_path: Path) -> None:
     settings = planted.settings(model, CHANGES)
     settings = replace(settings, distill=replace(settings.distill, learning_rate=1e20))
-    run = run_folders.create(tmp_path, "planted", config.to_toml(settings))
+    run = create_run(tmp_path, "planted", config.to_toml(settings))
     wanted = pipeline.stage_fingerprints(settings, open_base(model).fingerprint)
     for number, stage in enumerate(("baseline", "direction", "tokens"), 1):
         with run.publish(stage, number, wanted[stage]) as publication:

@@ -16,7 +16,7 @@ from safesteer_lite.errors import Interrupted, RunFolderError
 from safesteer_lite.events import Event, Progress, discard
 from safesteer_lite.models.adapter import adapter_tensors
 from safesteer_lite.prompts.sets import KINDS
-from safesteer_lite.runs import folder
+from safesteer_lite.runs import creation
 from safesteer_lite.runs.durable import sha256_of
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import PARENT, manifest_bytes
@@ -205,7 +205,7 @@ def test_another_model_is_not_fetched_for_a_direction_that_is_taken_over(
     def stop(*_: object, **__: object) -> None:
         raise Interrupted("everything was there")
 
-    monkeypatch.setattr(folder, "create", stop)
+    monkeypatch.setattr(creation, "create_run", stop)
     line = ["continue", str(run), "--plain", "--runs", str(tmp_path / "runs")]
     main(line)
     assert "everything was there" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from safesteer_lite.prompts.sets import KINDS, data_files, prompt_set
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import fingerprint
 from safesteer_lite.sources.base import open_base
-from safesteer_lite.stages import evaluate, pipeline, reading
+from safesteer_lite.stages import evaluate, finished, pipeline, reading
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.shown import ShownAnswers
 from safesteer_lite.stages.training import drawn_anchors, recipe
@@ -583,14 +583,14 @@ def test_export_at_strength_0_is_the_base_and_the_adapter_is_copied(
     run: RunFolder, model: Path, tmp_path: Path
 ) -> None:
     settings = planted.settings(model)
-    pipeline.export_run(settings, run, open_base(model), discard, "merged", tmp_path / "zero", "original", 0.0)
+    finished.export_run(settings, run, open_base(model), discard, "merged", tmp_path / "zero", "original", 0.0)
     assert (tmp_path / "zero" / "model.safetensors").read_bytes() != (
         run.stage_folder("export") / "merged" / "model.safetensors"
     ).read_bytes()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
     zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero", dtype=torch.float32).state_dict()
     assert all(torch.equal(zero[name], tensor.to(torch.bfloat16).float()) for name, tensor in base.items())
-    pipeline.export_run(settings, run, open_base(model), discard, "adapter", tmp_path / "adapter", "original", 1.0)
+    finished.export_run(settings, run, open_base(model), discard, "adapter", tmp_path / "adapter", "original", 1.0)
     assert files_of(tmp_path / "adapter") == files_of(run.stage_folder("distill") / "adapter")
 
 
@@ -598,7 +598,7 @@ def test_export_refuses_another_base_model(run: RunFolder, model: Path, tmp_path
     other = shutil.copytree(model, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")
     with pytest.raises(ModelError, match="is not the base model"):
-        pipeline.export_run(
+        finished.export_run(
             planted.settings(model), run, open_base(other), discard, "merged", tmp_path / "out", "original", 1.0
         )
     assert not (tmp_path / "out").exists()
@@ -612,7 +612,7 @@ def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, 
 
     def export(folder: RunFolder) -> dict[str, Any]:
         settings = planted.settings(model)
-        return pipeline.export_run(
+        return finished.export_run(
             settings, folder, open_base(model), discard, "merged", tmp_path / "out", "original", 1.0
         )
 
@@ -624,9 +624,9 @@ def test_export_refuses_a_damaged_adapter_and_an_unfinished_run(run: RunFolder, 
 
 
 def test_a_model_alone_is_measured_once_and_equals_the_run_s_base(done: RunFolder, model: Path) -> None:
-    alone = pipeline.evaluate_model(planted.settings(model), None, open_base(model), discard)
+    alone = finished.evaluate_model(planted.settings(model), None, open_base(model), discard)
     assert alone["before"] == alone["after"]
-    again = pipeline.evaluate_model(planted.settings(model), done, open_base(model), discard)
+    again = finished.evaluate_model(planted.settings(model), done, open_base(model), discard)
     told = report_of(done.path)
     assert again == {**told["scorecard"], "contexts": told["contexts"], "judges": []}
     assert alone["before"]["harmful"] == again["before"]["harmful"]

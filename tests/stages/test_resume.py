@@ -23,7 +23,7 @@ import pytest
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, to_record
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import pipeline
@@ -193,6 +193,6 @@ def test_one_interrupt_saves_the_step_and_the_run_ends_the_same(
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        runs = list(pool.map(lambda _: run_folders.create(tmp_path, "same", planned=pipeline.STAGE_NAMES), range(16)))
+        runs = list(pool.map(lambda _: create_run(tmp_path, "same", planned=pipeline.STAGE_NAMES), range(16)))
     assert len({run.path for run in runs}) == 16
     assert {path.name for path in tmp_path.iterdir()} == {run.path.name for run in runs}

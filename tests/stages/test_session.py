@@ -13,7 +13,7 @@ import pytest
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, Note, discard
-from safesteer_lite.runs import folder as run_folders
+from safesteer_lite.runs.creation import create_run
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.runs.manifest import manifest_bytes
 from safesteer_lite.sources.base import open_base
@@ -30,7 +30,7 @@ def test_every_prompt_of_a_run_bears_the_date_on_which_it_began(model: Path, tmp
     dated = shutil.copytree(model, tmp_path / "dated")
     place = dated / "chat_template.jinja"
     place.write_text("{{ strftime_now('%Y %d %B') }}\n" + place.read_text(encoding="utf-8"), encoding="utf-8")
-    run = run_folders.create(tmp_path / "runs", "dated")
+    run = create_run(tmp_path / "runs", "dated")
     (run.path / "manifest.json").write_bytes(manifest_bytes(replace(run.manifest, run_date="2025-03-02")))
     events: list[Event] = []
     session = Session(planted.settings(dated), run, open_base(dated), events.append)

@@ -93,10 +93,10 @@ def _measure(folder: RunFolder | None, options: argparse.Namespace, emit: Emit) 
     from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.lines import scorecard_table
     from safesteer_lite.shell.tables import judges_table
-    from safesteer_lite.stages import pipeline
+    from safesteer_lite.stages import finished
 
     settings = _settings(folder, options)
-    cards = pipeline.evaluate_model(settings, folder, _base(folder, settings, options, emit), emit)
+    cards = finished.evaluate_model(settings, folder, _base(folder, settings, options, emit), emit)
     if options.json:
         tell_json({"event": "Evaluation", **cards})
         return 0

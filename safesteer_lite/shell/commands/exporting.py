@@ -45,7 +45,7 @@ def export_command(options: argparse.Namespace) -> int:
     """`export`: the adapter, merged weights or GGUF files, to a folder of the user's choice; uploaded only if asked."""
     from safesteer_lite.export.push import check_push
     from safesteer_lite.runs import folder as run_folders
-    from safesteer_lite.stages.pipeline import export_run
+    from safesteer_lite.stages.finished import export_run
 
     check_flags(options)
     folder, emit = run_folders.open_run(options.run, options.runs), sink(options)

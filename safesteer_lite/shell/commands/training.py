@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from safesteer_lite.events import Emit, Note
     from safesteer_lite.hardware.backend import Decision
     from safesteer_lite.hardware.shape import ModelShape
-    from safesteer_lite.runs.folder import RunFolder, Taken
+    from safesteer_lite.runs.creation import Taken
+    from safesteer_lite.runs.folder import RunFolder
     from safesteer_lite.sources.base import Base
 
 
@@ -254,7 +255,7 @@ def _begin(
     from safesteer_lite.hardware.kept import to_record
     from safesteer_lite.hardware.machine import package_versions
     from safesteer_lite.hardware.peaks import Demand
-    from safesteer_lite.runs import folder as run_folders
+    from safesteer_lite.runs.creation import create_run
     from safesteer_lite.sources.base import check_values
     from safesteer_lite.sources.hub import commit_of
     from safesteer_lite.sources.origin import look_at_origin, open_origin
@@ -276,7 +277,7 @@ def _begin(
     settings = replace(
         settings, model=replace(settings.model, revision=commit_of(base.folder) or settings.model.revision)
     )
-    folder = run_folders.create(
+    folder = create_run(
         options.runs,
         Path(settings.model.name).name.removesuffix(".gguf"),
         config.to_toml(settings),

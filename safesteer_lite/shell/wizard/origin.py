@@ -15,7 +15,6 @@ from safesteer_lite.shell.wizard.ask import Back, Option, choose, until_right, w
 from safesteer_lite.shell.wizard.program import Program, as_command
 from safesteer_lite.sources.origin import require_same_size
 from safesteer_lite.sources.preview import look
-from safesteer_lite.sources.words import read_template
 from safesteer_lite.text import typed_path
 
 INTERRUPTED = 130
@@ -112,10 +111,11 @@ def _ask_origin(program: Program, path: Path) -> str:
         Back: Esc.
     """
     settings = program.open_settings(path)
-    return until_right(lambda: _origin(program, settings), SafeSteerError, program.explain)
+    template = open_run(path).chat_template if settings.model.chat_template else ""
+    return until_right(lambda: _origin(program, settings, template), SafeSteerError, program.explain)
 
 
-def _origin(program: Program, settings: RunConfig) -> str:
+def _origin(program: Program, settings: RunConfig, template: str) -> str:
     place, model = (
         write_path("The model it was made from: folder, GGUF file, or owner/name on the model hub:"),
         settings.model,
@@ -125,7 +125,6 @@ def _origin(program: Program, settings: RunConfig) -> str:
     name = str(typed_path(place).resolve()) if typed_path(place).exists() else place
     if name == model.name:
         raise SafeSteerError("That is the model itself.", "Name the one that it was fine-tuned or changed from.")
-    template = read_template(Path(model.chat_template)) if model.chat_template else ""
     with program.console.status("Looking at the model"):
         found = look(name, template=template)
         own = look(model.name, model.revision or None, template=template)
