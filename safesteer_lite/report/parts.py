@@ -215,9 +215,9 @@ def timings(source: Source) -> Markup | None:
 
 
 def _time(seconds: float, longest: float, source: Source) -> Markup | str:
-    """What a stage took; nothing where its result is the parent's."""
-    if source.parent and not seconds:
-        return f"taken over from {source.parent['run']}"
+    """What a stage took; nothing where its result is another run's."""
+    if not seconds:
+        return f"taken over from {source.parent['run']}" if source.parent else "taken over from another run"
     return join([bar(seconds / longest), unbroken(format_duration(seconds))])
 
 

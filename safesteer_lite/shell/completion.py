@@ -36,6 +36,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         "--direction-from": model,
         "model": model,
         "run": run,
+        "RUN": run,
         "target": _places("targets", _RUNS, _GGUF),
         "folder": shtab.DIRECTORY,
         "name": shtab.cmd(presets),

@@ -373,6 +373,14 @@ def test_the_run_that_it_continues_is_told_as_such_and_is_no_stage(tmp_path: Pat
     assert list_runs(tmp_path)[0].stages == ("baseline",)
 
 
+def test_what_was_taken_over_took_no_time(tmp_path: Path) -> None:
+    run = planted_run(tmp_path, last="direction")
+    with run.publish("baseline", 1, "mark") as publication:
+        publication.result, publication.seconds = results("plain")["baseline"], 0.0
+    lines = rows(part(parsed(rendered(run)), "timings"))[1:]
+    assert [line[1] for line in lines] == ["taken over from another run", "2 min"]
+
+
 def test_the_same_folder_gives_the_same_page(run: RunFolder) -> None:
     record = report.write(run, settings("plain"))
     before = (run.path / "report.html").read_bytes()

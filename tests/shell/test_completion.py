@@ -32,6 +32,7 @@ TYPED: list[tuple[str, set[str], set[str]]] = [
     ("run qw", {"qwen3-4b", "qwen2.5-7b"}, {"llama-3-8b"}),
     ("run my", {"my-model", "my.gguf"}, {"my-run", "my.toml"}),
     ("run --direction-from my", {"my-model", "my.gguf"}, {"my-run", "my.toml"}),
+    ("run --reuse my", {"my-run"}, {"my.gguf", "my.toml"}),
     ("demo --model my", {"my-model", "my.gguf"}, {"my-run", "my.toml"}),
     ("eval my", {"my-run", "my-model", "my.gguf"}, {"my.toml"}),
     ("eval a --judge-model my", {"my-model"}, {"my.gguf"}),
