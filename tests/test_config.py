@@ -89,7 +89,7 @@ def test_every_problem_is_told_at_once_with_where_it_comes_from() -> None:
         ("flag", {"distill.rank": "many", "tokens.horizon": "1"}),
     )
     assert problems == [
-        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.twins, distill.contexts.",
+        "a.toml: there is no setting 'distill.step'; near it: distill.steps, distill.twins, distill.begun.",
         "a.toml: model.precision: expected one of nf4, bf16, fp32, got 'int8'.",
         "flag: distill.rank: expected a whole number, got 'many'.",
         "flag: tokens.horizon: must be from 2 to 512, got '1'.",

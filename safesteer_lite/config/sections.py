@@ -14,7 +14,7 @@ ContextName = Literal["system", "turns", "role", "agreed", "steps"]
 """Ways of asking a prompt besides asking it plainly (`prompts/contexts.py`)."""
 Thinking = Literal["auto", "off", "on"]
 """Whether a model thinks before it answers; `auto` is off wherever its chat template can leave thoughts out."""
-_OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k")
+_OBJECTIVES = ("paper", "generalized", "rest-bucket", "full", "top-k", "forward")
 _expert = partial(setting, expert=True)
 
 _PROMPTS = Bounds(1, 100_000)
@@ -180,6 +180,13 @@ class DistillConfig:
         "docs/method.md, anchors",
         bounds=Bounds(0, 1),
     )
+    begun: int = _expert(
+        0,
+        "harmful prompts a step whose answer was begun; 0 is the paper",
+        "docs/method.md, begun answers",
+        bounds=Bounds(0, 10_000),
+    )
+    begun_weight: float = _expert(0.15, "factor on their loss", "docs/method.md, begun answers", bounds=_FACTOR)
     anchor_objective: str = _expert("rest-bucket", "loss on anchors", "docs/method.md, safety tokens", _OBJECTIVES)
     anchor_weight: float = _expert(16.0, "factor on their loss", "docs/method.md, anchors", bounds=_FACTOR)
     score_weight: float = _expert(

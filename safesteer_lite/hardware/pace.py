@@ -119,7 +119,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection
     voting = sets.direction + sets.selection if tokens.voters == "harmless" else sets.train
     voted = _continued(voting * tokens.samples, tokens.horizon) + _continued(sets.selection, SHARE_PLACES)
-    rows = distill.prompts * distill.rollouts + distill.anchors
+    rows = distill.prompts * distill.rollouts + distill.anchors + distill.begun
     trained = Work(trained=rows * (PROMPT_TOKENS + distill.completion_tokens))
     reads_answered = distill.reading == "discriminant" and distill.reading_prompts == "answered"
     answered = (sets.train if training is None else training) + sets.direction if reads_answered else 0

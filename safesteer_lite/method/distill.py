@@ -48,6 +48,9 @@ class Recipe:
         gradient_clip: largest norm of the gradient.
         micro_batch: rollouts a forward; halved by itself when memory runs out.
         chunk: positions whose logits exist at a time.
+        begun: harmful prompts a step whose answer was begun with a yes, on which the student learns the teacher's own answer to
+            the prompt without that beginning; 0 is the paper.
+        begun_weight: factor on their loss.
         seed: of prompt order and rollouts.
         earlier: steps that were done before the first of these, in another run, and whose random choices are not made again.
     """
@@ -72,6 +75,8 @@ class Recipe:
     chunk: int
     seed: int
     earlier: int = 0
+    begun: int = 0
+    begun_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class StepResult:
         step: number of finished steps.
         loss: on harmful rollouts, nats.
         anchor_loss: on anchor rollouts before weighting, nats; nan without anchors.
+        begun_loss: where answers were begun, before weighting, nats; None without such prompts.
         gradient_norm: before clipping.
         learning_rate: used in this step.
         tokens: completion tokens trained on.
@@ -94,6 +100,7 @@ class StepResult:
     step: int
     loss: float
     anchor_loss: float
+    begun_loss: float | None
     gradient_norm: float
     learning_rate: float
     tokens: int
@@ -141,6 +148,7 @@ class Distillation:
         recipe: Recipe,
         refusal_tokens: Tensor | None = None,
         taught: Sequence[Batch] | None = None,
+        begun: Sequence[Batch] = (),
     ) -> None:
         """Prepare to train.
 
@@ -153,8 +161,9 @@ class Distillation:
             recipe: how.
             refusal_tokens: (n,) int64, tokens that open a refusal; needed where the recipe has a score weight.
             taught: the training prompts as the teacher reads them, in the same order; None where it reads them as they are.
+            begun: the training prompts with the answer begun, in the same order; may be empty where the recipe has none.
         """
-        self.taught = taught
+        self.taught, self.begun = taught, begun
         self.model, self.steer, self.recipe = model, steer, recipe
         self.safety_tokens = safety_tokens.to(model.device)
         self.refusal_tokens = refusal_tokens
@@ -179,15 +188,25 @@ class Distillation:
             anchors = pad_left([self.harmless[index] for index in places])
             anchor_rollouts = self.sample(anchors, 1, stream=1)
             tokens += int(anchor_rollouts.mask.sum())
+        begun = turned = plain = None
+        if recipe.begun:
+            places = prompts_at(recipe.earlier + at, recipe.begun, len(self.begun), recipe.seed + 2)
+            begun = pad_left([self.begun[index] for index in places])
+            plain = pad_left([(self.taught or self.harmful)[index] for index in places])
+            with policies.teacher(self.model, self.steer):
+                turned = self.sample(plain, 1, stream=2)
+            tokens += int(turned.mask.sum())
         sampled = time.monotonic()
         # The key-value cache is gone; its room must not stay cut to its shape while the blocks are trained.
         release()
         self.optimizer.zero()
         taught = pad_left([self.taught[index] for index in chosen]).repeat(recipe.rollouts) if self.taught else None
         loss = self.backward(prompts.repeat(recipe.rollouts), rollouts, steered=True, taught=taught)
-        anchor_loss = float("nan")
+        anchor_loss, begun_loss = float("nan"), None
         if anchors is not None and anchor_rollouts is not None:
             anchor_loss = self.backward(anchors, anchor_rollouts, steered=False)
+        if begun is not None and turned is not None:
+            begun_loss = self.backward(begun, turned, steered=True, taught=plain, turning=True)
         rate = learning_rate_at(at, recipe)
         norm = self.optimizer.step(rate, recipe.gradient_clip)
         self.optimizer.zero()
@@ -200,6 +219,7 @@ class Distillation:
             step=self.done,
             loss=loss,
             anchor_loss=anchor_loss,
+            begun_loss=begun_loss,
             gradient_norm=norm,
             learning_rate=rate,
             tokens=tokens,
@@ -235,7 +255,15 @@ class Distillation:
             rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
         return rollouts
 
-    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool, taught: Batch | None = None) -> float:
+    def backward(
+        self,
+        prompts: Batch,
+        rollouts: Completions,
+        *,
+        steered: bool,
+        taught: Batch | None = None,
+        turning: bool = False,
+    ) -> float:
         """Accumulate gradients over micro-batches; returns the divergence, unweighted.
 
         Where memory runs out, the same rollouts are taken up again with fewer at a time: a micro-batch leaves all of its
@@ -249,7 +277,7 @@ class Distillation:
         taught = taught.take(order) if taught is not None else None
         total, start = 0.0, 0
         while start < len(prompts):
-            work = partial(self._gradients, prompts, rollouts, taught, start, steered=steered)
+            work = partial(self._gradients, prompts, rollouts, taught, start, steered=steered, turning=turning)
             (share, gradients), self.micro_batch = fitting(self.micro_batch, work)
             self.optimizer.add(gradients)
             total, start = total + share, start + self.micro_batch
@@ -264,19 +292,20 @@ class Distillation:
         size: int,
         *,
         steered: bool,
+        turning: bool,
     ) -> tuple[float, Sequence[Tensor | None]]:
         """Divergence, unweighted, and the adapter's gradients of the `size` rollouts from `start` on."""
         stop = min(start + size, len(prompts))
         part, answers = prompts.rows(start, stop).trimmed(), rollouts.rows(start, stop).trimmed()
         read = taught.rows(start, stop).trimmed() if taught is not None else None
-        divergence, score_rise = self._losses(part, answers, read, len(prompts), steered=steered)
-        weight = 1.0 if steered else self.recipe.anchor_weight
+        divergence, score_rise = self._losses(part, answers, read, len(prompts), steered=steered, turning=turning)
+        weight = self.recipe.begun_weight if turning else 1.0 if steered else self.recipe.anchor_weight
         loss = weight * divergence + self.recipe.score_weight * score_rise
         gradients = torch.autograd.grad(loss, self.optimizer.parameters, allow_unused=True)
         return float(divergence.detach()), gradients
 
     def _losses(
-        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool
+        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool, turning: bool
     ) -> tuple[Tensor, Tensor | float]:
         """Divergence, and an anchor's rise of the refusal score (0 where there is none), of one micro-batch, as its
         share of the mean over `count` rollouts.
@@ -298,7 +327,7 @@ class Distillation:
             teacher_hidden[rollouts.mask],
             position_weights(rollouts.mask, count, self.recipe.half_life),
             model.logits,
-            self.recipe.objective if steered else self.recipe.anchor_objective,
+            "forward" if turning else self.recipe.objective if steered else self.recipe.anchor_objective,
             self.safety_tokens,
             self.recipe.top_k,
             self.recipe.chunk,

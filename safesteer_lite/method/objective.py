@@ -10,6 +10,7 @@ Notation: p = student, q = teacher, both probabilities of the FULL vocabulary; S
 | `rest-bucket` | sum_S p log(p / q) + (1 - P_S) log((1 - P_S) / (1 - Q_S)) | p = q on S                      |
 | `full`        | sum_V p log(p / q), the ordinary reverse KL             | p = q                           |
 | `top-k`       | `rest-bucket` with S = the teacher's K likeliest tokens at that position | p = q on those  |
+| `forward`     | sum_S q log(q / p) + (1 - Q_S) log((1 - Q_S) / (1 - P_S)) | p = q on S                      |
 
 `paper` is the authors' loss (arXiv 2606.02530); the others are this project's.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from safesteer_lite.method.directions import refusal_score
 
-Objective = Literal["paper", "generalized", "rest-bucket", "full", "top-k"]
+Objective = Literal["paper", "generalized", "rest-bucket", "full", "top-k", "forward"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 # A probability mass of the rest bucket below this is numerical noise of float32; it keeps the logarithm finite.
@@ -67,6 +68,8 @@ def divergence(
         return sliced - p_mass + q_mass
     p_rest = (1 - p_mass).clamp_min(_SMALLEST_REST)
     q_rest = (1 - q_mass).clamp_min(_SMALLEST_REST)
+    if objective == "forward":
+        return (q * (log_q - log_p)).sum(-1) + q_rest * (q_rest.log() - p_rest.log())
     return sliced + p_rest * (p_rest.log() - q_rest.log())
 
 

@@ -56,6 +56,8 @@ class _Read:
 
     harmful: list[Tensor] = field(default_factory=list)
     harmless: RunningMean = field(default_factory=RunningMean)
+    begun_harmful: list[Tensor] = field(default_factory=list)
+    begun_harmless: RunningMean = field(default_factory=RunningMean)
     tokens: list[Tensor] = field(default_factory=list)
 
 
@@ -67,6 +69,7 @@ def read_discriminants(
     ridge: float,
     size: int,
     done: Done = ignore,
+    begun: tuple[Sequence[Conversation], Sequence[Conversation]] | None = None,
 ) -> None:
     """Set every A matrix of the adapter to reading directions and freeze it, so that only B is trained.
 
@@ -81,18 +84,23 @@ def read_discriminants(
         ridge: see `method.discriminant.ridge_discriminants`.
         size: prompts a forward, or fewer where memory is short.
         done: called with the number of blocks that are ready.
+        begun: the same prompts, harmful and harmless, with the answer begun; a third of the rank then reads the end of those
+            beginnings.
 
     Raises:
         ModelError: a backend's blocks do not call their linear layers, so that nothing can be read from them.
     """
     model = policy.model
+    ends_read = model.rank // 3 if begun else 0
 
     def read(size: int) -> None:
-        bad = _texts(policy, harmful, size)
-        good = _texts(policy, harmless, size)
+        words = max(0, model.rank - ends_read - policy.template_positions)
+        bad = _texts(policy, harmful, size, words)
+        good = _texts(policy, harmless, size, words)
         _sample(good)
+        ends = [_texts(policy, side, size, 0) for side in begun] if begun else [[], []]
         for layer in range(model.first_adapter_layer, len(model.layers)):
-            _read_block(model, layer, bad, good, ridge)
+            _read_block(model, layer, (bad, good), (ends[0], ends[1]), ridge, ends_read)
             done(layer + 1 - model.first_adapter_layer)
 
     with base(model):
@@ -112,15 +120,30 @@ def _sample(good: list[_Text]) -> None:
         text.sampled = text.mask.masked_scatter(text.mask, own)
 
 
-def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Text], ridge: float) -> None:
+def _read_block(
+    model: PlainModel,
+    layer: int,
+    whole: tuple[list[_Text], list[_Text]],
+    begun: tuple[list[_Text], list[_Text]],
+    ridge: float,
+    ends_read: int,
+) -> None:
     """Run all texts through one block and set the A matrices of its linear layers."""
     read: defaultdict[Modules, _Read] = defaultdict(_Read)
+    bad, good = whole
+    positions = model.rank - ends_read
+    for text in begun[0]:
+        for modules, inputs in _run_block(model, text, layer):
+            read[modules].begun_harmful.append(_ends(inputs, text.mask, ends_read).cpu())
+    for text in begun[1]:
+        for modules, inputs in _run_block(model, text, layer):
+            read[modules].begun_harmless.add(_ends(inputs, text.mask, ends_read))
     for text in bad:
         for modules, inputs in _run_block(model, text, layer):
-            read[modules].harmful.append(_ends(inputs, text.mask, model.rank).cpu())
+            read[modules].harmful.append(_ends(inputs, text.mask, positions).cpu())
     for text in good:
         for modules, inputs in _run_block(model, text, layer):
-            read[modules].harmless.add(_ends(inputs, text.mask, model.rank))
+            read[modules].harmless.add(_ends(inputs, text.mask, positions))
             read[modules].tokens.append(inputs[text.sampled.to(inputs.device)].cpu())
     missed = set(model.adapted_modules(layer)) - {module for modules in read for module in modules}
     if missed:
@@ -133,14 +156,16 @@ def _read_block(model: PlainModel, layer: int, bad: list[_Text], good: list[_Tex
         modules, found = read.popitem()
         tokens = torch.cat(found.tokens).to(model.device).float()
         directions = reading_directions(found.harmful, found.harmless.value, tokens, ridge)
+        if found.begun_harmful:
+            more = reading_directions(found.begun_harmful, found.begun_harmless.value, tokens, ridge)
+            directions = torch.cat([directions, more])
         for module in modules:
             module.get_parameter("lora_A.default.weight").copy_(directions)
 
 
-def _texts(policy: Policy, prompts: Sequence[str | Conversation], size: int) -> list[_Text]:
+def _texts(policy: Policy, prompts: Sequence[str | Conversation], size: int, words: int) -> list[_Text]:
     """The prompts with the first words of the base's answers, at the first adapted block."""
     model, texts = policy.model, []
-    words = max(0, model.rank - policy.template_positions)
     for places, batch in policy.batches(prompts, size):
         whole = _widened(model.generate(batch, words, 0.0, None, 1), words).after(batch) if words else batch
         residual = model.advance(model.start(whole), model.first_adapter_layer)

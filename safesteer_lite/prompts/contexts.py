@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -169,6 +169,14 @@ def partly_in_contexts(prompts: Sequence[str], share: float) -> list[str | Conve
         asked.append(drawn[kind][turn % len(drawn[kind])].around(prompt))
         count += 1
     return asked
+
+
+def begun(asked: Sequence[str | Conversation]) -> list[Conversation]:
+    """What is asked, with the answer begun in one of the ways of the training split, which take turns."""
+    pairs = zip(*(contexts(name, "train") for name in sorted(BEGUN)), strict=True)
+    beginnings = [context.beginning for pair in pairs for context in pair]
+    ones = [Conversation(entry) if isinstance(entry, str) else entry for entry in asked]
+    return [replace(one, beginning=beginnings[place % len(beginnings)]) for place, one in enumerate(ones)]
 
 
 @cache

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.models.adapter import freeze_reading, load_adapter, read_adapter
 from safesteer_lite.models.reading import read_discriminants
-from safesteer_lite.prompts.contexts import Conversation
+from safesteer_lite.prompts.contexts import Conversation, begun
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.stages.parent import parent_adapter, parent_of
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
@@ -46,7 +46,15 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
     anchors = [prompt for kind in session.anchors() for prompt in kind]
     harmless = session.asked(_read_of(session, "harmless", anchors))
     done = session.progress("reading directions of blocks", blocks)
-    read_discriminants(policy, harmful, harmless, settings.reading_ridge, ANSWER_BATCH, done)
+    read_discriminants(
+        policy,
+        harmful,
+        harmless,
+        settings.reading_ridge,
+        ANSWER_BATCH,
+        done,
+        (begun(harmful), begun(harmless)) if settings.begun else None,
+    )
     session.note(
         f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "
         "set, what it writes is trained."

@@ -23,7 +23,7 @@ from safesteer_lite.method.distill import Distillation, Recipe
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter
 from safesteer_lite.models.loaded import PlainModel
-from safesteer_lite.prompts.contexts import Conversation
+from safesteer_lite.prompts.contexts import Conversation, begun
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.direction import load_steering
@@ -99,6 +99,7 @@ def begin(session: Session, checkpoints: Checkpoints) -> Training:
         recipe(session),
         policy.token_ids(config.direction.refusal_openings),
         taught_batches(session, asked),
+        [policy.encode(entry) for entry in begun(asked)] if config.distill.begun else (),
     )
     history, best = restore_step(saved[1], loop) if saved else (History(), adapter_tensors(policy.model))
     session.fitted.update(sizes_from_record(history.fitted))
@@ -114,9 +115,11 @@ def _held(session: Session, asked: Sequence[str | Conversation], anchors: Sequen
     them begin, and about the training prompts. Else it would refuse in its thoughts, and never come to their end."""
     policy = session.policy
     held = [policy.encode(entry) for entry in anchors]
+    if session.config.distill.begun:
+        held += [policy.encode(entry) for entry in begun(anchors[::2])]
     if policy.thoughts and held:
-        begun = [policy.prompt(entry) for entry in asked]
-        held += [policy.prompt(entry) for entry in anchors] + begun * max(1, round(len(held) / len(begun)))
+        opened = [policy.prompt(entry) for entry in asked]
+        held += [policy.prompt(entry) for entry in anchors] + opened * max(1, round(len(held) / len(opened)))
     return held
 
 
@@ -202,7 +205,9 @@ def _fit_micro_batch(session: Session, training: Training) -> None:
     allocator.return_freed_memory()
     free = free_cuda_memory() if on_card else ram()[1]
     element = model.decoder.embed_tokens.weight.element_size()
-    longest = max(prompt.input_ids.shape[1] for prompt in (*loop.harmful, *loop.harmless, *(loop.taught or ())))
+    longest = max(
+        prompt.input_ids.shape[1] for prompt in (*loop.harmful, *loop.harmless, *(loop.taught or ()), *loop.begun)
+    )
 
     def need(rollouts: int) -> int:
         return training_bytes(

@@ -101,7 +101,7 @@ class Naive(Distillation):
     """All logits of a micro-batch at once, for both policies, and autograd through them."""
 
     def _losses(
-        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool
+        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool, turning: bool
     ) -> tuple[Tensor, Tensor | float]:
         model, length = self.model, rollouts.tokens.shape[1]
         whole = rollouts.after(prompts)

@@ -49,9 +49,17 @@ class TimedDistillation(Distillation):
         super().__init__(*arguments, **named)
         self.spent: list[float] = []
 
-    def backward(self, prompts: Batch, rollouts: Completions, *, steered: bool, taught: Batch | None = None) -> float:
+    def backward(
+        self,
+        prompts: Batch,
+        rollouts: Completions,
+        *,
+        steered: bool,
+        taught: Batch | None = None,
+        turning: bool = False,
+    ) -> float:
         began = time.perf_counter()
-        loss = super().backward(prompts, rollouts, steered=steered, taught=taught)
+        loss = super().backward(prompts, rollouts, steered=steered, taught=taught, turning=turning)
         self.spent.append(time.perf_counter() - began)
         return loss
 

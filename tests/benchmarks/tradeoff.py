@@ -30,12 +30,13 @@ from safesteer_lite.config import ContextName
 from safesteer_lite.evaluation.judges import judge
 from safesteer_lite.evaluation.measure import measure
 from safesteer_lite.evaluation.scorecard import kinds_of
+from safesteer_lite.evaluation.turning import turns_back
 from safesteer_lite.events import Event, Metric, Note, Warned, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy, reference_answers
-from safesteer_lite.prompts.contexts import CONTEXTS, asked_in, contexts
+from safesteer_lite.prompts.contexts import BEGUN, CONTEXTS, asked_in, contexts
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs import folder as run_folders
@@ -185,7 +186,8 @@ class Bench:
         for kind in KINDS:
             prompts = self.sets.texts(kind)[:: 2 if kind == "borderline" else 3]
             answers = self.session.policy.answers(asked_in(prompts, drawn), self.tokens, ANSWER_BATCH)
-            found[kind] = [sum(judge(answer).refused for answer in answers), len(answers)]
+            read = turns_back if name in BEGUN else judge
+            found[kind] = [sum(read(answer).refused for answer in answers), len(answers)]
         return found
 
 

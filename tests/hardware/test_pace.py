@@ -105,5 +105,5 @@ def test_thoughts_are_decoded_token_by_token() -> None:
     # On a card each batch of 64 takes 512 steps, one after another.
     assert written > 0 and found["baseline"].read == without["baseline"].read
     assert found["baseline"].steps - without["baseline"].steps == ceil(written / 512 / 64) * 512
-    rows = plain.distill.prompts * plain.distill.rollouts + plain.distill.anchors
+    rows = plain.distill.prompts * plain.distill.rollouts + plain.distill.anchors + plain.distill.begun
     assert found["distill"].trained - without["distill"].trained == rows * 512 * plain.distill.steps

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from safesteer_lite.method import policies
 from safesteer_lite.method.directions import refusal_score
 from safesteer_lite.method.distill import Distillation, Recipe, StepResult, generator_at, learning_rate_at, prompts_at
+from safesteer_lite.method.objective import divergence
 from safesteer_lite.method.optimizer import MasterAdamW
 from safesteer_lite.method.policies import Batch, Chance, Completions, LanguageModel, Residual, Steering, join, pad_left
 from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Ended
+from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.stages.history import History, restore_step, save_step
 from tests import tiny
 from tests.recipe import RECIPE
@@ -561,3 +563,75 @@ def test_a_teacher_that_is_told_reads_its_own_prompts_along_the_student_s_rollou
             )
             losses.append((student.exp() * (student - teacher)).sum(-1).mean())
     assert loop.step().loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+BEGUN = replace(RECIPE, prompts=1, rollouts=1, begun=5, steps=12, gradient_clip=10.0, begun_weight=2.0)
+
+
+def turning(policy: Policy, recipe: Recipe) -> Distillation:
+    """A loop whose prompts have an answer begun, too."""
+    prompts = [policy.encode(prompt) for prompt in tiny.PROMPTS]
+    begun = [policy.encode(Conversation(prompt, beginning="Sure, here is")) for prompt in tiny.PROMPTS]
+    steer = Steering(2, tiny.vector(2.0))
+    return Distillation(policy.model, steer, SAFETY_TOKENS, prompts, [], recipe, begun=begun)
+
+
+@torch.no_grad()
+def first_words_apart(policy: Policy, loop: Distillation) -> float:
+    """Forward KL on safety tokens from the teacher where it has been asked to the student where the answer was begun."""
+    found = []
+    for asked, begun in zip(loop.harmful, loop.begun, strict=True):
+        with policies.teacher(policy.model, loop.steer):
+            wanted = policies.last_logits(policy.model, asked)
+        said = policies.last_logits(policy.model, begun)
+        found.append(divergence(said, wanted, "forward", SAFETY_TOKENS, 0))
+    return float(torch.cat(found).mean())
+
+
+def test_where_its_answer_was_begun_the_student_learns_what_the_teacher_says_first(tiny_policy: tiny.Loader) -> None:
+    left = {}
+    for recipe in (BEGUN, replace(BEGUN, begun=0)):
+        policy = tiny_policy()
+        loop = turning(policy, recipe)
+        before = first_words_apart(policy, loop)
+        results = steps(loop, 12)
+        left[recipe.begun] = first_words_apart(policy, loop) / before
+        assert (results[0].begun_loss is None) == (recipe.begun == 0)
+    assert left[5] < 0.6 < 0.75 < left[0]
+
+
+def test_the_loss_of_begun_answers_is_that_of_a_plain_computation(tiny_policy: tiny.Loader) -> None:
+    """The teacher's own answer to the plain prompt, read by the student behind the beginning, in several micro-batches."""
+    policy = tiny_policy()
+    model, loop = policy.model, turning(policy, replace(BEGUN, micro_batch=2))
+    places = prompts_at(0, 5, 5, BEGUN.seed + 2)
+    with policies.teacher(model, loop.steer):
+        answers = loop.sample(pad_left([loop.harmful[place] for place in places]), 1, stream=2)
+    losses = []
+    with torch.no_grad():
+        for row, place in enumerate(places):
+            answer = answers.rows(row, row + 1).trimmed()
+            length = int(answer.mask.sum())
+
+            def chances(prompt: Batch, answer: Completions = answer, length: int = length) -> Tensor:
+                hidden = policies.completion_hidden(model, model.start(answer.after(prompt)), length)
+                each = model.logits(hidden)[0].double().softmax(-1)
+                seen = each[:, SAFETY_TOKENS]
+                return torch.cat([seen, 1 - seen.sum(-1, keepdim=True)], -1)
+
+            student = chances(loop.begun[place])
+            with policies.teacher(model, loop.steer):
+                teacher = chances(loop.harmful[place])
+            losses.append((teacher * (teacher / student).log()).sum(-1).mean())
+    assert loop.step().begun_loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+def test_begun_answers_resume_exactly(tiny_policy: tiny.Loader) -> None:
+    models = [tiny_policy() for _ in range(3)]
+    whole, first, second = (turning(policy, BEGUN) for policy in models)
+    expected = steps(whole, 3)
+    steps(first, 2)
+    second.optimizer.load(first.optimizer.state())
+    second.done = 2
+    assert second.step().begun_loss == expected[2].begun_loss
+    assert equal(adapter(models[2].model), adapter(models[0].model))

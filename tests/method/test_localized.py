@@ -22,7 +22,7 @@ from safesteer_lite.models.loaded import PlainModel
 from tests import tiny
 from tests.method.test_distill import ANCHORED, HARMLESS
 
-LOCALIZED: tuple[Objective, ...] = ("paper", "generalized", "rest-bucket")
+LOCALIZED: tuple[Objective, ...] = ("paper", "generalized", "rest-bucket", "forward")
 
 
 def spread_outside(logits: Tensor, gradient: Tensor, safety_tokens: Tensor) -> Tensor:

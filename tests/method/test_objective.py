@@ -22,7 +22,7 @@ from safesteer_lite.method.objective import (
 
 P, Q = (0.5, 0.3, 0.2), (0.2, 0.5, 0.3)
 FIRST, PAIR = torch.tensor([0]), torch.tensor([0, 1])
-SOUND: tuple[Objective, ...] = ("generalized", "rest-bucket", "full", "top-k")
+SOUND: tuple[Objective, ...] = ("generalized", "rest-bucket", "full", "top-k", "forward")
 
 
 def logits_of(probabilities: tuple[float, ...], offset: float = 0.0) -> Tensor:
@@ -39,6 +39,8 @@ BY_HAND: list[tuple[Objective, Tensor, int, float]] = [
     ("rest-bucket", FIRST, 0, 0.223143),
     ("rest-bucket", PAIR, 0, 0.223805),
     ("full", FIRST, 0, 0.223805),
+    ("forward", FIRST, 0, 0.192745),
+    ("forward", PAIR, 0, 0.193794),
     ("top-k", FIRST, 1, 0.082283),
     ("top-k", FIRST, 2, 0.223805),
 ]
@@ -63,7 +65,7 @@ def test_sound_forms_are_zero_at_equality_and_positive_elsewhere(objective: Obje
     assert values.min() > 0 and values.mean() > 0.02
 
 
-@pytest.mark.parametrize("objective", ["generalized", "rest-bucket"])
+@pytest.mark.parametrize("objective", ["generalized", "rest-bucket", "forward"])
 def test_sound_slices_are_least_at_the_teacher_on_the_safety_tokens(objective: Objective) -> None:
     """The tokens outside S may be spread in any way: value and gradient stay zero."""
     student = torch.tensor([[0.3, 0.1, 0.45, 0.15]]).log().requires_grad_()
@@ -88,6 +90,18 @@ def test_the_paper_form_is_negative_and_least_at_the_teacher_over_e() -> None:
     assert values.min().item() == pytest.approx(-q / math.e, abs=1e-5)
     generalized = divergence(student, teacher, "generalized", FIRST, 0)
     assert grid[generalized.argmin()].item() == pytest.approx(q, abs=2e-3)
+
+
+def test_what_the_student_never_says_is_learnt_by_the_forward_divergence_alone() -> None:
+    """After "Sure, here is" a refusal's first word is as good as impossible: the reverse divergence weighs it by that."""
+    student = torch.tensor([[1e-7, 0.6, 0.4 - 1e-7]]).log().requires_grad_()
+    teacher = torch.tensor([[0.9, 0.05, 0.05]]).log()
+    pull = {}
+    for objective in ("rest-bucket", "forward"):
+        value = divergence(student, teacher, objective, FIRST, 0).sum()
+        pull[objective] = -float(torch.autograd.grad(value, student)[0][0, 0])
+    assert 0 < pull["rest-bucket"] < 1e-5
+    assert pull["forward"] == pytest.approx(0.9, abs=1e-3)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -14,13 +14,13 @@ from safesteer_lite.method.discriminant import RunningMean, reading_directions
 from safesteer_lite.models import reading
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.reading import read_discriminants
-from safesteer_lite.prompts.contexts import Conversation
+from safesteer_lite.prompts.contexts import Conversation, begun
 from tests import tiny
 
 HARMFUL, HARMLESS = tiny.PROMPTS[:3], tiny.PROMPTS[2:]
 
 
-def plain_activations(policy: Policy, prompt: str, words: int, name: str) -> Tensor:
+def plain_activations(policy: Policy, prompt: str | Conversation, words: int, name: str) -> Tensor:
     """The inputs of one module along a prompt and the base's first words, read in one ordinary forward."""
     batch = policy.encode(prompt)
     completions = policy.model.generate(batch, words, 0.0, None, 1)
@@ -65,6 +65,33 @@ def test_the_adapter_reads_what_a_plain_forward_shows(
     for name in names:
         weight = policy.model.network.get_parameter(f"{modules[name]}.lora_A.default.weight")
         torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_part_of_the_rank_is_read_at_the_end_of_begun_answers(tiny_folder: Callable[[str], Path]) -> None:
+    """Five positions of prompts as they are, two where an answer was begun; beginnings of several lengths, in two batches."""
+    policy = tiny.load_policy(tiny_folder("qwen2"), "fp32", 1, rank=7)
+    [name] = [
+        name
+        for name, module in policy.model.network.named_modules()
+        if "layers.2." in name and name.endswith("up_proj")
+    ]
+    sides = []
+    for prompts in (HARMFUL, HARMLESS):
+        plain = [plain_activations(policy, prompt, 0, name) for prompt in prompts]
+        ends = [plain_activations(policy, prompt, 0, name) for prompt in begun(prompts)]
+        assert len({len(end) - len(each) for end, each in zip(ends, plain, strict=True)}) > 1
+        sides.append((plain, ends))
+    (bad, bad_ends), (good, good_ends) = sides
+    tokens = torch.cat([each[policy.encode(HARMLESS[0]).prefix :] for each in good])
+    expected = []
+    for harmful, harmless, positions in ((bad, good, 5), (bad_ends, good_ends, 2)):
+        mean = RunningMean()
+        mean.add(torch.stack([each[-positions:] for each in harmless]))
+        stacked = torch.stack([each[-positions:] for each in harmful])
+        expected.append(reading_directions([stacked], mean.value, tokens, 0.5))
+    read_discriminants(policy, HARMFUL, HARMLESS, 0.5, 2, begun=(begun(HARMFUL), begun(HARMLESS)))
+    weight = policy.model.network.get_parameter(f"{name}.lora_A.default.weight")
+    torch.testing.assert_close(weight.detach(), torch.cat(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_only_what_the_adapter_writes_is_left_to_train(tiny_policy: tiny.Loader) -> None:

@@ -131,7 +131,7 @@ def test_ratio_misses_the_openings_that_mass_finds(voters: str, planted_run: Run
         found[vote] = result["tokens"], result["shares"]["shares"][place][0]
     answers = f"{planted.REFUSAL} {planted.COMPLIANCE} {planted.HELP}"
     (rare, unseen), (common, seen) = found["ratio"], found["mass"]
-    assert len(rare) == 10 and not [word for word in rare if word in answers.split()] and unseen < 0.01
+    assert len(rare) == 10 and not [word for word in rare if word in answers.split()] and unseen < 0.05
     assert set(common[:2]) == {"I'm", "Sure"} and seen > 0.9
 
 
