@@ -78,7 +78,7 @@ PUBLISHED: Mapping[str, Published] = {
 _BUNDLED = "seeds added up, on the bundled test prompts"
 COUNTED: Mapping[tuple[str, str], Counted] = {
     ("lite", "Qwen2.5-Coder-0.5B-Instruct"): Counted(
-        (94, 171, 200), (30, 33, 120), (12, 19, 200), f"Measured by us in two runs, {_BUNDLED}", (16, 20, 80)
+        (94, 182, 200), (30, 32, 120), (12, 19, 200), f"Measured by us in two runs, {_BUNDLED}", (16, 24, 80)
     ),
     ("lite", "Qwen2.5-Coder-1.5B-Instruct"): Counted(
         (246, 267, 300),
