@@ -57,7 +57,8 @@ def _places(name: str, command: str = "", suffix: str = "") -> dict[str, object]
     if suffix:
         bash.append(f"compgen -f -X '!*{suffix}' -- \"$1\"")
         zsh.append(f"_files -g '*{suffix}'")
-        fish.append(f"__fish_complete_path (commandline -ct) | string match -r '.*\\{suffix}(?:\\t.*)?$'")
+        # A dollar sign would be taken for a variable.
+        fish.append(f"__fish_complete_path (commandline -ct) | string match -r '.*\\{suffix}(?![^\\t]).*'")
     if command:
         bash.insert(0, f'compgen -W "$({command})" -- "$1"')
         # Not evaluated when the script is read, but when Tab is pressed.
