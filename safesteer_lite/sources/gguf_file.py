@@ -131,12 +131,13 @@ class GgufFile:
         Raises:
             ModelError: they are not all known here.
         """
+        with understood(self.path), quiet_libraries():
+            return self._config()
+
+    def _config(self) -> Any:
         from transformers import AutoConfig
 
-        with understood(self.path), quiet_libraries():
-            config: Any = AutoConfig.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
-            )
+        config: Any = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
         kind = config.model_type
         if self.field(f"{kind}.rope.scaling.type") not in (None, "none"):
             raise ModelError(f"{self.path} stretches its context in a way that is not read here.", _ORIGINAL)

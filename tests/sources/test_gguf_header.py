@@ -55,6 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "No model can be made",
         ),
         ("tokenizer.ggml.eos_token_id", (GGUFValueType.UINT32, b"\xff" * 4), "= 4294967295, which cannot be"),
+        ("llama.rope.dimension_count", (GGUFValueType.UINT32, struct.pack("<I", 1 << 16)), "No model can be made"),
         ("tokenizer.ggml.token_type", ENDLESS, "is no whole GGUF file"),
         ("tokenizer.ggml.token_type", NESTED, "is no whole GGUF file"),
     ],
@@ -62,13 +63,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_value_of_another_kind_is_named(
     name: str, value: tuple[int, bytes] | None, told: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    header = read_header(whole["qwen2"])
+    kind = name.partition(".")[0]
+    header = read_header(whole[kind if kind in KINDS else "qwen2"])
     found = [(key, *(value if key == name.encode() and value else kept)) for key, *kept in header.values]
     header.values = [entry for entry in found if value or entry[0] != name.encode()]
     (tmp_path / "odd.gguf").write_bytes(header.written())
-    with pytest.raises(ModelError, match=told) as caught:
-        resolve_model(str(tmp_path / "odd.gguf"), None, discard)
-    assert caught.value.hint and not list((tmp_path / "cache").glob("gguf/odd*"))
+    place = str(tmp_path / "odd.gguf")
+    # A look makes no tokenizer, and so does not see that a merge is none.
+    for read in (
+        lambda: resolve_model(place, None, discard),
+        *([] if "merges" in name and "made" in told else [lambda: look(place)]),
+    ):
+        with pytest.raises(ModelError, match=told) as caught:
+            read()
+        assert caught.value.hint
+    assert not list((tmp_path / "cache").glob("gguf/odd*"))
 
 
 def test_a_tensor_of_a_type_that_is_not_read_is_refused(
