@@ -268,7 +268,7 @@ def _choose_on_gpu(gpu: Gpu, shape: ModelShape, precision: Precision, demand: De
 
 
 def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, demand: Demand, instead: str) -> Decision:
-    """Unpacked where memory allows, in fp32 where the CPU has no bf16 arithmetic and memory allows that too."""
+    """Unpacked where memory allows, in fp32 where the CPU is not fast in bf16 and memory allows that too."""
     dtypes = ["fp32"] if precision == "fp32" else ["bf16"] if machine.cpu_bf16 else ["fp32", "bf16"]
     for compute in dtypes:
         need = smallest_need(shape, "cpu", precision, precision == "nf4", compute, demand)
@@ -276,10 +276,10 @@ def _choose_on_cpu(machine: Machine, shape: ModelShape, precision: Precision, de
             continue
         where = f"on the CPU{instead}"
         if precision == "nf4":
-            kept = "the same numbers, faster" if compute == "bf16" else "faster than bf16, which this CPU lacks"
+            kept = "the same numbers, faster" if compute == "bf16" else "faster than bf16 on this CPU"
             reason = f"4-bit weights unpacked once to {compute} {where}: {kept}"
         else:
-            because = " in fp32, because this CPU has no bf16 arithmetic" if compute != precision else ""
+            because = " in fp32, because this CPU is not fast in bf16" if compute != precision else ""
             reason = f"{WEIGHTS[precision]} {where}{because}"
         reason += f", {format_bytes(need.weights_bytes)} of memory."
         return Decision("cpu", precision, precision == "nf4", compute, "fits", reason)

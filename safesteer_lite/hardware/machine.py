@@ -5,12 +5,15 @@ Sizes are bytes. torch is imported inside functions only, so that `--help` stays
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -57,7 +60,7 @@ class Machine:
         gpus: every card found, also those torch cannot use.
         versions: package name to installed version, None where missing.
         cuda_build: the CUDA version torch was built for; None for a CPU build.
-        cpu_bf16: whether the CPU has bf16 arithmetic; False where unknown.
+        cpu_bf16: whether the CPU is as fast in bf16 as in fp32, which was tried; False where unknown.
         cuda_architectures: what the installed torch has code for (`sm_86`); empty where it sees no card.
         others: accelerators that torch could compute on and this program does not use, in words.
     """
@@ -127,7 +130,7 @@ class _TorchFacts:
 
     Attributes:
         gpus: the driver's cards, or torch's view of them where it sees any.
-        cpu_bf16: whether the CPU has bf16 arithmetic.
+        cpu_bf16: whether the CPU is as fast in bf16 as in fp32.
     """
 
     gpus: tuple[Gpu, ...]
@@ -142,8 +145,7 @@ def _torch_facts(found: tuple[Gpu, ...]) -> _TorchFacts:
         import torch
     except (ImportError, OSError):  # A damaged installation is the doctor's to report, not a reason to crash here.
         return _TorchFacts(found)
-    helpers = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    cpu_bf16 = any(bool(getattr(torch.cpu, name, bool)()) for name in helpers)
+    cpu_bf16 = fast_in_bf16()
     others = _other_accelerators()
     # A torch for AMD's cards calls them CUDA devices, too.
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -160,6 +162,30 @@ def _torch_facts(found: tuple[Gpu, ...]) -> _TorchFacts:
         usable = has_code_for(architectures, capability)
         gpus.append(Gpu(properties.name, total, free, capability, driver, usable, number))
     return _TorchFacts(tuple(gpus), torch.version.cuda, cpu_bf16, architectures, others)
+
+
+@cache
+def fast_in_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bf16 about as fast as in fp32, of which it needs twice the memory.
+
+    That it can is not enough: an Intel Xeon with AVX512-BF16 and without AMX took 1.8 times as long in bf16
+    (docs/research/log.md, 2026-11-27). One thread is tried, the best of five times, so that other programs do not decide.
+    """
+    import torch
+
+    helpers = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if not any(bool(getattr(torch.cpu, name, bool)()) for name in helpers):
+        return False
+    seconds = {torch.bfloat16: math.inf, torch.float32: math.inf}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for dtype in list(seconds) * 5:
+        rows, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+        began = time.perf_counter()
+        torch.nn.functional.linear(rows, weight)
+        seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return seconds[torch.bfloat16] < 1.25 * seconds[torch.float32]
 
 
 def has_code_for(architectures: Sequence[str], capability: tuple[int, int]) -> bool:

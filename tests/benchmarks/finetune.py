@@ -1,6 +1,7 @@
 """A fine-tune on harmless data, as hobbyists make them: does it lose refusals, and does a run bring them back?
 
 python -m tests.benchmarks.finetune MODEL PROBLEMS.jsonl OUT [--first 100] [--count 400] [--rate 5e-4] [--epochs 1]
+    [--precision bf16]
 
 PROBLEMS has one `question` and `answer` a line, as GSM8K does (github.com/openai/grade-school-math); the first `--first` of them
 are left alone, so that they can be solved afterwards. The model is trained by LoRA on all linear layers to give the answers
@@ -43,11 +44,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="what is computed in")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     base = open_base(arguments.model)
-    network, tokenizer = plain.load(base, precision="bf16", device="cpu", unpack=False)
+    network, tokenizer = plain.load(base, precision=arguments.precision, device="cpu", unpack=False)
     model = with_adapter(network, tokenizer, Adapter(RANK, 2 * RANK), seed=0)
     template = ChatTemplate(tokenizer, date(2026, 11, 26))
     lines = arguments.problems.read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from safesteer_lite.config import ModelConfig
 from safesteer_lite.errors import ModelError, UsageError
@@ -104,8 +103,7 @@ def test_a_card_that_is_not_used_says_nothing_about_the_processor(
 ) -> None:
     """The card has bf16 arithmetic, and what is computed beside it may have none."""
     plant_cards(monkeypatch, cuda="12.8", hip=None)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    monkeypatch.setattr("safesteer_lite.hardware.machine.fast_in_bf16", lambda: fast)
     small = replace(SMALL, layers=2, vocabulary=1000)
     decision = decide(ModelConfig(device="cpu"), small, tmp_path)
     assert (decision.device, decision.compute_dtype) == ("cpu", "bf16" if fast else "fp32")

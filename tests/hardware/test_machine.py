@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safesteer_lite.hardware.machine import Gpu, has_code_for, inspect, only_card, parse_nvidia_smi, spills_to_ram
+from safesteer_lite.hardware.machine import (
+    Gpu,
+    fast_in_bf16,
+    has_code_for,
+    inspect,
+    only_card,
+    parse_nvidia_smi,
+    spills_to_ram,
+)
 
 
 def test_inspect_sees_this_machine(tmp_path: Path) -> None:
@@ -23,8 +31,32 @@ def test_inspect_sees_this_machine(tmp_path: Path) -> None:
     assert 0 < machine.ram_available <= machine.ram_total <= psutil.virtual_memory().total
     assert machine.disk_free > 0 and machine.cpu and machine.system
     flags = Path("/proc/cpuinfo")
-    if flags.exists():
-        assert machine.cpu_bf16 == any(flag in flags.read_text().split() for flag in ("avx512_bf16", "amx_tile"))
+    if flags.exists() and machine.cpu_bf16:
+        assert any(flag in flags.read_text().split() for flag in ("avx512_bf16", "amx_tile"))
+
+
+@pytest.mark.parametrize(("slower", "fast"), [(0.3, True), (1.0, True), (2.0, False)])
+def test_arithmetic_in_bf16_is_used_where_it_is_about_as_fast(
+    slower: float, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor that has it, on which a product of matrices takes so many times as long in it as in fp32."""
+    now = [0.0]
+    took = {torch.float32: 1.0, torch.bfloat16: slower}
+
+    def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert rows.dtype == weight.dtype and torch.get_num_threads() == 1
+        now[0] += took[rows.dtype]
+        return rows
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    monkeypatch.setattr("safesteer_lite.hardware.machine.time.perf_counter", lambda: now[0])
+    assert fast_in_bf16.__wrapped__() is fast
+    assert torch.get_num_threads() == threads
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert fast_in_bf16.__wrapped__() is False
 
 
 def test_importing_needs_no_torch() -> None:

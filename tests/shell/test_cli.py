@@ -300,8 +300,7 @@ def test_a_resumed_run_is_loaded_as_it_was_when_it_began_or_refused(
         raise Interrupted("Stopped.")
 
     def processor(fast: bool) -> None:
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-            monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+        monkeypatch.setattr("safesteer_lite.hardware.machine.fast_in_bf16", lambda: fast)
 
     monkeypatch.setattr(pipeline, "run", stop)
     processor(fast=True)

@@ -39,8 +39,7 @@ def run(planted_run: RunFolder, planted_model: Path, tmp_path: Path, monkeypatch
     """A finished run that computed 4-bit weights in bf16, on a processor that a new run would compute in fp32 on."""
     for name in [name for name in os.environ if name.startswith(config.ENVIRONMENT_PREFIX)]:
         monkeypatch.delenv(name)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr("safesteer_lite.hardware.machine.fast_in_bf16", lambda: False)
     copied = RunFolder(shutil.copytree(planted_run.path, tmp_path / "runs" / planted_run.path.name))
     settings = planted.settings(planted_model, {"model.precision": "nf4"})
     rewind(copied.path, (), config.to_toml(settings))

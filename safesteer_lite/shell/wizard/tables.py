@@ -25,7 +25,7 @@ def machine_table(machine: Machine) -> Table:
         table.add_row("GPU", f"{machine.gpus[0].name}, which this torch cannot use: see `safesteer-lite doctor`")
     else:
         table.add_row("GPU", "none found: the demo and models up to about 1.5B run on the processor")
-    bf16 = "" if card else (", bf16 arithmetic" if machine.cpu_bf16 else ", no bf16 arithmetic, so slower")
+    bf16 = "" if card else (", fast in bf16" if machine.cpu_bf16 else ", not fast in bf16, so slower")
     table.add_row("processor", f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}{bf16}")
     table.add_row("memory", f"{format_bytes(machine.ram_available)} free of {format_bytes(machine.ram_total)}")
     table.add_row("disk", f"{format_bytes(machine.disk_free)} free at {Path.cwd()}")
