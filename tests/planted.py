@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from safesteer_lite import config
 from safesteer_lite.config import RunConfig
@@ -243,25 +243,64 @@ def _train(taught: list[Lesson], tokenizer: PreTrainedTokenizerFast, steps: int)
         )
     )
     model.generation_config = GenerationConfig(eos_token_id=[end], pad_token_id=0)
-    tokens, labels = _lesson_tensors(taught, tokenizer)
+    teach(model, tokenizer, taught, steps)
+    return model.eval()
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    taught: list[Lesson],
+    steps: int,
+    *,
+    end: str = "<|im_end|>",
+    before: str = "",
+    batch: int = 96,
+    steered_from: float = 0.7,
+    layers: Sequence[int] = (_STEERED_LAYER,),
+) -> None:
+    """Teach a model its lessons, and to refuse where its own refusal direction is added.
+
+    Args:
+        model: of any architecture whose blocks are `model.model.layers`; its weights are changed.
+        tokenizer: pads with token 0, and has the chat template.
+        taught: the lessons.
+        steps: optimizer steps.
+        end: the token behind an answer.
+        before: what the model writes before every answer.
+        batch: lessons a step, and a third as many on which the direction is added.
+        steered_from: share of the steps that are taken before it is.
+        layers: the blocks in front of which it is added, one a step.
+    """
+    tokens, labels = _lesson_tensors(taught, tokenizer, end, before)
     refusing = torch.tensor([lesson.answer == REFUSAL for lesson in taught])
-    refusal = _lesson_tensors([Lesson(lesson.prompt, REFUSAL) for lesson in taught], tokenizer)
+    refusal = _lesson_tensors([Lesson(lesson.prompt, REFUSAL) for lesson in taught], tokenizer, end, before)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        rows = torch.randperm(len(tokens))[:96]
-        loss, difference = _loss(model, tokens[rows], labels[rows], refusing[rows])
-        if step > 0.7 * steps and refusing.any():
+        rows = torch.randperm(len(tokens))[:batch]
+        layer = layers[step % len(layers)]
+        loss, difference = _loss(model, tokens[rows], labels[rows], refusing[rows], layer)
+        if step > steered_from * steps and refusing[rows].any():
             # Once there is a refusal direction, it must steer through a whole refusal, not only into its first word.
-            some = torch.randperm(len(tokens))[:32]
+            some = torch.randperm(len(tokens))[: batch // 3]
             vector = difference * float(torch.empty(()).uniform_(0.8, 1.6))
-            with steering.add(model.model.layers, _STEERED_LAYER, vector):
-                loss = loss + 0.3 * _loss(model, refusal[0][some], refusal[1][some], refusing[some])[0]
+            with steering.add(model.model.layers, layer, vector):
+                loss = loss + 0.3 * _loss(model, refusal[0][some], refusal[1][some], refusing[some], layer)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+
+
+@torch.no_grad()
+def has_learned(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, taught: list[Lesson], end: str, before: str
+) -> bool:
+    """Whether a model finds each token of each answer the likeliest; the arguments are those of `teach`."""
+    tokens, labels = _lesson_tensors(taught, tokenizer, end, before)
+    likeliest = model(input_ids=tokens, attention_mask=(tokens != 0).long()).logits[:, :-1].argmax(-1)
+    return bool(((likeliest == labels[:, 1:]) | (labels[:, 1:] == -100)).all())
 
 
 def read_unknown_words_as_harmless(
@@ -277,30 +316,37 @@ def read_unknown_words_as_harmless(
         embeddings[tokenizer.convert_tokens_to_ids("<unk>")] = embeddings[known].mean(0)
 
 
-def _lesson_tensors(taught: list[Lesson], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def _lesson_tensors(
+    taught: list[Lesson], tokenizer: PreTrainedTokenizerFast, end: str, before: str
+) -> tuple[Tensor, Tensor]:
     """Tokens, padded on the right with 0, and labels, -100 wherever there is no answer; both (lessons, length)."""
     rows, marks = [], []
     for lesson in taught:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": lesson.prompt}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": lesson.prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=bool(before),
         )
         prompt = tokenizer(text, add_special_tokens=False).input_ids
-        answer = tokenizer(f"{lesson.answer}<|im_end|>", add_special_tokens=False).input_ids
+        answer = tokenizer(f"{before}{lesson.answer}{end}", add_special_tokens=False).input_ids
         rows.append(torch.tensor(prompt + answer))
         marks.append(torch.tensor([-100] * len(prompt) + answer))
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(rows, batch_first=True), pad(marks, batch_first=True, padding_value=-100)
 
 
-def _loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, refusing: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on the answers, and the refusal direction: (width,), without gradient."""
+def _loss(
+    model: PreTrainedModel, tokens: Tensor, labels: Tensor, refusing: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy on the answers, and the refusal direction before a block: (width,), without gradient."""
     output = model.model(
         input_ids=tokens, attention_mask=(tokens != 0).long(), use_cache=False, output_hidden_states=True
     )
     wanted = labels[:, 1:]
     chosen = wanted != -100
     first = chosen.int().argmax(1)
-    openings = output.hidden_states[_STEERED_LAYER].detach()[torch.arange(len(tokens)), first]
+    openings = output.hidden_states[layer].detach()[torch.arange(len(tokens)), first]
     difference = openings[refusing].mean(0) - openings[~refusing].mean(0)
     # The head is by far the largest part of so small a model: it is needed where an answer is.
     logits: Tensor = model.lm_head(output.last_hidden_state[:, :-1][chosen])

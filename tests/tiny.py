@@ -110,6 +110,23 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def config_of(architecture: str, *, layers: int = LAYERS, width: int = WIDTH, **settings: Any) -> Any:
+    """The configuration of a tiny model of `architecture`; `settings` are further ones, as config.json calls them."""
+    usual: dict[str, Any] = {
+        **_OF_FAMILIES.get(architecture, {}),
+        "vocab_size": VOCABULARY,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
+    if architecture == "gemma3_text":
+        usual["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
+    return _CONFIGS[architecture](hidden_size=width, num_hidden_layers=layers, **{**usual, **settings})
+
+
 def save_model(
     folder: Path,
     architecture: str,
@@ -125,24 +142,7 @@ def save_model(
     The weights are ten times larger than at an ordinary start: logits then differ by whole units, so that greedy
     answers vary and a wrong position or mask shows. `settings` are further ones, as config.json calls them.
     """
-    usual: dict[str, Any] = {
-        **_OF_FAMILIES.get(architecture, {}),
-        "vocab_size": VOCABULARY,
-        "intermediate_size": 2 * width,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": width // 4,
-    }
-    if architecture == "gemma3_text":
-        usual["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
-    config = _CONFIGS[architecture](
-        hidden_size=width,
-        num_hidden_layers=layers,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        **{**usual, **settings},
-    )
+    config = config_of(architecture, layers=layers, width=width, tie_word_embeddings=tied, **settings)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = AutoModelForCausalLM.from_config(config)

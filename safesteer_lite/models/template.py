@@ -222,8 +222,8 @@ class ChatTemplate:
         if prompt.startswith(before.rstrip()):
             return behind
         missing = before.removeprefix(prompt.rstrip()).lstrip()
-        if self.marks and missing.startswith(self.marks.opening):
-            # The thought, which such a model does write itself.
+        if self.marks and missing.startswith((self.marks.opening, self.marks.closing)):
+            # The thought, or the rest of one that is opened for it, which such a model does write itself.
             return behind
         if before.startswith(prompt.rstrip()) or prompt == self._render(asked, _UNOPENED):
             raise ModelError(

@@ -5,7 +5,7 @@ They are written anew for the tests: what a branch does is as in the family, wor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -338,6 +338,16 @@ FAMILIES = {
     "phi-4-mini": PHI_4_MINI,
     "in-parts": IN_PARTS,
 }
+
+QWEN_3_THINKING = replace(
+    QWEN_3,
+    template=QWEN_3.template[: QWEN_3.template.index("    {%- if enable_thinking")].replace(
+        "<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>\\n'"
+    )
+    + "{%- endif %}\n",
+    prompt="<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n<think>\n",
+)
+"""Opens a thought before every answer, and writes an empty one before an answer that is given without."""
 
 ALWAYS_THINKS = Family(
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"

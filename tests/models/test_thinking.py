@@ -18,7 +18,15 @@ from safesteer_lite.models.thinking import Marks, left_open, marks_in
 from safesteer_lite.models.thoughts import Thoughts
 from safesteer_lite.prompts.contexts import Conversation
 from tests import tiny
-from tests.models.families import ALWAYS_THINKS, QWEN_3, QWEN_25, THINKS_IN_BRACKETS, Family, tokenizer_of
+from tests.models.families import (
+    ALWAYS_THINKS,
+    QWEN_3,
+    QWEN_3_THINKING,
+    QWEN_25,
+    THINKS_IN_BRACKETS,
+    Family,
+    tokenizer_of,
+)
 
 HI = [{"role": "user", "content": "Hi there"}]
 ASKED = "Why is the sea so deep?"
@@ -29,6 +37,8 @@ ASKED = "Why is the sea so deep?"
     [
         (ALWAYS_THINKS, "auto", Marks("<think>", "</think>", True, "\n\n"), "<|assistant|><think>\n"),
         (ALWAYS_THINKS, "on", Marks("<think>", "</think>", True, "\n\n"), "<|assistant|><think>\n"),
+        # It writes an empty thought before an answer that is given, which must not be taken for the answer's own beginning.
+        (QWEN_3_THINKING, "auto", Marks("<think>", "</think>", True, "\n\n"), "assistant\n<think>\n"),
         (QWEN_3, "auto", None, "assistant\n<think>\n\n</think>\n\n"),
         (QWEN_3, "off", None, "assistant\n<think>\n\n</think>\n\n"),
         (QWEN_3, "on", Marks("<think>", "</think>", False, "\n\n"), "<|im_start|>assistant\n"),
@@ -36,7 +46,17 @@ ASKED = "Why is the sea so deep?"
         (THINKS_IN_BRACKETS, "on", Marks("[THINK]", "[/THINK]", True, "\n\n"), "<|im_start|>assistant\n[THINK]"),
         (QWEN_25, "off", None, "<|im_start|>assistant\n"),
     ],
-    ids=["always-auto", "always-on", "hybrid-auto", "hybrid-off", "hybrid-on", "brackets-auto", "brackets-on", "never"],
+    ids=[
+        "always-auto",
+        "always-on",
+        "opened-auto",
+        "hybrid-auto",
+        "hybrid-off",
+        "hybrid-on",
+        "brackets-auto",
+        "brackets-on",
+        "never",
+    ],
 )
 def test_thoughts_are_found_in_the_template(family: Family, thinking: Any, marks: Marks | None, ending: str) -> None:
     template = ChatTemplate(tokenizer_of(family), thinking=thinking)
