@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.objective import Objective, chunked_divergence, position_weights, refusal_score_rise
 from safesteer_lite.method.optimizer import MasterAdamW
 from safesteer_lite.method.policies import Batch, Completions, LanguageModel, Steering, join, pad_left
+
+Part = Literal["harmful", "anchor", "begun"]
+"""What a rollout is to: a harmful prompt, an anchor, or a harmful prompt whose answer was begun."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +205,12 @@ class Distillation:
         release()
         self.optimizer.zero()
         taught = pad_left([self.taught[index] for index in chosen]).repeat(recipe.rollouts) if self.taught else None
-        loss = self.backward(prompts.repeat(recipe.rollouts), rollouts, steered=True, taught=taught)
+        loss = self.backward(prompts.repeat(recipe.rollouts), rollouts, "harmful", taught)
         anchor_loss, begun_loss = float("nan"), None
         if anchors is not None and anchor_rollouts is not None:
-            anchor_loss = self.backward(anchors, anchor_rollouts, steered=False)
+            anchor_loss = self.backward(anchors, anchor_rollouts, "anchor")
         if begun is not None and turned is not None:
-            begun_loss = self.backward(begun, turned, steered=True, taught=plain, turning=True)
+            begun_loss = self.backward(begun, turned, "begun", plain)
         rate = learning_rate_at(at, recipe)
         norm = self.optimizer.step(rate, recipe.gradient_clip)
         self.optimizer.zero()
@@ -255,15 +259,7 @@ class Distillation:
             rollouts, self.sampled_at_once = fitting(self.sampled_at_once, sample)
         return rollouts
 
-    def backward(
-        self,
-        prompts: Batch,
-        rollouts: Completions,
-        *,
-        steered: bool,
-        taught: Batch | None = None,
-        turning: bool = False,
-    ) -> float:
+    def backward(self, prompts: Batch, rollouts: Completions, kind: Part, taught: Batch | None = None) -> float:
         """Accumulate gradients over micro-batches; returns the divergence, unweighted.
 
         Where memory runs out, the same rollouts are taken up again with fewer at a time: a micro-batch leaves all of its
@@ -277,35 +273,27 @@ class Distillation:
         taught = taught.take(order) if taught is not None else None
         total, start = 0.0, 0
         while start < len(prompts):
-            work = partial(self._gradients, prompts, rollouts, taught, start, steered=steered, turning=turning)
+            work = partial(self._gradients, prompts, rollouts, kind, taught, start)
             (share, gradients), self.micro_batch = fitting(self.micro_batch, work)
             self.optimizer.add(gradients)
             total, start = total + share, start + self.micro_batch
         return total
 
     def _gradients(
-        self,
-        prompts: Batch,
-        rollouts: Completions,
-        taught: Batch | None,
-        start: int,
-        size: int,
-        *,
-        steered: bool,
-        turning: bool,
+        self, prompts: Batch, rollouts: Completions, kind: Part, taught: Batch | None, start: int, size: int
     ) -> tuple[float, Sequence[Tensor | None]]:
         """Divergence, unweighted, and the adapter's gradients of the `size` rollouts from `start` on."""
         stop = min(start + size, len(prompts))
         part, answers = prompts.rows(start, stop).trimmed(), rollouts.rows(start, stop).trimmed()
         read = taught.rows(start, stop).trimmed() if taught is not None else None
-        divergence, score_rise = self._losses(part, answers, read, len(prompts), steered=steered, turning=turning)
-        weight = self.recipe.begun_weight if turning else 1.0 if steered else self.recipe.anchor_weight
+        divergence, score_rise = self._losses(part, answers, kind, read, len(prompts))
+        weight = {"harmful": 1.0, "anchor": self.recipe.anchor_weight, "begun": self.recipe.begun_weight}[kind]
         loss = weight * divergence + self.recipe.score_weight * score_rise
         gradients = torch.autograd.grad(loss, self.optimizer.parameters, allow_unused=True)
         return float(divergence.detach()), gradients
 
     def _losses(
-        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool, turning: bool
+        self, prompts: Batch, rollouts: Completions, kind: Part, taught: Batch | None, count: int
     ) -> tuple[Tensor, Tensor | float]:
         """Divergence, and an anchor's rise of the refusal score (0 where there is none), of one micro-batch, as its
         share of the mean over `count` rollouts.
@@ -318,21 +306,26 @@ class Distillation:
         with torch.no_grad():
             with policies.base(model):
                 trunk = model.advance(model.start(rollouts.after(prompts)), shared)
-            with policies.teacher(model, self.steer) if steered else policies.base(model):
+            with policies.base(model) if kind == "anchor" else policies.teacher(model, self.steer):
                 seen = trunk if taught is None else model.start(rollouts.after(taught))
                 teacher_hidden = policies.completion_hidden(model, seen, length)
         student_hidden = policies.completion_hidden(model, trunk, length)
+        objectives: dict[Part, Objective] = {
+            "harmful": self.recipe.objective,
+            "anchor": self.recipe.anchor_objective,
+            "begun": "forward",
+        }
         divergence = chunked_divergence(
             student_hidden[rollouts.mask],
             teacher_hidden[rollouts.mask],
             position_weights(rollouts.mask, count, self.recipe.half_life),
             model.logits,
-            "forward" if turning else self.recipe.objective if steered else self.recipe.anchor_objective,
+            objectives[kind],
             self.safety_tokens,
             self.recipe.top_k,
             self.recipe.chunk,
         )
-        if steered or not self.recipe.score_weight or self.refusal_tokens is None:
+        if kind != "anchor" or not self.recipe.score_weight or self.refusal_tokens is None:
             return divergence, 0.0
         first = model.logits(student_hidden[:, 0]), model.logits(teacher_hidden[:, 0])
         return divergence, refusal_score_rise(*first, self.refusal_tokens).sum() / count

@@ -43,7 +43,7 @@ from safesteer_lite.hardware.need import estimate, largest_micro_batch, weights_
 from safesteer_lite.hardware.peaks import Demand, cache_bytes, training_bytes
 from safesteer_lite.hardware.shape import linear_parameters
 from safesteer_lite.method import directions, objective, policies, tokens
-from safesteer_lite.method.distill import Distillation, Recipe
+from safesteer_lite.method.distill import Distillation, Part, Recipe
 from safesteer_lite.method.memory import fitting, release
 from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.models import plain, unsloth
@@ -101,7 +101,7 @@ class Naive(Distillation):
     """All logits of a micro-batch at once, for both policies, and autograd through them."""
 
     def _losses(
-        self, prompts: Batch, rollouts: Completions, taught: Batch | None, count: int, *, steered: bool, turning: bool
+        self, prompts: Batch, rollouts: Completions, kind: Part, taught: Batch | None, count: int
     ) -> tuple[Tensor, Tensor | float]:
         model, length = self.model, rollouts.tokens.shape[1]
         whole = rollouts.after(prompts)
@@ -241,7 +241,7 @@ def step(
     repeated, count = whole.repeat(sizes.rollouts), int(rollouts.mask.sum())
 
     def train() -> float:
-        loss = loop.backward(repeated, rollouts, steered=True)
+        loss = loop.backward(repeated, rollouts, "harmful")
         loop.optimizer.step(1e-4, 1.0)
         return loss
 

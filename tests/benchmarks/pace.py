@@ -20,7 +20,7 @@ import torch
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.backend import decide
 from safesteer_lite.hardware.shape import ModelShape, parameters
-from safesteer_lite.method.distill import Distillation
+from safesteer_lite.method.distill import Distillation, Part
 from safesteer_lite.method.policies import Batch, Completions, Steering
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import prompt_set
@@ -49,17 +49,9 @@ class TimedDistillation(Distillation):
         super().__init__(*arguments, **named)
         self.spent: list[float] = []
 
-    def backward(
-        self,
-        prompts: Batch,
-        rollouts: Completions,
-        *,
-        steered: bool,
-        taught: Batch | None = None,
-        turning: bool = False,
-    ) -> float:
+    def backward(self, prompts: Batch, rollouts: Completions, kind: Part, taught: Batch | None = None) -> float:
         began = time.perf_counter()
-        loss = super().backward(prompts, rollouts, steered=steered, taught=taught, turning=turning)
+        loss = super().backward(prompts, rollouts, kind, taught)
         self.spent.append(time.perf_counter() - began)
         return loss
 

@@ -298,7 +298,7 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
     gradients: dict[str, Tensor] = {}
 
     def train() -> dict[str, Any]:
-        loss = loop.backward(repeated, rollouts, steered=True)
+        loss = loop.backward(repeated, rollouts, "harmful")
         gradients.update(gradients_of(policy.model, loop))
         loop.optimizer.step(1e-5, 1.0)
         return {

@@ -181,7 +181,7 @@ def test_a_training_step(
     demand = replace(DEMAND, chunk=chunk, full_loss=objective == "full", reading=reading)
     loop, prompts = training(sized, objective, chunk), batch(rows, 40)
     answers = tiny.fixed_completions(rows, prompts.input_ids.device, DEMAND.completion_tokens)
-    found = counted(lambda: loop.backward(prompts, answers, steered=True))
+    found = counted(lambda: loop.backward(prompts, answers, "harmful"))
     formula = training_bytes(
         sized.shape,
         demand,
@@ -202,7 +202,7 @@ def test_the_smallest_work_keeps_activations_where_a_processor_does(sized: Sized
     freeze(sized, demand.reading)
     loop = training(sized, "rest-bucket", demand.chunk)
     answers = tiny.fixed_completions(2, sized.model.device, demand.completion_tokens).rows(1, 2)
-    found = counted(lambda: loop.backward(batch(1, 128), answers, steered=True))
+    found = counted(lambda: loop.backward(batch(1, 128), answers, "harmful"))
     need = smallest_need(sized.shape, "cpu", "bf16", False, "bf16", demand)
     beside = need.weights_bytes + adapter_bytes(sized.shape, demand, 2)
     # A rollout alone has no padding, so that it needs no mask.

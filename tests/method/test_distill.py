@@ -107,7 +107,7 @@ def test_the_first_rollouts_loss_is_that_of_a_plain_computation(tiny_policy: tin
             with policies.teacher(model, loop.steer):
                 log_q = model.causal(input_ids=sequence).logits[0, at].double().log_softmax(-1)
             rows.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    loss = loop.backward(loop.harmful[0].repeat(3), found, steered=True)
+    loss = loop.backward(loop.harmful[0].repeat(3), found, "harmful")
     assert loss == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
 
 
@@ -243,7 +243,7 @@ def gradients(loop: Distillation, prompts: Batch, seed: int = 0) -> tuple[float,
     """Loss and adapter gradients of one set of rollouts."""
     found = loop.sample(prompts, 4, stream=seed)
     loop.optimizer.zero()
-    loss = loop.backward(prompts.repeat(4), found, steered=True)
+    loss = loop.backward(prompts.repeat(4), found, "harmful")
     grads = [master.grad for master in loop.optimizer.masters]
     assert all(grad is not None for grad in grads)
     return loss, [grad.clone() for grad in grads if grad is not None]
@@ -315,7 +315,7 @@ def test_anchors_also_pay_for_a_rise_of_the_refusal_score(tiny_policy: tiny.Load
     assert bool((student < base).any()), "a fall must be among them, to see that it costs nothing"
     expected = torch.autograd.grad(2.0 * rise, weights, allow_unused=True)
     loop.micro_batch = 2
-    loop.backward(anchors, found, steered=False)
+    loop.backward(anchors, found, "anchor")
     for master, gradient in zip(loop.optimizer.masters, expected, strict=True):
         torch.testing.assert_close(master.grad, gradient)
     harmful = pad_left(list(loop.harmful[:3]))
@@ -414,7 +414,7 @@ def test_rollouts_of_like_length_share_a_micro_batch(tiny_policy: tiny.Loader) -
     handle = policy.model.layers[-1].register_forward_pre_hook(
         lambda _, arguments: lengths.append(arguments[0].shape[1]) if torch.is_grad_enabled() else None
     )
-    loop.backward(prompts.repeat(2), found, steered=True)
+    loop.backward(prompts.repeat(2), found, "harmful")
     handle.remove()
     whole = prompts.repeat(2).attention_mask.sum(-1) + found.mask.sum(-1)
     assert len(lengths) == 5 and len(set(lengths)) > 1

@@ -172,5 +172,5 @@ def test_a_step_on_the_card_is_the_step_on_the_cpu(tmp_path: Path) -> None:
         policy.model.checkpointing = policy.model.device.type == "cuda"
         prompts = tiny.prompt_batch(policy, 2)
         answers = tiny.fixed_completions(8, policy.model.device)
-        losses.append(loop.backward(prompts.repeat(4), answers, steered=True))
+        losses.append(loop.backward(prompts.repeat(4), answers, "harmful"))
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

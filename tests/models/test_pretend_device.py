@@ -178,7 +178,7 @@ def test_a_training_forward_waits_for_little(tiny_policy: tiny.Loader) -> None:
             prompts = tiny.prompt_batch(policy, 2).repeat(4)
             answers = tiny.fixed_completions(8, policy.model.device)
             waits.clear()
-            loop.backward(prompts, answers, steered=True)
+            loop.backward(prompts, answers, "harmful")
             counted.append(Counter(waits.places))
     a_micro_batch = counted[1] - counted[0]
     assert a_micro_batch.total() <= 20, a_micro_batch

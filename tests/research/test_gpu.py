@@ -92,7 +92,7 @@ def test_the_naive_objective_is_the_chunked_one(tiny_policy: tiny.Loader) -> Non
         loop = kind(policy.model, Steering(2, tiny.vector(1.0)), SAFETY_TOKENS, [], [], RECIPE)
         prompts = tiny.prompt_batch(policy, 2)
         rollouts = loop.sample(prompts, 3, stream=0)
-        loss = loop.backward(prompts.repeat(3), rollouts, steered=True)
+        loss = loop.backward(prompts.repeat(3), rollouts, "harmful")
         grads = [master.grad.flatten() for master in loop.optimizer.masters if master.grad is not None]
         found.append((loss, torch.cat(grads)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)

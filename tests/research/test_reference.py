@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_the_same(tiny_policy: tiny.Loader) -> None:
     prompts = tiny.prompt_batch(policy)
     rollouts = loop.sample(prompts, 2, stream=0)
     repeated = prompts.repeat(2)
-    loss = loop.backward(repeated, rollouts, steered=True)
+    loss = loop.backward(repeated, rollouts, "harmful")
     known = authors.backward(
         other.model.network,
         whole_model(base),
