@@ -47,7 +47,11 @@ class DirectionError(SafeSteerError):
 
 
 class WeakRefusalError(DirectionError):
-    """The model hardly refuses anything, so that it has no refusal direction of its own; the wizard asks what to do."""
+    """The model refuses too little to have a refusal direction of its own; the wizard asks what to do."""
+
+
+REFUSES_TOO_LITTLE = 3
+"""The exit code of a command that ends so."""
 
 
 class TrainingError(SafeSteerError):

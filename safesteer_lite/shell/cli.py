@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from safesteer_lite.errors import Interrupted, SafeSteerError, UsageError, WeakRefusalError
+from safesteer_lite.errors import REFUSES_TOO_LITTLE, Interrupted, SafeSteerError, UsageError, WeakRefusalError
 from safesteer_lite.foreign import forbid_hub_kernels
 from safesteer_lite.hardware.allocator import grow_segments
 from safesteer_lite.shell.arguments import build_parser
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None, untold: tuple[type[SafeSteerErr
         return _complain("Stopped.", "Whatever was published or saved stays; `safesteer-lite resume` goes on.", 130)
     except Interrupted as error:
         return _complain(error.message, error.hint or "Go on with `safesteer-lite resume`.", 130)
-    except untold:
-        return 1
+    except untold as error:
+        return _code_of(error)
     except UsageError as error:
         return _complain(error.message, error.hint, 2)
     except SafeSteerError as error:
-        return _complain(error.message, error.hint, 1)
+        return _complain(error.message, error.hint, _code_of(error))
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None, untold: tuple[type[SafeSteerErr
         if not is_out_of_memory(error):
             raise
         return _complain(*_of_the_system(error, options.command), 1)
+
+
+def _code_of(error: Exception) -> int:
+    return REFUSES_TOO_LITTLE if isinstance(error, WeakRefusalError) else 1
 
 
 def _of_the_system(error: Exception, command: str) -> tuple[str, str]:

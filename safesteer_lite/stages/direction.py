@@ -33,6 +33,15 @@ from safesteer_lite.stages.session import ANSWER_BATCH, Session
 from safesteer_lite.stages.trial import Trial, repeats
 
 _BATCH = 32
+_FROM_THE_ORIGIN = (
+    "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
+    "--direction-from BASE (a folder or a Hub id)."
+)
+_OTHER_WAYS = (
+    "Without such a model there are two ways, both experimental: --set direction.teacher=prompted tells the teacher to refuse, "
+    "and --set direction.contrast=responses compares replies that refuse with replies that comply. Or start from a model that "
+    "refuses, as those of the presets do (`safesteer-lite presets`)."
+)
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -162,11 +171,7 @@ def _require_refusals(session: Session) -> None:
         raise WeakRefusalError(
             f"This model barely refuses: {harmful.refused} of {harmful.n} harmful prompts. The difference of its "
             "harmful and harmless activations would be a topic, not a refusal, and a teacher made of it would not refuse.",
-            "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
-            "--direction-from BASE (a folder or a Hub id). Without such a model there are two ways, both experimental: --set "
-            "direction.teacher=prompted tells the teacher to refuse, and --set direction.contrast=responses compares replies "
-            "that refuse with replies that comply. Or start from a model that refuses, as those of the presets do "
-            "(`safesteer-lite presets`).",
+            f"{_FROM_THE_ORIGIN} {_OTHER_WAYS}",
         )
 
 
@@ -187,12 +192,14 @@ def _require_enough(contrast: Contrast, session: Session) -> None:
         openings = baseline["openings"]
         found = ", ".join(f"{word!r} {count}x" for word, count in openings.items())
         others = [word for word in openings if word not in config.refusal_openings and "," not in word]
-        origin = "If the model was made from one that refuses more, start a run with --direction-from and that one."
-        look = f" Or look for those: --set direction.refusal_openings={shlex.quote(','.join(others))}"
-        raise DirectionError(
+        look = f"Or look for those: --set direction.refusal_openings={shlex.quote(','.join(others))}"
+        hint = f"{_FROM_THE_ORIGIN} {look if others else _OTHER_WAYS}"
+        # Where its refusals open otherwise, it may well refuse enough.
+        weak = not others and config.contrast == "requests" and any("harmful " in name for name in short)
+        raise (WeakRefusalError if weak else DirectionError)(
             f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed. Its refusals "
             f"open with {found}; looked for were {', '.join(map(repr, config.refusal_openings))}.",
-            origin + (look if others else ""),
+            hint,
         )
 
 

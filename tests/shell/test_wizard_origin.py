@@ -54,7 +54,7 @@ def test_the_wizard_asks_for_the_model_that_a_weak_one_was_made_from(planted_mod
     assert "--direction-from" not in shown and "safesteer-lite:" not in shown, (
         "what a command would say is said in plain words"
     )
-    terminal.answer(ASKED, DOWN + ENTER)
+    terminal.answer(ASKED, 2 * DOWN + ENTER)
     terminal.expect("direction.contrast=responses")
     terminal.expect("No refusal direction met all criteria.", 300)
     terminal.answer(ASKED, ENTER)
@@ -144,7 +144,7 @@ def test_where_it_goes_on_is_asked_until_a_run_succeeds_or_the_user_stops(
     )
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         typed = [ENTER, "gone" + ENTER, CLEAR + str(small) + ENTER, CLEAR + str(other) + ENTER]
-        keys.send_text("1" + ENTER + "".join(typed) + "2" + ENTER + "1" + ENTER)
+        keys.send_text("1" + ENTER + "".join(typed) + "3" + ENTER + "2" + ENTER + "1" + ENTER)
         keys.send_text(ESCAPE)
         keys.send_text("2" + ENTER)
         with pytest.raises(Back):
@@ -156,6 +156,7 @@ def test_where_it_goes_on_is_asked_until_a_run_succeeds_or_the_user_stops(
     assert lines == [
         [*begin, "--direction-from", str(other), *end],
         [*begin, "--set", "direction.contrast=responses", *end],
+        [*begin, "--set", "direction.teacher=prompted", *end],
     ]
     shown = " ".join(program.console.export_text().split())
     told = (
@@ -167,6 +168,19 @@ def test_where_it_goes_on_is_asked_until_a_run_succeeds_or_the_user_stops(
     assert all(words in shown for words in told) and shown.endswith(
         f"The run is kept in {run.path}; `safesteer-lite` offers it again."
     )
+
+
+def test_a_model_that_refuses_some_but_too_few_clearly_is_not_said_to_refuse_nothing(
+    program: Program, tiny_folder: Callable[[str], Path]
+) -> None:
+    run = stopped(program.runs, tiny_folder("llama"), 6)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("4" + ENTER)
+        with pytest.raises(Back):
+            origin.go_on(program, run.path)
+    shown = " ".join(program.console.export_text().split())
+    assert "This model refuses 6 of 20 harmful requests, and too few of them clearly" in shown
+    assert "hardly refuses anything" not in shown
 
 
 def test_a_run_that_another_one_has_gone_on_from_is_offered_no_more(

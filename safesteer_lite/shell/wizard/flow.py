@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from safesteer_lite import config
-from safesteer_lite.errors import SafeSteerError
+from safesteer_lite.errors import REFUSES_TOO_LITTLE, SafeSteerError
 from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.hardware.machine import inspect
@@ -68,7 +68,7 @@ def _first(program: Program) -> int:
 
 
 def _go_on(program: Program, path: Path, *, stuck: bool) -> int:
-    """Resume a run, or have another one go on from it where its model hardly refuses anything.
+    """Resume a run, or have another one go on from it where its model refuses too little.
 
     Args:
         program: what does it.
@@ -78,8 +78,8 @@ def _go_on(program: Program, path: Path, *, stuck: bool) -> int:
     Raises:
         Back: the user does not want to go on.
     """
-    code = 1 if stuck else program.execute(["resume", str(path)])
-    if code == 1 and origin.waits_for_origin(program, path):
+    code = REFUSES_TOO_LITTLE if stuck else program.execute(["resume", str(path)])
+    if code == REFUSES_TOO_LITTLE:
         code, path = origin.go_on(program, path)
     return code or _results(program, path, shown=True)
 
@@ -100,7 +100,7 @@ def _new_run(program: Program) -> int:
         before = {entry.name for entry in list_runs(program.runs)}
         code = program.execute([*questions.answers.arguments(program.runs), "--yes"])
         made = [entry for entry in list_runs(program.runs) if entry.name not in before]
-        if code == 1 and made and origin.waits_for_origin(program, made[0].path):
+        if code == REFUSES_TOO_LITTLE and made:
             try:
                 code, path = origin.go_on(program, made[0].path)
             except Back:

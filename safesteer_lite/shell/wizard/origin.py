@@ -1,8 +1,8 @@
-"""What is asked where a run has stopped because its model hardly refuses anything: the model that it was made from."""
+"""What is asked where a run has stopped because its model refuses too little: the model that it was made from, or another way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safesteer_lite.config import RunConfig
@@ -18,7 +18,13 @@ from safesteer_lite.sources.preview import look
 from safesteer_lite.text import typed_path
 
 INTERRUPTED = 130
-_REPLIES = ("--set", "direction.contrast=responses")
+_WAYS = {
+    "told": ("no: let a system prompt tell the teacher to refuse (experimental)", "direction.teacher=prompted"),
+    "replies": (
+        "no: compare beginnings of replies that refuse and comply (experimental)",
+        "direction.contrast=responses",
+    ),
+}
 
 
 def waits_for_origin(program: Program, path: Path) -> bool:
@@ -31,8 +37,8 @@ def waits_for_origin(program: Program, path: Path) -> bool:
 
 
 def went_on(entry: RunSummary, others: Sequence[RunSummary]) -> bool:
-    """Whether a run of a model that hardly refuses came to nothing behind its first stage, and a later one went on from there."""
-    if entry.stages != ("baseline",) or not _harmful(entry.path).hardly_any:
+    """Whether a run of a model that refuses little came to nothing behind its first stage, and a later one went on from there."""
+    if entry.stages != ("baseline",) or 2 * _harmful(entry.path).refused > _harmful(entry.path).n:
         return False
     held = open_run(entry.path).manifest.stages["baseline"].artifacts
     later = [open_run(other.path) for other in others if other.finished and other.created > entry.created]
@@ -44,7 +50,7 @@ def go_on(program: Program, path: Path) -> tuple[int, Path]:
 
     Args:
         program: what does it.
-        path: a run of which `waits_for_origin` is true. It stays as it is.
+        path: a run whose model refuses too little to go on. It stays as it is.
 
     Returns:
         The exit code of the run that went on, and its folder.
@@ -52,21 +58,28 @@ def go_on(program: Program, path: Path) -> tuple[int, Path]:
     Raises:
         Back: the user stops here.
     """
-    harmful, compared = _harmful(path), False
-    program.say(
-        f"This model hardly refuses anything: {harmful.refused} of {harmful.n} harmful requests. So there is nothing in it from "
-        "which it could learn to refuse. What was fine-tuned or changed until it refused nothing was made from a model that "
-        "did refuse, and can learn from that one.",
-        "yellow",
-    )
+    harmful, left = _harmful(path), dict(_WAYS)
+    if harmful.hardly_any:
+        told = (
+            f"This model hardly refuses anything: {harmful.refused} of {harmful.n} harmful requests. So there is nothing in it "
+            "from which it could learn to refuse. What was fine-tuned or changed until it refused nothing was made from a "
+            "model that did refuse, and can learn from that one."
+        )
+    else:
+        told = (
+            f"This model refuses {harmful.refused} of {harmful.n} harmful requests, and too few of them clearly: that is not "
+            "enough for it to learn from. What was fine-tuned or changed until it refused so little was made from a model that "
+            "refused more, and can learn from that one."
+        )
+    program.say(told, "yellow")
     while True:
         try:
-            kind = _choose_way(replies=not compared)
+            kind = _choose_way(left)
         except Back:
             program.say_whole(f"The run is kept in {path}; `safesteer-lite` offers it again.")
             raise
         try:
-            more = _REPLIES if kind == "replies" else ("--direction-from", _ask_origin(program, path))
+            more = ("--set", left[kind][1]) if kind in left else ("--direction-from", _ask_origin(program, path))
         except Back:
             continue
         # All that was answered stands in the run's own settings, and its first stage need not be done again.
@@ -79,19 +92,18 @@ def go_on(program: Program, path: Path) -> tuple[int, Path]:
         made = [entry.path for entry in list_runs(program.runs) if entry.name not in before]
         if made and code in (0, INTERRUPTED):
             return code, made[0]
-        # Why it failed has been told. Another model may do better; the replies are the same whenever they are compared.
-        compared = compared or kind == "replies"
+        # Why it failed has been told. Another model may do better; the other ways would come to the same again.
+        left.pop(kind, None)
 
 
-def _choose_way(*, replies: bool) -> str:
-    """`base` or, where that is offered, `replies`.
+def _choose_way(left: Mapping[str, tuple[str, str]]) -> str:
+    """`base`, or one of the ways that are left.
 
     Raises:
         Back: the user stops here.
     """
     options = [Option("base", "yes: its folder, its GGUF file or its name on the model hub")]
-    if replies:
-        options.append(Option("replies", "no: compare beginnings of replies that refuse and comply (experimental)"))
+    options += [Option(name, words) for name, (words, _) in left.items()]
     options.append(Option("", "stop here: what was done is kept"))
     kind: str = choose("Do you have the model it was made from?", options, escape="stop here")
     if not kind:
