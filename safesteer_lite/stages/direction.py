@@ -37,11 +37,13 @@ _FROM_THE_ORIGIN = (
     "If it was made from an instruct model that refuses at times, start a run that finds the direction there: "
     "--direction-from BASE (a folder or a Hub id)."
 )
+_TOLD = "--set direction.teacher=prompted tells the teacher to refuse"
 _OTHER_WAYS = (
-    "Without such a model there are two ways, both experimental: --set direction.teacher=prompted tells the teacher to refuse, "
-    "and --set direction.contrast=responses compares replies that refuse with replies that comply. Or start from a model that "
-    "refuses, as those of the presets do (`safesteer-lite presets`)."
+    f"Without such a model there are two ways, both experimental: {_TOLD}, and --set direction.contrast=responses compares "
+    "replies that refuse with replies that comply. Or start from a model that refuses, as those of the presets do "
+    "(`safesteer-lite presets`)."
 )
+_LAST_WAY = f"Without such a model there is one more way, experimental too: {_TOLD}."
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -193,9 +195,10 @@ def _require_enough(contrast: Contrast, session: Session) -> None:
         found = ", ".join(f"{word!r} {count}x" for word, count in openings.items())
         others = [word for word in openings if word not in config.refusal_openings and "," not in word]
         look = f"Or look for those: --set direction.refusal_openings={shlex.quote(','.join(others))}"
-        hint = f"{_FROM_THE_ORIGIN} {look if others else _OTHER_WAYS}"
+        by_requests = config.contrast == "requests"
+        hint = f"{_FROM_THE_ORIGIN} {look if others else _OTHER_WAYS if by_requests else _LAST_WAY}"
         # Where its refusals open otherwise, it may well refuse enough.
-        weak = not others and config.contrast == "requests" and any("harmful " in name for name in short)
+        weak = not others and by_requests and any("harmful " in name for name in short)
         raise (WeakRefusalError if weak else DirectionError)(
             f"Too few prompts are clear cases for this model: {', '.join(short)} prompts, {minimum} are needed. Its refusals "
             f"open with {found}; looked for were {', '.join(map(repr, config.refusal_openings))}.",

@@ -472,6 +472,12 @@ def test_too_few_clear_cases_come_with_the_words_that_were_measured(run: RunFold
     assert "refusal_openings" not in again.value.hint and "--direction-from" in again.value.hint
     # Only in the second case it is the model that refuses too little; in the first it may refuse in other words.
     assert isinstance(again.value, WeakRefusalError) and not isinstance(caught.value, WeakRefusalError)
+    assert "--set direction.contrast=responses" in again.value.hint
+    # Who compares replies already is not told to.
+    replies = planted.settings(model, {"direction.contrast": "responses", "direction.minimum_prompts": 200})
+    with pytest.raises(DirectionError, match="Too few prompts are clear cases") as third:
+        pipeline.run(replies, run, open_base(model), discard, last="direction")
+    assert "direction.teacher=prompted" in third.value.hint and "direction.contrast" not in third.value.hint
 
 
 def test_the_message_of_a_failed_direction_tells_what_the_smallest_strength_showed(run: RunFolder, model: Path) -> None:

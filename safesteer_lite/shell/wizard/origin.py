@@ -61,9 +61,9 @@ def go_on(program: Program, path: Path) -> tuple[int, Path]:
     harmful, left = _harmful(path), dict(_WAYS)
     if harmful.hardly_any:
         told = (
-            f"This model hardly refuses anything: {harmful.refused} of {harmful.n} harmful requests. So there is nothing in it "
-            "from which it could learn to refuse. What was fine-tuned or changed until it refused nothing was made from a "
-            "model that did refuse, and can learn from that one."
+            f"This model hardly refuses anything: {harmful.refused} of {harmful.n} harmful requests. So it has too few refusals "
+            "of its own to learn from. What was fine-tuned or changed until it refused nothing was made from a model that did "
+            "refuse, and can learn from that one."
         )
     else:
         told = (
