@@ -66,7 +66,7 @@ class PromptsConfig:
     critical_selection: int = _expert(
         60,
         "requests for help in danger",
-        "docs/results.md, another seed: 20 were too few to choose by",
+        "docs/results.md, other seeds: 20 were too few to choose by",
         bounds=_PROMPTS,
     )
     borderline_test: int = setting(60, "borderline prompts to measure on", "bundled test split", bounds=_PROMPTS)
