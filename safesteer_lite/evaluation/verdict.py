@@ -53,12 +53,16 @@ def beside_parent(name: str, parent: Scorecard, after: Scorecard) -> str:
         parent: its scorecard.
         after: that of the run that continues it, on the same prompts.
     """
-    counts = [
+    return f"{name}, which this run continues, refused {side_by_side(parent, after)}."
+
+
+def side_by_side(before: Scorecard, after: Scorecard) -> str:
+    """What two models refused of each kind of prompts that both were asked, in counts."""
+    return "; ".join(
         f"{_of(old)} {_ASKED[kind]}, now {_of(new)}"
-        for kind, (old, new) in _pairs(parent, after).items()
+        for kind, (old, new) in _pairs(before, after).items()
         if old.n and new.n
-    ]
-    return f"{name}, which this run continues, refused {'; '.join(counts)}."
+    )
 
 
 _ASKED: dict[Kind, str] = {

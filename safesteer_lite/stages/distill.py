@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from safesteer_lite.evaluation.scorecard import Scorecard
+from safesteer_lite.evaluation.verdict import side_by_side
 from safesteer_lite.hardware.known import measured_on
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, save_adapter, scale_adapter
 from safesteer_lite.runs.durable import write_json
@@ -47,10 +49,13 @@ def run(session: Session, publication: Publication) -> None:
     if (parent := parent_of(session.run)) and not history.best_step:
         session.note(f"None of {loop.done} steps has a better trade-off than {parent['run']} has: its adapter is kept.")
         return
-    if history.best_score < 0:
+    if history.best_score < 0 and history.kept_record:
+        before = Scorecard.from_record(session.result("baseline")["scorecard"])
+        refused = side_by_side(before, Scorecard.from_record(history.kept_record))
         session.warn(
             "By the selection split the base model is the better choice: what was gained on harmful prompts weighs less than "
-            f"what is refused of the others now (score {history.best_score:+.1f} points, where the base has 0)."
+            f"what is refused of the others now (score {history.best_score:+.1f} points, where the base has 0). Refused were "
+            f"{refused}. The test split shows next whether that holds on other prompts."
         )
     session.note(
         f"Kept step {history.best_step} of {loop.done}{strength}: the best trade-off on the selection split (score "

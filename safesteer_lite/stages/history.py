@@ -51,11 +51,17 @@ class History:
     fitted: dict[str, int] = field(default_factory=dict)
 
     @property
-    def kept(self) -> Candidate | None:
-        """The measurement that has the best trade-off so far; None before the first."""
+    def kept_record(self) -> dict[str, Any] | None:
+        """What was measured of the step and strength with the best trade-off so far; None before the first measurement."""
         of = (self.best_step, self.best_strength)
         found = [entry for entry in self.measured + self.scaled if (entry["step"], entry["strength"]) == of]
-        return Candidate(self.best_score, found[-1].get("separation")) if found else None
+        return found[-1] if found else None
+
+    @property
+    def kept(self) -> Candidate | None:
+        """The same as a candidate that others are compared with."""
+        record = self.kept_record
+        return Candidate(self.best_score, record.get("separation")) if record else None
 
     @property
     def highest(self) -> float:
