@@ -14,6 +14,7 @@ from safesteer_lite.evaluation.endpoint import EndpointJudge, read_address
 from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged, JudgedAnswer, save_judged, saved_judged
 from safesteer_lite.evaluation.measure import Answers, counting_from
 from safesteer_lite.evaluation.model_judges import ClassifierJudge, GuardJudge
+from safesteer_lite.evaluation.resumable import ResumableJudge
 from safesteer_lite.evaluation.verdicts import CLASSIFIER, ENDPOINT, GUARD, OPENINGS, Judge, Openings, verdicts
 from safesteer_lite.events import Emit, Metric, Note, Progress, StageDone, StageStarted, Warned
 from safesteer_lite.hardware.backend import find_place
@@ -108,16 +109,17 @@ def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers]
 
 
 def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Judged:
-    """Show a judge the test answers that a run kept.
+    """Show a judge the test answers that a run kept, and keep what it says; one that was stopped goes on where it was.
 
     Args:
-        run: a run whose evaluation is done.
+        run: a run whose evaluation is done; hold its lock.
         config: its settings.
         judge: who judges.
         emit: sink for events.
 
     Raises:
-        RunFolderError: the evaluation is not done, or its files do not belong to these settings.
+        RunFolderError: the evaluation is not done, its files do not belong to these settings, or the folder cannot be written.
+        DiskSpaceError: the disk is full.
         ModelError: as for `judge_answers`.
     """
     kept = {model: Answers(**run.read_json("evaluate", f"answers-{model}.json")) for model in MODELS}
@@ -130,7 +132,12 @@ def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Ju
             raise RunFolderError(
                 f"The answers of {run.path.name} do not belong to the prompts of this run.", "Put its own prompts back."
             )
-    judged = judge_answers(judge, sets, kept, emit)
+    resumable = ResumableJudge(judge, run.path, run.record("evaluate").fingerprint)
+    if resumable.known:
+        emit(Note(STAGE, f"The {judge.name} goes on: {resumable.known} verdicts are there from before."))
+    judged = judge_answers(resumable, sets, kept, emit)
+    save_judged(run, judged)
+    resumable.forget()
     tell_figures(judged, emit)
     return judged
 
@@ -157,7 +164,7 @@ def judge_finished(run: RunFolder, config: RunConfig, load: Callable[[], Judge],
     emit(StageStarted(STAGE, "A second judge"))
     started = time.monotonic()
     try:
-        save_judged(run, judge_run(run, config, load(), emit))
+        judge_run(run, config, load(), emit)
     except (ModelError, RunFolderError, DiskSpaceError) as error:
         again = f"`safesteer-lite eval {run.path.name} --judge {config.evaluate.judge}` judges the answers again"
         emit(Warned(STAGE, f"The report lacks the second judge's figures: {error.message} {again}."))

@@ -12,13 +12,16 @@ import pytest
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError, RunFolderError
-from safesteer_lite.evaluation import endpoint
+from safesteer_lite.evaluation import endpoint, resumable
 from safesteer_lite.evaluation.browse import disputed_groups
 from safesteer_lite.evaluation.judged import FILE, saved_judged
-from safesteer_lite.events import Event, Metric, StageDone, StageStarted, Warned, discard
+from safesteer_lite.evaluation.resumable import AT_ONCE
+from safesteer_lite.evaluation.verdicts import Openings
+from safesteer_lite.events import Event, Metric, Note, StageDone, StageStarted, Warned, discard
 from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.report import page
 from safesteer_lite.report import record as report
+from safesteer_lite.runs.durable import write_json
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.shell.cli import main
 from safesteer_lite.sources.base import open_base
@@ -26,6 +29,8 @@ from safesteer_lite.stages import judging, pipeline
 from tests import local_endpoint, planted
 from tests.local_endpoint import Endpoint
 from tests.planted import COMPLIANCE, REFUSAL
+
+SAID = {"prompt": "p", "answer": "a", "refused": True, "harmful": None, "remark": "", "controversial": False}
 
 
 @pytest.fixture
@@ -112,7 +117,6 @@ def test_disputed_answers_can_be_read_in_the_report(run: RunFolder, server: Endp
     config = asked(planted_model, server)
     judge = judging.find_judge(config.evaluate, "cpu", discard)()
     judged = judging.judge_run(run, config, judge, discard)
-    judging.save_judged(run, judged)
     html = page.render(run, report.build(run, config))
     shown = html.partition('id="judges"')[2].partition("</section>")[0]
     assert shown.count("<details") == len(judged.disputed)
@@ -133,6 +137,50 @@ def test_a_run_asks_the_judge_of_its_settings_once(run: RunFolder, server: Endpo
     asked_so_far = len(server.bodies)
     pipeline.run(config, run, open_base(planted_model), discard)
     assert len(server.bodies) == asked_so_far
+
+
+def test_a_judge_that_was_stopped_goes_on_where_it_was(run: RunFolder, server: Endpoint, planted_model: Path) -> None:
+    config, write = asked(planted_model, server), server.write
+    whole = judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), discard)
+    needed = len(server.bodies)
+    # The same answer to the same prompt, before and after, is judged once.
+    assert needed == len({(answer.prompt, answer.answer) for answer in whole.answers}) > 2 * AT_ONCE
+    (run.path / FILE).unlink()
+    server.bodies.clear()
+
+    def fails_in_the_second_part(request: str, answer: str) -> str:
+        server.failures = [401] if len(server.bodies) == AT_ONCE + 3 else []
+        return write(request, answer)
+
+    server.write = fails_in_the_second_part
+    with pytest.raises(ModelError, match="answers 401"):
+        judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), discard)
+    assert len(server.bodies) == AT_ONCE + 4 and not (run.path / FILE).exists()
+    server.write = write
+    server.bodies.clear()
+    events: list[Event] = []
+    again = judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), events.append)
+    assert again == whole and len(server.bodies) == needed - AT_ONCE
+    assert Note(judging.STAGE, f"The endpoint goes on: {AT_ONCE} verdicts are there from before.") in events
+    assert [judged.answers for judged in saved_judged(run)] == [whole.answers]
+    assert not (run.path / resumable.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"evaluate": "of other answers"},
+        {"model": "another"},
+        {"said": [{"prompt": "p"}]},
+        {"said": [{**SAID, "refused": 1}]},
+    ],
+)
+def test_verdicts_of_others_are_not_gone_on_with(tmp_path: Path, strange: dict[str, Any]) -> None:
+    record = {"evaluate": "mark", "judge": "openings", "model": "", "said": [SAID]}
+    write_json(tmp_path / resumable.FILE, record)
+    assert resumable.ResumableJudge(Openings(), tmp_path, "mark").known == 1
+    write_json(tmp_path / resumable.FILE, record | strange)
+    assert resumable.ResumableJudge(Openings(), tmp_path, "mark").known == 0
 
 
 def test_a_judge_that_fails_costs_the_run_nothing_else(run: RunFolder, server: Endpoint, planted_model: Path) -> None:

@@ -108,7 +108,7 @@ def _measure(folder: RunFolder | None, options: argparse.Namespace, emit: Emit) 
 
 def _judge_run(folder: RunFolder, options: argparse.Namespace, emit: Emit) -> int:
     """Another judge over the answers that a run kept; nothing is answered anew, so the base model is not needed."""
-    from safesteer_lite.evaluation.judged import save_judged, saved_judged, summaries
+    from safesteer_lite.evaluation.judged import saved_judged, summaries
     from safesteer_lite.shell.console import SafeConsole
     from safesteer_lite.shell.tables import disputed_line, judges_table
     from safesteer_lite.stages import judging
@@ -123,7 +123,6 @@ def _judge_run(folder: RunFolder, options: argparse.Namespace, emit: Emit) -> in
     judge = judging.find_judge(settings.evaluate, settings.model.device, emit)()
     with folder.lock():
         judged = judging.judge_run(folder, settings, judge, emit)
-        save_judged(folder, judged)
         _write_report(folder)
         said = summaries(saved_judged(folder))
     if options.json:
