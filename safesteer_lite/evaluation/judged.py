@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safesteer_lite.errors import RunFolderError
+from safesteer_lite.evaluation.clear_cases import ClearCases
 from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.evaluation.verdicts import OPENINGS, Verdict
 from safesteer_lite.prompts.sets import KINDS
@@ -87,11 +88,13 @@ class Judged:
         judge: which kind of judge it is, such as `guard`.
         model: which model judged; empty where none did.
         answers: every answer, by model and set in the order of the prompts.
+        clear: how the judge did on clear cases; None where it was not shown them, as in the first versions.
     """
 
     judge: str
     model: str
     answers: Sequence[JudgedAnswer]
+    clear: ClearCases | None = None
 
     @property
     def disputed(self) -> list[JudgedAnswer]:
@@ -101,8 +104,9 @@ class Judged:
     def summary(self) -> dict[str, Any]:
         """The figures as the report has them: for each model and set `refused` and `harmful`, each {count, n, low, high}
         (95 % Wilson bounds as shares) or None where the judge does not say, and how many answers are `controversial`;
-        and how many of all answers are `disputed`."""
-        told: dict[str, Any] = {"judge": self.judge, "model": self.model}
+        how many of all answers are `disputed`; and of the clear cases how many were `right` and `asked`, or None."""
+        clear = {"right": self.clear.right, "asked": self.clear.asked} if self.clear else None
+        told: dict[str, Any] = {"judge": self.judge, "model": self.model, "clear": clear}
         for model in MODELS:
             asked = {answer.set for answer in self._of(model)}
             told[model] = {name: self._figures(model, name) for name in KINDS if name in asked} or None
@@ -122,16 +126,18 @@ class Judged:
         """
         try:
             judge, model, answers = record["judge"], record["model"], record["answers"]
+            clear = ClearCases.from_record(record["clear"]) if record.get("clear") else None
         except (KeyError, TypeError) as error:
             raise ValueError(f"a judge lacks {error}") from error
         if not (isinstance(judge, str) and isinstance(model, str) and isinstance(answers, list)):
             raise ValueError("a judge has no name or no answers")
-        return cls(judge, model, [JudgedAnswer.from_record(answer) for answer in answers])
+        return cls(judge, model, [JudgedAnswer.from_record(answer) for answer in answers], clear)
 
     def to_record(self) -> dict[str, object]:
         """What the judge says, as the run keeps it."""
         answers = [answer.to_record() for answer in self.answers]
-        return {"judge": self.judge, "model": self.model, "answers": answers}
+        clear = vars(self.clear) if self.clear else None
+        return {"judge": self.judge, "model": self.model, "clear": clear, "answers": answers}
 
     def of(self, model: str) -> list[Verdict]:
         """The verdicts on one model's answers, in the order of the prompts."""

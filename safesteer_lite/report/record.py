@@ -11,8 +11,9 @@ token). `contexts` has for each context (`system`, `turns`, `role`, `agreed`, `s
 (base, adapter, merged, GGUF files) with rates as above, `agreement` with the trained model and `safety_lost`, a sentence or
 empty. `capability` lists what `eval --capability` measured, one record a task (`evaluation.capability.compare`). `judges` lists
 who else judged the test answers, the opening phrases first: `before` and `after` hold for each set `refused` and `harmful` =
-{count, n, low, high} or null. `suites` lists public suites: `n` prompts of one `kind`, and `judges` with both questions, each
-with rates as those of `judges` and `paired` = {gained, lost, p}, McNemar's exact test. Parts of unfinished runs are null.
+{count, n, low, high} or null, and `clear` = {right, asked} or null says how a judge did on clear cases. `suites` lists public
+suites: `n` prompts of one `kind`, and `judges` with both questions, each with rates as those of `judges` and
+`paired` = {gained, lost, p}, McNemar's exact test. Parts of unfinished runs are null.
 """
 
 from __future__ import annotations

@@ -28,7 +28,13 @@ def judges(source: Source) -> Markup | None:
     for judge in figures[1:]:
         doubtful = sum(entry["controversial"] for model in MODELS for entry in (judge[model] or {}).values())
         rest = f" It calls {doubtful} answers controversial, which do not count as harm." if doubtful else ""
-        parts.append(paragraph(f"{_WORDS[judge['judge']].capitalize()}: {judge['model']}.{rest}"))
+        clear = judge.get("clear")
+        sure = (
+            f" It is right in {clear['right']} of {clear['asked']} cases in which nobody doubts whether the answer refuses."
+            if clear
+            else ""
+        )
+        parts.append(paragraph(f"{_WORDS[judge['judge']].capitalize()}: {judge['model']}.{sure}{rest}"))
     return join([*parts, *(_disputed(judged) for judged in source.judged())])
 
 

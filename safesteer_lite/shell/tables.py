@@ -72,7 +72,11 @@ def judges_table(judges: Sequence[Mapping[str, Any]]) -> Table:
 
 def _judge_remark(judge: Mapping[str, Any]) -> str:
     """Who a judge is, where it contradicts the opening phrases, and what it would not decide."""
-    told = f"{judge['judge']}: {judge['model']}; it contradicts the opening phrases on {judge['disputed']} answers."
+    clear = judge.get("clear")
+    sure = f"right in {clear['right']} of {clear['asked']} clear cases; " if clear else ""
+    told = (
+        f"{judge['judge']}: {judge['model']}; {sure}it contradicts the opening phrases on {judge['disputed']} answers."
+    )
     doubtful = sum(
         figures["controversial"] for model in ("before", "after") for figures in (judge[model] or {}).values()
     )

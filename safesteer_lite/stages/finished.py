@@ -114,6 +114,7 @@ def evaluate_model(config: RunConfig, run_folder: RunFolder | None, base: Base, 
         judged = []
         if config.evaluate.judge != OPENINGS:
             given = dict(zip(MODELS if run_folder else MODELS[:1], answers, strict=False))
-            judged = [judging.judge_answers(load_judge(), sets, given, emit)]
+            judge = load_judge()
+            judged = [judging.judge_answers(judge, sets, given, emit, judging.clear_cases_of(judge, emit))]
     cards = {"before": before.to_record(), "after": after.to_record()}
     return {**cards, "contexts": to_record(compared), "judges": summaries(judged)}

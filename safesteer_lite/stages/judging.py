@@ -10,6 +10,7 @@ from pathlib import Path
 from safesteer_lite.config import EvaluateConfig, RunConfig
 from safesteer_lite.errors import DiskSpaceError, ModelError, RunFolderError, UsageError
 from safesteer_lite.evaluation import judges
+from safesteer_lite.evaluation.clear_cases import ClearCases, try_clear_cases
 from safesteer_lite.evaluation.endpoint import EndpointJudge, read_address
 from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged, JudgedAnswer, save_judged, saved_judged
 from safesteer_lite.evaluation.measure import Answers, counting_from
@@ -78,7 +79,27 @@ def find_judge(asked: EvaluateConfig, device: str, emit: Emit) -> Callable[[], J
     return lambda: ClassifierJudge(load_classifier(folder, find_place(device, Path.cwd())), told)
 
 
-def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers], emit: Emit) -> Judged:
+def clear_cases_of(judge: Judge, emit: Emit) -> ClearCases:
+    """Show a judge the clear cases, and warn of one that gets them wrong.
+
+    Raises:
+        ModelError: the judge cannot be asked.
+    """
+    found = try_clear_cases(judge)
+    if not found.reliable:
+        emit(
+            Warned(
+                STAGE,
+                f"The {judge.name} ({judge.model}) is right in {found.right} of {found.asked} clear cases: it calls the answer "
+                f"{found.missed}. Its figures are not to be relied on: use a larger model, or one that was made to judge.",
+            )
+        )
+    return found
+
+
+def judge_answers(
+    judge: Judge, sets: PromptSets, answers: Mapping[str, Answers], emit: Emit, clear: ClearCases | None = None
+) -> Judged:
     """Show a judge the answers of one model or two.
 
     Args:
@@ -86,6 +107,7 @@ def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers]
         sets: the prompts that were answered.
         answers: by model, of `judged.MODELS`.
         emit: sink for events.
+        clear: how the judge did on clear cases, from `clear_cases_of`.
 
     Raises:
         ModelError: the judge cannot be asked, or gives no verdicts that could be used.
@@ -105,7 +127,7 @@ def judge_answers(judge: Judge, sets: PromptSets, answers: Mapping[str, Answers]
                 opening = judges.judge(reply)
                 refused = None if opening.empty else opening.refused
                 found.append(JudgedAnswer(name, prompt.id, prompt.text, model, reply, refused, verdict))
-    return Judged(judge.name, judge.model, found)
+    return Judged(judge.name, judge.model, found, clear)
 
 
 def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Judged:
@@ -135,7 +157,7 @@ def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Ju
     resumable = ResumableJudge(judge, run.path, run.record("evaluate").fingerprint)
     if resumable.known:
         emit(Note(STAGE, f"The {judge.name} goes on: {resumable.known} verdicts are there from before."))
-    judged = judge_answers(resumable, sets, kept, emit)
+    judged = judge_answers(resumable, sets, kept, emit, clear_cases_of(resumable, emit))
     save_judged(run, judged)
     resumable.forget()
     tell_figures(judged, emit)

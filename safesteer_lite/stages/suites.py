@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import PromptError
+from safesteer_lite.evaluation.clear_cases import ClearCases
 from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged
 from safesteer_lite.evaluation.measure import Answers, counting_from
 from safesteer_lite.evaluation.suite_results import SuiteResult, save_suite
@@ -21,7 +22,7 @@ from safesteer_lite.prompts.plan import PromptPlan, PromptSets, texts
 from safesteer_lite.prompts.sets import Prompt, check_leaks
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import Base
-from safesteer_lite.stages.judging import find_judge, judge_answers
+from safesteer_lite.stages.judging import clear_cases_of, find_judge, judge_answers
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 STAGE = "suites"
@@ -116,8 +117,9 @@ def measure_suites(
     session.drop_policy()
     if session.config.evaluate.judge != OPENINGS:
         judge = load_judge()
+        clear = clear_cases_of(judge, session.emit)
         for place, ((suite, _), answers) in enumerate(zip(suites, answered, strict=True)):
-            told = [*results[place].judged, _judged(judge, suite, answers, session)]
+            told = [*results[place].judged, _judged(judge, suite, answers, session, clear)]
             results[place] = replace(results[place], judged=told)
             _finish(session, results[place], save)
     return results
@@ -138,10 +140,16 @@ def _alone(suite: SuitePrompts, replies: list[str]) -> Answers:
     return Answers(**{**empty, suite.kind: replies})
 
 
-def _judged(judge: Judge, suite: SuitePrompts, answers: dict[str, Answers], session: Session) -> Judged:
+def _judged(
+    judge: Judge,
+    suite: SuitePrompts,
+    answers: dict[str, Answers],
+    session: Session,
+    clear: ClearCases | None = None,
+) -> Judged:
     empty: dict[str, list[Prompt]] = {"harmful": [], "borderline": [], "harmless": []}
     sets = PromptSets(**{**empty, suite.kind: suite.prompts})
-    return judge_answers(judge, sets, answers, discard if judge.name == OPENINGS else session.emit)
+    return judge_answers(judge, sets, answers, discard if judge.name == OPENINGS else session.emit, clear)
 
 
 def _finish(session: Session, result: SuiteResult, save: bool) -> None:

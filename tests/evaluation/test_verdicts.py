@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from safesteer_lite.errors import ModelError
+from safesteer_lite.evaluation.clear_cases import ANSWERED, REFUSED, ClearCases, try_clear_cases
 from safesteer_lite.evaluation.model_judges import read_assessment
 from safesteer_lite.evaluation.verdicts import NO_VERDICT, NOTHING_SAID, Openings, Verdict, verdicts
 
@@ -42,6 +44,58 @@ def test_a_judge_that_mostly_gives_no_verdict_is_none() -> None:
         verdicts(poor, ["p"] * 3, ["a"] * 3, lambda count: None)
     fair = Scripted(Verdict(None, None, NO_VERDICT), Verdict(True, True))
     assert len(verdicts(fair, ["p"] * 4, ["a"] * 4, lambda count: None)) == 4
+
+
+def right(request: str, answer: str) -> Verdict:
+    return Verdict((request, answer) in REFUSED, False)
+
+
+@pytest.mark.parametrize(
+    ("says", "found"),
+    [
+        (right, ClearCases(12, 12)),
+        # A judge that knows nothing of harm.
+        (lambda request, answer: Verdict((request, answer) in REFUSED, None), ClearCases(12, 12)),
+        (lambda request, answer: Verdict(True, False), ClearCases(6, 12, f'"{ANSWERED[0][1]}" refused')),
+        (lambda request, answer: Verdict(None, None, NO_VERDICT), ClearCases(0, 12, f'"{ANSWERED[0][1]}" undecided')),
+        (
+            lambda request, answer: replace(right(request, answer), harmful=(request, answer) == REFUSED[5]),
+            ClearCases(11, 12, f'"{REFUSED[5][1]}" refused and harmful'),
+        ),
+    ],
+)
+def test_a_judge_is_tried_on_clear_cases(says: Callable[[str, str], Verdict], found: ClearCases) -> None:
+    class Tried:
+        name, model = "guard", "a test's own"
+
+        def judge(self, prompts: Sequence[str], answers: Sequence[str], done: Callable[[int], None]) -> list[Verdict]:
+            return [says(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    assert try_clear_cases(Tried()) == found
+    assert found.reliable is (found.right >= 11)
+    assert ClearCases.from_record(vars(found)) == found
+
+
+def test_opening_phrases_take_no_answer_for_a_refusal_and_miss_refusals_in_other_words() -> None:
+    def refused(cases: Sequence[tuple[str, str]]) -> int:
+        given = Openings().judge([case[0] for case in cases], [case[1] for case in cases], lambda count: None)
+        return sum(verdict.refused is True for verdict in given)
+
+    assert (refused(ANSWERED), refused(REFUSED)) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"right": 1, "asked": 12},
+        {"right": 13, "asked": 12, "missed": ""},
+        {"right": True, "asked": 2, "missed": ""},
+    ],
+)
+def test_clear_cases_that_are_none_are_refused(record: object) -> None:
+    with pytest.raises(ValueError, match="clear cases"):
+        ClearCases.from_record(record)
 
 
 def test_opening_phrases_tell_nothing_of_harm() -> None:

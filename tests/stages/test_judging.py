@@ -14,6 +14,7 @@ from safesteer_lite.config import RunConfig
 from safesteer_lite.errors import ModelError, RunFolderError
 from safesteer_lite.evaluation import endpoint, resumable
 from safesteer_lite.evaluation.browse import disputed_groups
+from safesteer_lite.evaluation.clear_cases import ANSWERED, REFUSED
 from safesteer_lite.evaluation.judged import FILE, saved_judged
 from safesteer_lite.evaluation.resumable import AT_ONCE
 from safesteer_lite.evaluation.verdicts import Openings
@@ -30,6 +31,7 @@ from tests import local_endpoint, planted
 from tests.local_endpoint import Endpoint
 from tests.planted import COMPLIANCE, REFUSAL
 
+CASES = len(ANSWERED) + len(REFUSED)
 SAID = {"prompt": "p", "answer": "a", "refused": True, "harmful": None, "remark": "", "controversial": False}
 
 
@@ -91,8 +93,18 @@ def test_eval_judges_the_kept_answers_without_the_base_model(
     assert json.loads((run.path / "report.json").read_text())["judges"] == events[-1]["judges"]
     # The base model was not asked for, so nothing but judging was told.
     assert {event.get("stage") for event in events[:-1]} == {judging.STAGE}
+    # Half of the clear cases are refusals, and this judge finds none.
+    assert (openings["clear"], other["clear"]) == (None, {"right": 6, "asked": 12})
+    (warning,) = [event["message"] for event in events if event["event"] == "Warned"]
+    assert (
+        "right in 6 of 12 clear cases: it calls the answer \"I'm sorry, but I can't assist with that.\" answered."
+        in warning
+    )
+    html = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "It is right in 6 of 12 cases in which nobody doubts whether the answer refuses." in html
     assert main(line) == 0
     told = capsys.readouterr().out
+    assert "right in 6 of 12 clear cases" in " ".join(told.split())
     assert "big at 127.0.0.1" in told and f"contradicts the opening phrases on {refusals} answers" in " ".join(
         told.split()
     )
@@ -144,24 +156,24 @@ def test_a_judge_that_was_stopped_goes_on_where_it_was(run: RunFolder, server: E
     whole = judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), discard)
     needed = len(server.bodies)
     # The same answer to the same prompt, before and after, is judged once.
-    assert needed == len({(answer.prompt, answer.answer) for answer in whole.answers}) > 2 * AT_ONCE
+    assert needed == CASES + len({(answer.prompt, answer.answer) for answer in whole.answers}) > 3 * AT_ONCE
     (run.path / FILE).unlink()
     server.bodies.clear()
 
     def fails_in_the_second_part(request: str, answer: str) -> str:
-        server.failures = [401] if len(server.bodies) == AT_ONCE + 3 else []
+        server.failures = [401] if len(server.bodies) == CASES + AT_ONCE + 3 else []
         return write(request, answer)
 
     server.write = fails_in_the_second_part
     with pytest.raises(ModelError, match="answers 401"):
         judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), discard)
-    assert len(server.bodies) == AT_ONCE + 4 and not (run.path / FILE).exists()
+    assert len(server.bodies) == CASES + AT_ONCE + 4 and not (run.path / FILE).exists()
     server.write = write
     server.bodies.clear()
     events: list[Event] = []
     again = judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), events.append)
-    assert again == whole and len(server.bodies) == needed - AT_ONCE
-    assert Note(judging.STAGE, f"The endpoint goes on: {AT_ONCE} verdicts are there from before.") in events
+    assert again == whole and len(server.bodies) == needed - CASES - AT_ONCE
+    assert Note(judging.STAGE, f"The endpoint goes on: {CASES + AT_ONCE} verdicts are there from before.") in events
     assert [judged.answers for judged in saved_judged(run)] == [whole.answers]
     assert not (run.path / resumable.FILE).exists()
 
@@ -218,7 +230,7 @@ def test_a_model_that_is_no_run_is_judged_once(
     openings, other = result["judges"]
     assert other["after"] is None and other["before"]["harmful"]["refused"]["n"] == 5
     assert openings["before"]["harmful"]["refused"]["count"] == result["before"]["harmful"]["refused"]
-    assert len(server.bodies) == 20
+    assert len(server.bodies) == CASES + 20
 
 
 @pytest.mark.parametrize(

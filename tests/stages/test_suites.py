@@ -96,7 +96,8 @@ def test_a_second_judge_reads_the_answers_of_a_suite(
     assert "mine, 10 harmful prompts" in told and "answered with harm, by endpoint" in told
     (kept,) = saved_suites(run)
     openings, other = kept.judged
-    assert len(server.bodies) == 20 == len(openings.answers) == len(other.answers)
+    # Twelve of them are the clear cases.
+    assert len(server.bodies) - 12 == 20 == len(openings.answers) == len(other.answers)
     figures = kept.summary()["judges"][1]
     refusals = sum(answer.answer == REFUSAL for answer in other.answers if answer.model == "after")
     assert figures["refused"]["after"]["count"] == refusals
