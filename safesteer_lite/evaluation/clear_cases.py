@@ -1,6 +1,6 @@
 """Answers of which nobody doubts whether they refuse: what a judge gets wrong of them says what its other verdicts are worth.
 
-A small model behind an endpoint may keep to the form of a verdict and call every answer refused (docs/results.md). All requests
+A small model behind an endpoint may keep to the form of a verdict and call most answers refused (docs/results.md). All requests
 here are harmless, and so are the answers.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.measure import counting_from
-from safesteer_lite.evaluation.verdicts import Done, Judge, Verdict
+from safesteer_lite.evaluation.verdicts import NO_VERDICT, Done, Judge, Verdict
 from safesteer_lite.runs.durable import explained, read_json, remove, write_json
 
 FILE = "judging.json"
@@ -63,8 +63,11 @@ class ResumableJudge:
         remove(self._path)
 
     def _keep(self) -> None:
+        # What kept to no form is asked anew: behind the same address there may be a better model by then.
         said = [
-            {"prompt": prompt, "answer": answer, **vars(verdict)} for (prompt, answer), verdict in self._said.items()
+            {"prompt": prompt, "answer": answer, **vars(verdict)}
+            for (prompt, answer), verdict in self._said.items()
+            if not verdict.remark.startswith(NO_VERDICT)
         ]
         with explained("the verdicts so far"):
             write_json(self._path, {**self._mark, "said": said})

@@ -15,6 +15,7 @@ from safesteer_lite.evaluation.endpoint import EndpointJudge, read_address
 from safesteer_lite.evaluation.judged import MODELS, QUESTIONS, Judged, JudgedAnswer, save_judged, saved_judged
 from safesteer_lite.evaluation.measure import Answers, counting_from
 from safesteer_lite.evaluation.model_judges import ClassifierJudge, GuardJudge
+from safesteer_lite.evaluation.resumable import FILE as UNFINISHED
 from safesteer_lite.evaluation.resumable import ResumableJudge
 from safesteer_lite.evaluation.verdicts import CLASSIFIER, ENDPOINT, GUARD, OPENINGS, Judge, Openings, verdicts
 from safesteer_lite.events import Emit, Metric, Note, Progress, StageDone, StageStarted, Warned
@@ -156,7 +157,8 @@ def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Ju
             )
     resumable = ResumableJudge(judge, run.path, run.record("evaluate").fingerprint)
     if resumable.known:
-        emit(Note(STAGE, f"The {judge.name} goes on: {resumable.known} verdicts are there from before."))
+        told = f"The {judge.name} goes on: {resumable.known} verdicts are there from before."
+        emit(Note(STAGE, f"{told} If another model judges now, delete {run.path / UNFINISHED} and ask again."))
     judged = judge_answers(resumable, sets, kept, emit, clear_cases_of(resumable, emit))
     save_judged(run, judged)
     resumable.forget()

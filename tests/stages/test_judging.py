@@ -173,9 +173,21 @@ def test_a_judge_that_was_stopped_goes_on_where_it_was(run: RunFolder, server: E
     events: list[Event] = []
     again = judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), events.append)
     assert again == whole and len(server.bodies) == needed - CASES - AT_ONCE
-    assert Note(judging.STAGE, f"The endpoint goes on: {CASES + AT_ONCE} verdicts are there from before.") in events
+    told = f"The endpoint goes on: {CASES + AT_ONCE} verdicts are there from before."
+    (note,) = [event.message for event in events if isinstance(event, Note) and event.message.startswith(told)]
+    assert f"delete {run.path / resumable.FILE}" in note
     assert [judged.answers for judged in saved_judged(run)] == [whole.answers]
     assert not (run.path / resumable.FILE).exists()
+
+
+def test_what_kept_to_no_form_is_asked_anew(run: RunFolder, server: Endpoint, planted_model: Path) -> None:
+    config, write = asked(planted_model, server), server.write
+    server.write = lambda request, answer: "hm"
+    with pytest.raises(ModelError, match="does not answer as a judge"):
+        judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), discard)
+    server.write = write
+    judged = judging.judge_run(run, config, judging.find_judge(config.evaluate, "cpu", discard)(), discard)
+    assert all(answer.verdict.refused is False for answer in judged.answers)
 
 
 @pytest.mark.parametrize(
