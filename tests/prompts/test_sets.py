@@ -69,6 +69,13 @@ def test_each_split_has_its_count_and_even_categories(kind: Kind, split: str) ->
     assert [prompt.id for prompt in prompts] == [f"{kind}-{split}-{n:03d}" for n in range(1, len(prompts) + 1)]
 
 
+def test_the_page_beside_the_sets_tells_their_sizes() -> None:
+    page = (REPOSITORY / "safesteer_lite" / "data" / "README.md").read_text(encoding="utf-8")
+    for kind, counts in COUNTS.items():
+        sizes = [str(counts.get(split, "-")) for split in ("direction", "selection", "train", "test")]
+        assert f"| `{kind}.jsonl` | {' | '.join(sizes)} |" in page
+
+
 @pytest.mark.parametrize(("kind", "split"), SETS)
 def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str) -> None:
     names = {prompt.category for prompt in prompt_set(kind, split)}
