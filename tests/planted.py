@@ -66,6 +66,7 @@ SETTINGS: config.Values = {
     "prompts.borderline_test": 10,
     "prompts.contrast": 12,
     "distill.critical": 0,
+    "distill.twins": 0,
     "direction.refusal_openings": ["I'm"],
     "direction.shortlist": 8,
     "direction.kl_limit": 0.5,

@@ -169,8 +169,8 @@ class DistillConfig:
         bounds=Bounds(0, 100_000),
     )
     twins: int = _expert(
-        0,
-        "harmless prompts in the form of the harmful training prompts, among the anchors",
+        100,
+        "harmless prompts in the words of harmful ones, among the anchors",
         "docs/method.md, anchors",
         bounds=Bounds(0, 100_000),
     )

@@ -25,7 +25,7 @@ def answer_groups(run: RunFolder, config: RunConfig) -> dict[str, list[Flip]]:
     before, after = (run.read_json("evaluate", f"answers-{when}.json") for when in ("before", "after"))
     sets = PromptPlan(config.prompts).split("test")
     groups: dict[str, list[Flip]] = {}
-    # Runs of the first versions have no critical prompts.
+    # Runs of earlier versions have no twins, and the first ones no requests for help in danger.
     for kind in kinds_of(before):
         prompts = sets.of(kind)
         if not len(prompts) == len(before[kind]) == len(after[kind]):
@@ -87,9 +87,11 @@ _ORDER = (
     _LOST,
     "critical, refused now",
     "harmless, refused now",
+    "twin, refused now",
     "borderline, refused now",
     "harmful, refused now",
     "harmless, no longer refused",
+    "twin, no longer refused",
     "borderline, no longer refused",
     "critical, no longer refused",
     _CUT,

@@ -26,6 +26,7 @@ class Answers:
     harmful: list[str]
     borderline: list[str]
     harmless: list[str]
+    twin: list[str] = field(default_factory=list)
     critical: list[str] = field(default_factory=list)
 
     def of(self, kind: Kind) -> list[str]:

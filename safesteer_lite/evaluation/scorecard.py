@@ -13,7 +13,7 @@ from math import hypot, isfinite, sqrt
 from typing import Any
 
 from safesteer_lite.evaluation.judges import Judgement, judge
-from safesteer_lite.prompts.sets import KINDS, Kind
+from safesteer_lite.prompts.sets import KINDS, OPTIONAL, Kind
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -143,8 +143,9 @@ class Scorecard:
         kl_to_base: mean divergence to the base model over whole answers to harmless prompts, nats per token; None if
             it was not measured.
         kl_n: number of answers the divergence rests on.
-        critical: refusals of requests for help in danger, each of which may do harm; of no prompts where they were not
-            asked, as in runs of the first versions.
+        twin: refusals of harmless requests in the words of harmful ones; more is over-refusal. Of no prompts where they were
+            not asked, as in runs of earlier versions.
+        critical: refusals of requests for help in danger, each of which may do harm; or of no prompts.
     """
 
     harmful: Rate
@@ -152,13 +153,14 @@ class Scorecard:
     harmless: Rate
     kl_to_base: float | None = None
     kl_n: int = 0
+    twin: Rate = NOT_ASKED
     critical: Rate = NOT_ASKED
 
     @classmethod
     def of_rates(cls, rates: Mapping[Kind, Rate], kl_to_base: float | None = None, kl_n: int = 0) -> Scorecard:
-        """A scorecard of rates by kind; without critical ones, those were not asked."""
-        critical = rates.get("critical", NOT_ASKED)
-        return cls(rates["harmful"], rates["borderline"], rates["harmless"], kl_to_base, kl_n, critical)
+        """A scorecard of rates by kind; optional kinds that are missing were not asked."""
+        optional = (rates.get(name, NOT_ASKED) for name in OPTIONAL)
+        return cls(rates["harmful"], rates["borderline"], rates["harmless"], kl_to_base, kl_n, *optional)
 
     def of(self, kind: Kind) -> Rate:
         """The rate of one kind of prompts."""
@@ -173,7 +175,7 @@ class Scorecard:
             ValueError: it is none.
         """
         try:
-            rates = {name: Rate.from_record(record[name]) for name in KINDS if name != "critical" or name in record}
+            rates = {name: Rate.from_record(record[name]) for name in KINDS if name not in OPTIONAL or name in record}
             kl = record["kl_to_base"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"a scorecard lacks {error}") from error
@@ -183,7 +185,7 @@ class Scorecard:
 
     def to_record(self) -> dict[str, object]:
         """The scorecard as the report stores it."""
-        asked = [name for name in KINDS if name != "critical" or self.critical != NOT_ASKED]
+        asked = [name for name in KINDS if name not in OPTIONAL or self.of(name) != NOT_ASKED]
         record: dict[str, object] = {name: self.of(name).to_record() for name in asked}
         return {**record, "kl_to_base": self.kl_to_base}
 

@@ -45,13 +45,15 @@ class Counted:
     Attributes:
         harmful, borderline, harmless: refused by the base, refused by the trained model, and asked.
         how: in which runs, as the beginning of a sentence.
-        critical: the same of requests for help in danger; None where they were not asked.
+        twin, critical: the same of harmless twins of harmful prompts and of requests for help in danger; None where they were
+            not asked.
     """
 
     harmful: tuple[int, int, int]
     borderline: tuple[int, int, int]
     harmless: tuple[int, int, int]
     how: str
+    twin: tuple[int, int, int] | None = None
     critical: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
@@ -61,6 +63,7 @@ class Counted:
                 ("harmful", self.harmful),
                 ("borderline", self.borderline),
                 ("harmless", self.harmless),
+                *([("twins", self.twin)] if self.twin else []),
                 *([("help in danger", self.critical)] if self.critical else []),
             )
         ]
@@ -78,13 +81,22 @@ PUBLISHED: Mapping[str, Published] = {
 _BUNDLED = "added up, on the bundled test prompts"
 COUNTED: Mapping[tuple[str, str], Counted] = {
     ("lite", "Qwen2.5-Coder-0.5B-Instruct"): Counted(
-        (188, 365, 400), (62, 60, 240), (24, 39, 400), f"Measured by us in four runs, {_BUNDLED}", (32, 48, 160)
+        (94, 179, 200),
+        (30, 28, 120),
+        (12, 6, 200),
+        f"Measured by us in two runs, {_BUNDLED}",
+        twin=(10, 13, 120),
+        critical=(16, 17, 80),
     ),
     ("lite", "Qwen2.5-Coder-1.5B-Instruct"): Counted(
-        (82, 93, 100), (5, 5, 60), (1, 1, 100), "Measured by us in one run, on the bundled test prompts", (4, 5, 40)
+        (82, 93, 100),
+        (5, 5, 60),
+        (1, 1, 100),
+        "Measured by us in one run of the recipe before twins, on the bundled test prompts",
+        critical=(4, 5, 40),
     ),
     ("paper", "Qwen2.5-Coder-0.5B-Instruct"): Counted(
-        (94, 190, 200), (31, 96, 120), (12, 119, 200), f"Measured by us in two runs, {_BUNDLED}", (16, 72, 80)
+        (94, 190, 200), (31, 96, 120), (12, 119, 200), f"Measured by us in two runs, {_BUNDLED}", critical=(16, 72, 80)
     ),
 }
 """By recipe and the last part of the model's name. docs/results.md has these rows and what they leave open."""

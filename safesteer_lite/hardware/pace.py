@@ -113,7 +113,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
     """
     sets, direction, tokens = settings.prompts, settings.direction, settings.tokens
     distill, evaluate = settings.distill, settings.evaluate
-    chosen_by = 2 * sets.selection + sets.borderline_selection + sets.critical_selection
+    chosen_by = 2 * sets.selection + 2 * sets.borderline_selection + sets.critical_selection
     selection = _answers(chosen_by, evaluate.selection_tokens)
     candidates = direction.shortlist or _ALL_CANDIDATES
     read = 2 * (sets.direction + sets.selection) + (1 + _INDUCE_SHARE) * candidates * 2 * sets.selection
@@ -141,7 +141,7 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
         return found
     # Reckoned with the longest thoughts: one for each answer that is judged, and one before whatever else is read.
     longest = settings.model.thinking_tokens
-    first = chosen_by + 2 * sets.direction + sets.train + distill.critical + sets.contrast
+    first = chosen_by + 2 * sets.direction + sets.train + distill.critical + distill.twins + sets.contrast
     contexts = len(evaluate.contexts) * (
         2 * evaluate.context_prompts + min(evaluate.context_prompts, sets.borderline_test)
     )
@@ -171,7 +171,7 @@ def _tested(settings: RunConfig) -> Work:
 
 def _test_prompts(settings: RunConfig) -> int:
     sets = settings.prompts
-    return 2 * sets.test + sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
+    return 2 * sets.test + 2 * sets.borderline_test + min(sets.borderline_test, _CRITICAL_TEST)
 
 
 def _thoughts(count: int, tokens: int) -> Work:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class PromptSets:
     harmful: Sequence[Prompt]
     borderline: Sequence[Prompt]
     harmless: Sequence[Prompt]
+    twin: Sequence[Prompt] = ()
     critical: Sequence[Prompt] = ()
 
     def of(self, kind: Kind) -> Sequence[Prompt]:
@@ -38,6 +39,10 @@ class PromptSets:
     def first(self, count: int) -> PromptSets:
         """At most so many of each kind, spread evenly over the categories."""
         return PromptSets(**{kind: self.of(kind)[:count] for kind in KINDS})
+
+    def without(self, kinds: Iterable[Kind]) -> PromptSets:
+        """The prompts of all kinds but these."""
+        return replace(self, **{kind: () for kind in kinds})
 
     @property
     def total(self) -> int:
@@ -68,7 +73,8 @@ class PromptPlan:
         return list(dict.fromkeys(chain(*measured, *self.direction(), *self.anchors(), self.training())))
 
     def split(self, name: str) -> PromptSets:
-        """The prompts to measure on: the `selection` or `test` split; to test at most as many critical as borderline ones."""
+        """The prompts to measure on: the `selection` or `test` split; as many twins as borderline ones, and at most
+        as many critical ones to test."""
         limits = self._settings
         common, borderline, critical = (
             (limits.selection, limits.borderline_selection, limits.critical_selection)
@@ -80,6 +86,7 @@ class PromptPlan:
             self._take("borderline", name, borderline),
             self._take("harmless", name, common),
             # Of other splits, which folders of one's own may have, nothing more is known.
+            self._take("twin", name, borderline) if name in ("selection", "test") else (),
             self._take("critical", name, critical) if name in ("selection", "test") else (),
         )
 
@@ -93,14 +100,16 @@ class PromptPlan:
 
         Args:
             critical: how many of the requests for help in danger.
-            twins: how many of the prompts that have the form of the harmful training prompts.
+            twins: how many of the harmless prompts in the words of harmful ones: those of the training prompts, then those of
+                the direction's.
         """
-        wanted: list[tuple[Kind, int]] = [
-            ("borderline", self._settings.contrast),
-            ("critical", critical),
-            ("twin", twins),
-        ]
-        return [self.direction()[1], *(self._take(kind, "train", count) for kind, count in wanted if count)]
+        wanted: list[tuple[Kind, int]] = [("borderline", self._settings.contrast), ("critical", critical)]
+        kinds = [self.direction()[1], *(self._take(kind, "train", count) for kind, count in wanted if count)]
+        if twins:
+            of_training = self._take("twin", "train", twins)
+            rest = twins - len(of_training)
+            kinds.append([*of_training, *(self._take("twin", "direction", rest) if rest else ())])
+        return kinds
 
     def training(self) -> list[Prompt]:
         """The harmful prompts to train on: bundled, or the user's without what the evaluation sets hold.

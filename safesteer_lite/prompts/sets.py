@@ -29,11 +29,11 @@ NEAR_DUPLICATE = 0.6
 """Jaccard similarity of content words from which two prompts count as the same request."""
 
 Kind = Literal["harmful", "harmless", "borderline", "critical", "twin"]
-KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless", "critical")
+KINDS: tuple[Kind, ...] = ("harmful", "borderline", "harmless", "twin", "critical")
 """In the order in which they are told."""
 
-_OPTIONAL = ("critical", "twin")
-"""Kinds that a folder of prompts need not have."""
+OPTIONAL: tuple[Kind, ...] = ("twin", "critical")
+"""Kinds that a folder of prompts need not have, and that runs of earlier versions were not asked."""
 
 # More of a value than any table has room for.
 _SHOWN_LENGTH = 1000
@@ -114,8 +114,7 @@ def prompt_set(kind: Kind, split: str, limit: int | None = None, folder: str = "
     Args:
         kind: `harmful`, `harmless`, `borderline` (harmless requests in alarming words), `critical` (requests for help
             in danger, where a refusal does harm) or `twin` (harmless requests in the words of the harmful ones of its place).
-        split: `direction`, `selection`, `train` or `test`; borderline and critical have no
-            `direction`, twin has only `train`.
+        split: `direction`, `selection`, `train` or `test`; borderline and critical have no `direction`.
         limit: at most so many prompts, spread evenly over the categories; None for the whole split.
         folder: where `harmful.jsonl`, `harmless.jsonl` and `borderline.jsonl` lie, each line with `prompt` and `split`
             and perhaps `id`, `category` and `language`; empty for the ones that ship with the package. Where it has no
@@ -141,8 +140,8 @@ def data_files(folder: str = "") -> list[Path]:
     bundled = Path(str(files("safesteer_lite") / "data"))
     place = Path(folder) if folder else bundled
     own = [place / f"{kind}.jsonl" for kind in sorted(get_args(Kind))]
-    # Help in danger is measured, and twins are anchors, even where somebody who brings other prompts did not think of them.
-    return [bundled / path.name if path.stem in _OPTIONAL and not path.exists() else path for path in own]
+    # Help in danger and twins are measured, and are anchors, even where somebody who brings other prompts did not think of them.
+    return [bundled / path.name if path.stem in OPTIONAL and not path.exists() else path for path in own]
 
 
 def load_prompts(source: Path, column: str | None = None) -> LoadedPrompts:

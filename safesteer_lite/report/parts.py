@@ -141,7 +141,7 @@ def flips(source: Source) -> Markup | None:
         )
     ]
     # What got worse comes first, so that nobody has to look for it.
-    worse = [("harmful", False), ("critical", True), ("borderline", True), ("harmless", True)]
+    worse = [("harmful", False), ("critical", True), ("borderline", True), ("harmless", True), ("twin", True)]
     for name, refused in worse + [(name, not refused) for name, refused in worse]:
         group = [flip for flip in found if (flip["set"], flip["after_refused"]) == (name, refused)]
         if group:

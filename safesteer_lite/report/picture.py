@@ -18,6 +18,7 @@ _KINDS = (
     ("harmful", "harmful requests", "should be refused"),
     ("borderline", "borderline requests", "only sound alarming"),
     ("harmless", "harmless requests", "should be answered"),
+    ("twin", "twins of harmful ones", "should be answered"),
     ("critical", "help in danger", "must be answered"),
 )
 _STYLE = (

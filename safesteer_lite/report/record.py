@@ -3,8 +3,9 @@
 Schema version 1. Top level: `schema`, `run`, `created`, `finished`, `model`, `seed`, `verdict`, `scorecard`,
 `contexts`, `selection`, `direction`, `tokens`, `stages`, `peak_memory_bytes`, `artifacts`, `judges`, `suites`, `exports`,
 `capability`, `versions`, `config`. `scorecard.before` and `scorecard.after` hold `harmful`, `borderline`, `harmless` =
-{refused, n, low, high} (test split, 95 % Wilson bounds as shares), `critical` where it was asked, and `kl_to_base` (nats a
-token). `contexts` has for each context (`system`, `turns`, `role`, `agreed`, `steps`) `before` and `after` with such rates.
+{refused, n, low, high} (test split, 95 % Wilson bounds as shares), `twin` and `critical` where they were asked, and
+`kl_to_base` (nats a token). `contexts` has for each context (`system`, `turns`, `role`, `agreed`, `steps`) `before` and
+`after` with such rates.
 `stages.<name>` holds `seconds` and the stage's `result`; `stages.parent`, where the run continues another one, what it began from
 (`stages.parent.parent_of`). `artifacts` maps a path in the run folder to its `size` (bytes) and
 `sha256`. `exports` lists what `export` measured: `weights`, `strength`, `split`, `answer_tokens` and `artifacts`, one row each

@@ -137,7 +137,10 @@ def scorecard_table(
         counts = sorted({new["n"] for _, _, new in section.rows})
         told = [" / ".join(str(rates[side]["refused"]) for _, *rates in section.rows) for side in sides]
         table.add_row(section.title, "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))), *told)
-    if any(name == "critical" for name, _, _ in plainly.rows):
+    asked = [name for name, _, _ in plainly.rows]
+    if "twin" in asked:
+        notes.append("twin: harmless requests in the words of harmful ones.")
+    if "critical" in asked:
         notes.append("critical: requests for help in danger, where a refusal may do harm.")
     if in_contexts:
         kinds = " / ".join(name for name, _, _ in in_contexts[0].rows)
@@ -155,7 +158,8 @@ def dial_table(points: Sequence[dict[str, Any]]) -> Table:
         points: records as `evaluation.dial` makes them, weakest first.
     """
     title = "Strength dial, selection split: refused, with 95 % Wilson intervals"
-    table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False)
+    # 80 columns hold all kinds where they stand close together.
+    table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, padding=(0, 0, 0, 1))
     kinds = kinds_of(points[0])
     for heading in ("strength", *kinds, "KL", "score", "apart"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -183,7 +187,8 @@ def artifacts_table(record: dict[str, Any]) -> Table:
     """One row an artifact: its refusals, and how it agrees with the trained model; lost safety in red."""
     rows, names = record["artifacts"], kinds_of(record["artifacts"][0])
     title = f"Refusals on {record['split']} prompts (95 % Wilson intervals), each artifact as it is run"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    # 80 columns hold all kinds where they stand close together.
+    table = Table(title=title, title_justify="left", caption_justify="left", padding=0)
     table.add_column("")
     for name in names:
         counts = sorted({row[name]["n"] for row in rows})

@@ -316,7 +316,7 @@ def _figures(view: RunView, plain: bool) -> Group:
         before, now = view.first.get(name), view.last.get(name)
         n = (now or before or (0.0, None))[1]
         rates.add_row(name, _share(before), _share(now), f"n {n}" if n else "")
-    return Group(curves, Text(), rates)
+    return Group(curves, rates)
 
 
 def _share(rate: tuple[float, int | None] | None) -> str:

@@ -23,7 +23,7 @@ from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.prompts.plan import PromptSets, texts
-from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.prompts.sets import KINDS, OPTIONAL
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import evaluate
 from safesteer_lite.stages.session import ANSWER_BATCH, SPARE_TOKENS, Session
@@ -55,9 +55,9 @@ def measure_trained(session: Session, adapter: Path, request: Request) -> Measur
     if request.prompts:
         sets = sets.first(request.prompts)
     rows = _stored_rows(session, request) if request.strength == 1 else None
-    if rows and rows[0].card.critical == NOT_ASKED:
-        # A run of the first versions: what it was not asked, its artifacts are not asked either.
-        sets = replace(sets, critical=())
+    if rows:
+        # A run of an earlier version: what it was not asked, its artifacts are not asked either.
+        sets = sets.without(kind for kind in OPTIONAL if rows[0].card.of(kind) == NOT_ASKED)
     policy = session.policy
     read_adapter(policy.model, adapter)
     scale_adapter(policy.model, request.strength)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from safesteer_lite.config import EvaluateConfig, RunConfig
@@ -23,7 +22,7 @@ from safesteer_lite.hardware.backend import find_place
 from safesteer_lite.models.classifier import load_classifier
 from safesteer_lite.models.guard import load_guard
 from safesteer_lite.prompts.plan import PromptPlan, PromptSets
-from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.prompts.sets import KINDS, OPTIONAL
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.classifier import resolve_classifier
 from safesteer_lite.sources.resolve import resolve_model
@@ -147,9 +146,8 @@ def judge_run(run: RunFolder, config: RunConfig, judge: Judge, emit: Emit) -> Ju
     """
     kept = {model: Answers(**run.read_json("evaluate", f"answers-{model}.json")) for model in MODELS}
     sets = PromptPlan(config.prompts, lambda message: emit(Note(STAGE, message))).split("test")
-    if not any(given.critical for given in kept.values()):
-        # A run of the first versions was not asked for help in danger.
-        sets = replace(sets, critical=())
+    # A run of an earlier version was asked no twins, or not for help in danger.
+    sets = sets.without(kind for kind in OPTIONAL if not any(given.of(kind) for given in kept.values()))
     for given in kept.values():
         if any(len(given.of(name)) != len(sets.of(name)) for name in KINDS):
             raise RunFolderError(

@@ -72,8 +72,8 @@ def test_the_worst_contexts_are_named_with_their_counts() -> None:
 
 def tables() -> tuple[dict[str, Any], dict[str, Any]]:
     scorecard = {
-        "before": counted(71, 23, 9, n=100, tax_n=100, critical=0).to_record(),
-        "after": {**counted(100, 100, 100, n=100, tax_n=100, critical=20).to_record(), "kl_to_base": 0.0125},
+        "before": counted(71, 23, 9, n=100, tax_n=100, critical=0, twin=2).to_record(),
+        "after": {**counted(100, 100, 100, n=100, tax_n=100, critical=20, twin=20).to_record(), "kl_to_base": 0.0125},
     }
     return scorecard, contexts.to_record({name: pair((20, 20), (20, 20)) for name in CONTEXTS})
 
@@ -92,9 +92,9 @@ def test_one_table_of_80_columns_has_every_rate_before_and_after() -> None:
     assert max(map(len, lines)) <= 80
     # Nothing was broken or cut: each name has its line, with what was refused before and after.
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    assert [row[0] for row in cells] == [*ASKED_KINDS, "critical", "KL, nats a token", *CONTEXTS.values()]
+    assert [row[0] for row in cells] == [*ASKED_KINDS, "twin", "critical", "KL, nats a token", *CONTEXTS.values()]
     assert cells[0] == ["harmful", "100", "71 (71 %, 61 to 79)", "100 (100 %, 96 to 100)"]
-    assert cells[5:] == [[title, "20", "20 / 0 / 20", "20 / 0 / 20"] for title in CONTEXTS.values()]
+    assert cells[6:] == [[title, "20", "20 / 0 / 20", "20 / 0 / 20"] for title in CONTEXTS.values()]
     assert "harmful / borderline / harmless prompts refused, of n each" in " ".join(" ".join(lines).split())
 
 
@@ -102,8 +102,8 @@ def test_a_model_alone_has_one_column_and_no_kl() -> None:
     scorecard, in_contexts = tables()
     text = printed(scorecard, in_contexts, alone=True)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert [row[0] for row in cells] == [*ASKED_KINDS, "critical", *CONTEXTS.values()]
-    assert cells[0] == ["harmful", "100", "100 (100 %, 96 to 100)"] and cells[4][1:] == ["20", "20 / 0 / 20"]
+    assert [row[0] for row in cells] == [*ASKED_KINDS, "twin", "critical", *CONTEXTS.values()]
+    assert cells[0] == ["harmful", "100", "100 (100 %, 96 to 100)"] and cells[5][1:] == ["20", "20 / 0 / 20"]
     assert "KL" not in text and "before" not in text
 
 
@@ -116,9 +116,9 @@ def test_kinds_of_which_fewer_were_asked_are_told() -> None:
 def test_a_run_without_contexts_has_the_table_of_old() -> None:
     scorecard, _ = tables()
     for side in scorecard.values():
-        del side["critical"]
+        del side["critical"], side["twin"]
     text = printed(scorecard, None)
-    assert PLAIN not in text and "critical" not in text and "harmless" in text
+    assert PLAIN not in text and "critical" not in text and "twin" not in text and "harmless" in text
 
 
 def test_the_model_card_has_the_same_rows_in_one_table() -> None:
@@ -131,7 +131,9 @@ def test_the_model_card_has_the_same_rows_in_one_table() -> None:
     )
     row = {"artifact": "merged", "file": ".", "size": 1, "safety_lost": "", **scorecard["after"]}
     text = card.card(facts, {"artifacts": [row]}, {})
-    assert "| | size | harmful refused | borderline refused | harmless refused | critical refused |" in text
+    assert (
+        "| | size | harmful refused | borderline refused | harmless refused | twin refused | critical refused |" in text
+    )
     assert "| asked | prompts | before | after |" in text
     assert "| asked plainly | critical | 0 of 20 (0 to 16 %) | 20 of 20 (84 to 100 %) |" in text
     for title in CONTEXTS.values():

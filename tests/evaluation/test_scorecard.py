@@ -77,11 +77,12 @@ def test_the_record_is_exactly_what_the_report_reads() -> None:
     assert card(1).to_record()["kl_to_base"] is None
 
 
-def test_critical_prompts_are_told_where_they_were_asked_and_old_records_are_read_without_them() -> None:
-    asked, unasked = card(24, critical=0), card(24)
-    assert kinds_of(asked.to_record()) == ["harmful", "borderline", "harmless", "critical"]
+def test_kinds_that_came_later_are_told_where_they_were_asked_and_old_records_are_read_without_them() -> None:
+    asked, unasked, before_twins = card(24, critical=0, twin=3), card(24), card(24, critical=0)
+    assert kinds_of(asked.to_record()) == ["harmful", "borderline", "harmless", "twin", "critical"]
+    assert kinds_of(before_twins.to_record()) == ["harmful", "borderline", "harmless", "critical"]
     assert kinds_of(unasked.to_record()) == ["harmful", "borderline", "harmless"]
-    for found in (asked, unasked):
+    for found in (asked, unasked, before_twins):
         assert Scorecard.from_record(found.to_record()) == found
     with pytest.raises(ValueError, match="no rate"):
         Scorecard.from_record({**unasked.to_record(), "critical": {"refused": "0", "n": 20}})

@@ -58,7 +58,7 @@ SETTINGS: config.Values = {
 def finished_run(parent: Path, model: Path, changes: config.Values, old: bool = False) -> Session:
     """A run whose adapter is random, and whose stored answers are planted: the adapter refuses all that is harmful.
 
-    An `old` one was asked for no help in danger, and nothing in contexts.
+    An `old` one was asked no twins, for no help in danger, and nothing in contexts.
     """
     settings = config.build([("tests", {**SETTINGS, "model.name": str(model), **changes})])
     run = create_run(parent, "tiny", config.to_toml(settings), versions={"torch": "2.13.0"})
@@ -77,9 +77,9 @@ def finished_run(parent: Path, model: Path, changes: config.Values, old: bool = 
             answers = {kind: [ANSWER] * len(sets.of(kind)) for kind in KINDS}
             answers["harmful"] = [harmful] * len(sets.harmful)
             if old:
-                del answers["critical"]
+                del answers["critical"], answers["twin"]
             (publication.path / f"answers-{when}.json").write_text(json.dumps(answers))
-        card = {kind: Rate.of(0, 3).to_record() for kind in KINDS[: 3 if old else 4]} | {"kl_to_base": 0.01}
+        card = {kind: Rate.of(0, 3).to_record() for kind in KINDS[: 3 if old else 5]} | {"kl_to_base": 0.01}
         publication.result = {"scorecard": {"before": card, "after": card}}
         if not old:
             rates = {kind: Rate.of(1, 3).to_record() for kind in KINDS[:3]}
@@ -148,9 +148,9 @@ def test_fewer_prompts_and_another_strength_are_measured_as_asked(run_of_tiny: S
     assert {row[name]["n"] for row in few["artifacts"][:2] for name in KINDS} == {2}
     half, events = export(run_of_tiny, tmp_path / "half", kind="merged", strength=0.5)
     assert half["strength"] == 0.5
-    # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 14 prompts.
+    # At another strength the run's own answers say nothing: base, adapter and merged weights answer all 17 prompts.
     answered = [event.done for event in events if isinstance(event, Progress) and "answers" in event.what]
-    assert max(answered) == 28 and half["artifacts"][1]["harmful"]["refused"] == 0
+    assert max(answered) == 34 and half["artifacts"][1]["harmful"]["refused"] == 0
     # The run's rates in contexts are of its own strength.
     assert "| role play |" not in (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
 

@@ -33,7 +33,7 @@ COUNTS: dict[Kind, dict[str, int]] = {
     "harmless": {"direction": 128, "selection": 32, "train": 100, "test": 100},
     "borderline": {"selection": 30, "train": 300, "test": 60},
     "critical": {"selection": 60, "train": 100, "test": 40},
-    "twin": {"train": 100},
+    "twin": {"direction": 128, "selection": 32, "train": 100, "test": 100},
 }
 SETS = [(kind, split) for kind, splits in COUNTS.items() for split in splits]
 ALARMING = re.compile(
@@ -89,10 +89,20 @@ def test_any_limit_is_an_even_spread_over_the_categories(kind: Kind, split: str)
 
 def test_no_similar_pairs_within_or_between_the_bundled_sets() -> None:
     prompts = all_bundled()
-    assert len(prompts) == 1410
-    twins = {f"{kind}-train-{n:03d}": n for kind in ("harmful", "twin") for n in range(1, 101)}
+    assert len(prompts) == 1670
     found = [(a.id, b.id) for a, b in pairs(prompts, prompts) if a is not b]
-    assert [(a, b) for a, b in found if twins.get(a, a) != twins.get(b, b)] == []
+    # A twin is meant to be like the harmful prompt of its own place, and like no other.
+    assert [(a, b) for a, b in found if a.replace("harmful", "twin") != b.replace("harmful", "twin")] == []
+
+
+def test_twins_take_up_the_words_of_the_harmful_prompts_of_their_places() -> None:
+    for split, count in COUNTS["twin"].items():
+        couples = list(zip(prompt_set("harmful", split), prompt_set("twin", split), strict=True))
+        assert [twin.category for _, twin in couples] == [harmful.category for harmful, _ in couples]
+        assert sum(harmful.text.split()[:2] == twin.text.split()[:2] for harmful, twin in couples) > 0.85 * count
+        assert abs(statistics.mean(words(harmful) - words(twin) for harmful, twin in couples)) < 1.5
+        shared = [set(harmful.text.split()) & set(twin.text.split()) for harmful, twin in couples]
+        assert statistics.mean(map(len, shared)) > 5
 
 
 def test_bundled_prompts_are_short_single_lines() -> None:
@@ -144,6 +154,7 @@ def test_contrast_anchors_stay_farther_from_the_test_splits_than_near_duplicates
     held_out = [prompt for kind, splits in COUNTS.items() if "test" in splits for prompt in prompt_set(kind, "test")]
     for kind in ("borderline", "twin", "critical"):
         assert pairs(prompt_set(kind, "train"), held_out, 0.4) == []
+    assert pairs(prompt_set("twin", "direction"), [prompt for prompt in held_out if "twin" in prompt.id], 0.4) == []
 
 
 def test_an_unknown_split_and_an_empty_limit_are_refused() -> None:

@@ -69,7 +69,7 @@ def test_numbers_fit_each_other(finished: RunFolder) -> None:
             assert 0 <= rate["refused"] <= rate["n"] and rate["n"] > 0
             assert rate["low"] <= rate["refused"] / rate["n"] <= rate["high"]
             assert (rate["low"], rate["high"]) == pytest.approx(wilson(rate["refused"], rate["n"]))
-    assert [rate["n"] for rate in rates(told["scorecard"]["after"])] == [28, 10, 28, 10]
+    assert [rate["n"] for rate in rates(told["scorecard"]["after"])] == [28, 10, 28, 10, 10]
     for pair in told["contexts"].values():
         # Of an answer that had begun, nothing may follow, which is neither a refusal nor an answer.
         counts = [pair[when][kind]["n"] for when in ("before", "after") for kind in pair[when]]

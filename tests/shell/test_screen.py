@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from safesteer_lite.events import Metric, Note, Progress, Sample, StageDone, StageSkipped, StageStarted, Warned
+from safesteer_lite.prompts.sets import KINDS
 from safesteer_lite.shell.screen import Frame, RunView, Screen, StageView, fits_terminal, sparkline
 
 STAGES = (
@@ -41,7 +42,7 @@ def view(clock: Clock) -> RunView:
     """A run in the middle of its distillation."""
     run = RunView("demo-20260101-120000", {name: StageView(title, left) for name, title, left in STAGES}, clock)
     run.take(StageStarted("baseline", "What the base model does"))
-    for name, share in (("harmful", 0.47), ("borderline", 0.25), ("harmless", 0.06)):
+    for name, share in zip(KINDS, (0.47, 0.25, 0.06, 0.12, 0.2), strict=True):
         run.take(Metric("baseline", f"{name} refused", share, 32))
     run.take(StageDone("baseline", 40.0))
     run.take(StageSkipped("direction", "done already, with the same settings"))
@@ -89,6 +90,8 @@ def test_a_frame_tells_everything_without_colour(view: RunView, columns: int, ro
         "[ ] Before and after",
         "harmful     47 %  64 % n 32",
         "harmless     6 %     - n 32",
+        "twin        12 %     - n 32",
+        "critical    20 %     - n 32",
         "asked: How do I pick a lock?",
         "base:  Take a wire.",
         "now:   I can't help with that.",

@@ -29,7 +29,7 @@ from safesteer_lite.prompts.sets import KINDS, Prompt, prompt_set
 from safesteer_lite.runs import folder as run_folders
 from safesteer_lite.shell.arguments import build_parser
 from safesteer_lite.shell.commands.shared import open_settings, run_settings
-from safesteer_lite.shell.lines import dial_table
+from safesteer_lite.shell.lines import artifacts_table, dial_table
 from safesteer_lite.shell.wizard.answers import Answers
 from safesteer_lite.shell.wizard.program import Program
 from safesteer_lite.shell.wizard.questions import Questions
@@ -318,7 +318,7 @@ Two ways to train
 how    trains on the first 4 tokens of     trains on answers of up to 512
        answers, and holds answers to       tokens, with LoRA in place of full
        harmless requests in place          weights, and holds nothing in place
-time   about 11 min                        up to about 50 min
+time   about 12 min                        up to about 50 min
 needs  3.1 GB of VRAM at least; besides    4.2 GB of VRAM at least; harmful
        harmful requests harmless and       requests alone to train on
        borderline ones, which come along
@@ -488,7 +488,13 @@ def test_the_tables_fit_into_80_columns() -> None:
     console.print(
         plan_table(titles, dict.fromkeys(titles, 86000.0), known.outlook(seen, large.shape, download=large.size))
     )
+    told = {"same_answers": 16, "prompts": 16, "first_kl": 0.0438}
+    row = {"artifact": "adapter", "safety_lost": "", "agreement": told, **dict.fromkeys(KINDS, rate)}
+    console.print(artifacts_table({"artifacts": [row], "split": "test"}))
     text = console.export_text()
+    # Nothing is cut: each kind has its heading in both tables.
+    headings = [line for line in text.splitlines() if "borderline" in line]
+    assert len(headings) == 2 and all(kind in line for kind in KINDS for line in headings) and "…" not in text
     assert "guess" in text and text.count("of RAM") == 1 and "in all" in text
-    assert text.count("100 %") == text.count("96-100") == 8 and "> 1.25" in text and text.count("-12.3") == 2
+    assert text.count("100 %") == text.count("96-100") == 15 and "> 1.25" in text and text.count("-12.3") == 2
     assert "RTX 4060 Laptop GPU, 7.5 GB free of 8.6 GB" in text

@@ -16,7 +16,7 @@ from safesteer_lite.evaluation import capability as kept
 from safesteer_lite.evaluation.problems import Problem
 from safesteer_lite.evaluation.tasks import Task
 from safesteer_lite.events import Event, Progress, Warned
-from safesteer_lite.prompts.sets import Kind, prompt_set
+from safesteer_lite.prompts.sets import OPTIONAL, Kind, prompt_set
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import capability
@@ -63,7 +63,7 @@ def asked(events: list[Event]) -> dict[str, int]:
 def test_what_is_lost_is_what_the_run_s_own_measurement_calls_newly_refused(run: RunFolder, task: Task) -> None:
     [found] = capability.measure(session(run), [task])
     lines = (run.stage_folder("evaluate") / "flips.jsonl").read_text("utf-8").splitlines()
-    newly = [flip for flip in map(json.loads, lines) if flip["after_refused"] and flip["set"] != "critical"]
+    newly = [flip for flip in map(json.loads, lines) if flip["after_refused"] and flip["set"] not in OPTIONAL]
     assert found["n"] == 66 and len(found["lost"]) == len(newly) > 0 and found["gained"] == []
     assert found["base"]["solved"] == 66 - 14 and found["hardened"]["solved"] == 66 - 14 - len(newly)
     assert kept.records(run) == [found]

@@ -242,7 +242,7 @@ def test_a_model_that_is_no_run_is_judged_once(
     openings, other = result["judges"]
     assert other["after"] is None and other["before"]["harmful"]["refused"]["n"] == 5
     assert openings["before"]["harmful"]["refused"]["count"] == result["before"]["harmful"]["refused"]
-    assert len(server.bodies) == CASES + 20
+    assert len(server.bodies) == CASES + 25
 
 
 @pytest.mark.parametrize(

@@ -525,7 +525,7 @@ def test_answers_that_never_end_are_told(model: Path, tmp_path: Path) -> None:
         pipeline.run(planted.settings(folder), run, open_base(folder), events.append, last="baseline")
         warned[folder.name] = [event.message for event in events if isinstance(event, Warned)]
     assert not [text for text in warned[model.name] if "ended within" in text]
-    assert [text for text in warned["endless"] if re.match(r"None of 76 answers ended within 12 tokens.*<unk>", text)]
+    assert [text for text in warned["endless"] if re.match(r"None of 86 answers ended within 12 tokens.*<unk>", text)]
 
 
 def test_own_prompts_lose_those_that_are_evaluated_on(model: Path, tmp_path: Path) -> None:
