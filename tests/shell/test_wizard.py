@@ -489,7 +489,7 @@ def test_the_tables_fit_into_80_columns() -> None:
         plan_table(titles, dict.fromkeys(titles, 86000.0), known.outlook(seen, large.shape, download=large.size))
     )
     told = {"same_answers": 16, "prompts": 16, "first_kl": 0.0438}
-    row = {"artifact": "adapter", "safety_lost": "", "agreement": told, **dict.fromkeys(KINDS, rate)}
+    row: dict[str, object] = {"artifact": "adapter", "safety_lost": "", "agreement": told, **dict.fromkeys(KINDS, rate)}
     console.print(artifacts_table({"artifacts": [row], "split": "test"}))
     text = console.export_text()
     # Nothing is cut: each kind has its heading in both tables.
