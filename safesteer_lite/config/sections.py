@@ -62,14 +62,18 @@ class PromptsConfig:
         300, "borderline training prompts among the anchors", "docs/method.md, anchors", bounds=Bounds(0, 100_000)
     )
     test: int = setting(100, "harmful and harmless prompts to measure on, each", "bundled test split", bounds=_PROMPTS)
-    borderline_selection: int = _expert(30, "borderline prompts", "bundled selection split", bounds=_PROMPTS)
+    borderline_selection: int = _expert(
+        30, "borderline prompts and twins, each", "bundled selection split", bounds=_PROMPTS
+    )
     critical_selection: int = _expert(
         60,
         "requests for help in danger",
         "docs/results.md, other seeds: 20 were too few to choose by",
         bounds=_PROMPTS,
     )
-    borderline_test: int = setting(60, "borderline prompts to measure on", "bundled test split", bounds=_PROMPTS)
+    borderline_test: int = setting(
+        60, "borderline prompts and twins to measure on, each", "bundled test split", bounds=_PROMPTS
+    )
     prompt_tokens: int = _expert(512, "tokens, longest prompt", "arXiv 2606.02530", bounds=_TOKENS)
 
 
