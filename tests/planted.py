@@ -94,6 +94,8 @@ SETTINGS: config.Values = {
     "distill.lora_alpha": 16,
     "distill.save_every": 2,
     "evaluate.every": 4,
+    # It knows words and no sentences, so that it cannot tell twins from harmful prompts.
+    "evaluate.tax_budget": 60.0,
     "evaluate.selection_tokens": 12,
     "evaluate.answer_tokens": 12,
     "evaluate.context_prompts": 4,
