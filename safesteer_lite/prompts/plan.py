@@ -81,13 +81,15 @@ class PromptPlan:
             if name == "selection"
             else (limits.test, limits.borderline_test, limits.borderline_test)
         )
-        return PromptSets(
+        found = PromptSets(
             self._take("harmful", name, common),
             self._take("borderline", name, borderline),
             self._take("harmless", name, common),
-            # Of other splits, which folders of one's own may have, nothing more is known.
-            self._take("twin", name, borderline) if name in ("selection", "test") else (),
-            self._take("critical", name, critical) if name in ("selection", "test") else (),
+        )
+        if name not in ("selection", "test"):  # One that a folder of one's own may have: nothing more is known of it.
+            return found
+        return replace(
+            found, twin=self._take("twin", name, borderline), critical=self._take("critical", name, critical)
         )
 
     def direction(self) -> tuple[list[Prompt], list[Prompt]]:
