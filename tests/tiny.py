@@ -6,6 +6,7 @@ are loaded, so that the contract suite runs over each; `tests/models/test_gpu.py
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,6 +177,8 @@ def load_policy(folder: Path, precision: str, first_layer: int = 0, *, filled: b
     if BACKEND == "unsloth":
         if precision not in ("bf16", "nf4-packed"):
             pytest.skip(f"Unsloth does not load {precision}")
+        if json.loads((folder / "config.json").read_text())["model_type"] not in ARCHITECTURES:
+            pytest.skip("Unsloth is used for models with the blocks of Llama alone")
         model: PlainModel = unsloth.load(open_base(folder), kind, adapter, 3, DEVICE)
     else:
         network, tokenizer = plain.load(open_base(folder), precision=kind, device=DEVICE, unpack=packing == "unpacked")

@@ -102,7 +102,7 @@ def test_removal_also_follows_an_error(loaded: tuple[Policy, str]) -> None:
 def test_ablation_leaves_nothing_of_a_direction(loaded: tuple[Policy, str]) -> None:
     """Neither in what a block reads nor in what it adds, which in some families has passed a norm behind the MLP."""
     policy, precision = loaded
-    model, axis = policy.model, tiny.vector(1.0) / tiny.vector(1.0).norm()
+    model, axis = policy.model, (tiny.vector(1.0) / tiny.vector(1.0).norm()).to(policy.model.device)
     residual = model.start(replace(tiny.prompt_batch(policy), prefix=0))
     own = tiny.prompt_batch(policy).attention_mask > 0
     with torch.no_grad(), steering.ablate(model.layers, axis):
@@ -321,8 +321,10 @@ def test_padding_on_the_left_does_not_change_a_prompt(loaded: tuple[Policy, str]
         together = policies.last_logits(policy.model, batch)
         alone = torch.cat([policies.last_logits(policy.model, policy.encode(prompt)) for prompt in tiny.PROMPTS])
     assert alone.abs().max() > 1
-    # bf16 keeps 8 bits: logits of about 5 are stored to 0.03, and four blocks add up their own rounding.
-    assert (together - alone).abs().max() < (1e-4 if precision == "fp32" else 0.15)
+    # bf16 keeps 8 bits: logits of about 5 are stored to 0.03, and four blocks add up their own rounding. On a card one row of
+    # packed weights has a kernel of its own: there it was 0.24 at most (H100, 2026-11-27).
+    rounding = 0.3 if tiny.DEVICE == "cuda" and precision == "nf4-packed" else 0.15
+    assert (together - alone).abs().max() < (1e-4 if precision == "fp32" else rounding)
 
 
 def test_self_check_passes_on_a_fresh_adapter(
@@ -351,7 +353,9 @@ def test_packed_4bit_weights_give_the_gradients_of_unpacked_ones(architecture: s
         parameters = policy.model.parameters_to_train()
         found.append([parameter.grad.float().flatten() for parameter in parameters if parameter.grad is not None])
     for packed, unpacked in zip(*found, strict=True):
-        assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > 0.999
+        # Unpacked weights have other kernels on a card: there it was 0.9977 at least (H100, 2026-11-27).
+        least = 0.995 if tiny.DEVICE == "cuda" else 0.999
+        assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > least
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

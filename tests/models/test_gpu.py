@@ -1,4 +1,4 @@
-"""What needs a card: `python -m pytest -m gpu`. None of it has been run yet: no GPU was at hand."""
+"""What needs a card: `python -m pytest -m gpu`. What came of it on one: docs/research/log.md, "one NVIDIA H100"."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from safesteer_lite.errors import SelfCheckError
 from safesteer_lite.method.policies import Batch, Chance, Completions, Residual
+from safesteer_lite.models import plain, selfcheck
+from safesteer_lite.models.adapter import Adapter, with_adapter
 from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
 from safesteer_lite.models.sampling import Ended
 from safesteer_lite.models.selfcheck import self_check
-from tests import tiny
+from safesteer_lite.sources.base import open_base
+from tests import planted, tiny
 
 
 def rebuilt(policy: Policy, kind: type[PlainModel]) -> Policy:
@@ -144,8 +148,37 @@ def test_a_block_that_ignores_what_the_hook_returns_is_refused(tiny_policy: tiny
 @pytest.mark.parametrize("precision", ["fp32", "nf4-packed"])
 def test_an_adapter_whose_gradients_are_cut_is_refused(precision: str, tiny_policy: tiny.Loader) -> None:
     policy = tiny_policy(precision=precision)
-    policy.model.layers[1].register_forward_hook(lambda _, __, output: output.detach())
+    # Unsloth's blocks return a tuple.
+    policy.model.layers[1].register_forward_hook(
+        lambda _, __, output: (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+    )
     with pytest.raises(SelfCheckError, match=r"14 adapted layers receive no gradient.*layers\.0\."):
+        self_check(policy)
+
+
+def test_a_small_adapter_is_not_taken_for_the_rounding_of_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged as on a card: there this model's first trial of an adapter moves the logits by just under 0.001 nats."""
+    monkeypatch.setattr(selfcheck, "same_logits", selfcheck.within_rounding)
+    base = open_base(planted.build(tmp_path / "planted"))
+    network, tokenizer = plain.load(base, precision="bf16", device="cpu", unpack=False)
+    policy = Policy(with_adapter(network, tokenizer, Adapter(16, 32), 0), 128)
+    kept = [parameter.detach().clone() for parameter in policy.model.parameters_to_train()]
+    assert len(self_check(policy)) == 6
+    assert all(torch.equal(*pair) for pair in zip(policy.model.parameters_to_train(), kept, strict=True))
+
+
+def test_an_adapter_that_never_changes_the_model_is_refused(
+    tiny_policy: tiny.Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "same_logits", selfcheck.within_rounding)
+    policy = tiny_policy()
+    for module in policy.model.network.modules():
+        scaling: Any = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):  # Attention has a number of that name.
+            scaling.update(dict.fromkeys(scaling, 0.0))
+    with pytest.raises(SelfCheckError, match="the adapter does not change the model"):
         self_check(policy)
 
 
