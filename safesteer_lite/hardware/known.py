@@ -70,9 +70,7 @@ def measured_on(name: str) -> str:
     """
     if PurePath(name).name in MEASURED:
         return ""
-    # docs/results.md, before twins.
-    models = " and, before it trained on twins, on ".join(MEASURED)
-    return f"{models} alone: what it does to this model, its own before and after will tell"
+    return f"{' and '.join(MEASURED)} alone: what it does to this model, its own before and after will tell"
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,6 @@ def test_of_a_measured_model_nothing_is_told(name: str) -> None:
 
 def test_who_trains_another_model_is_told_which_were_measured() -> None:
     assert known.measured_on("Qwen/Qwen2.5-7B-Instruct") == (
-        "Qwen2.5-Coder-0.5B-Instruct and, before it trained on twins, on Qwen2.5-Coder-1.5B-Instruct alone: "
+        "Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct alone: "
         "what it does to this model, its own before and after will tell"
     )

@@ -324,11 +324,11 @@ needs  3.1 GB of VRAM at least; besides    4.2 GB of VRAM at least; harmful
        borderline ones, which come along
 known  Not measured on this model. It was  Published (arXiv 2606.02530, full
        measured on                         weights, temperature 0): successful
-       Qwen2.5-Coder-0.5B-Instruct and,    attacks 2.87 to 0.91 %, the mean of
-       before it trained on twins, on      7 suites; capability 71.68 to
-       Qwen2.5-Coder-1.5B-Instruct alone:  71.39, the mean of 5 benchmarks;
-       what it does to this model, its     refused 2.24 to 3.98 % of 805
-       own before and after will tell.     harmless requests. Not measured by
+       Qwen2.5-Coder-0.5B-Instruct and     attacks 2.87 to 0.91 %, the mean of
+       Qwen2.5-Coder-1.5B-Instruct alone:  7 suites; capability 71.68 to
+       what it does to this model, its     71.39, the mean of 5 benchmarks;
+       own before and after will tell.     refused 2.24 to 3.98 % of 805
+                                           harmless requests. Not measured by
                                            us.
 """
 
