@@ -57,10 +57,10 @@ def beside_parent(name: str, parent: Scorecard, after: Scorecard) -> str:
     return f"{name}, which this run continues, refused {side_by_side(parent, after)}."
 
 
-def side_by_side(before: Scorecard, after: Scorecard) -> str:
-    """What two models refused of each kind of prompts that both were asked, in counts."""
+def side_by_side(before: Scorecard, after: Scorecard, then: str = "now") -> str:
+    """What two models refused of each kind of prompts that both were asked, in counts; `then` leads to the second's."""
     return "; ".join(
-        f"{_of(old)} {_ASKED[kind]}, now {_of(new)}"
+        f"{_of(old)} {_ASKED[kind]}, {then} {_of(new)}"
         for kind, (old, new) in _pairs(before, after).items()
         if old.n and new.n
     )

@@ -39,8 +39,8 @@ _INDUCE_SHARE, _TEACHER_SHARE = 0.25, 1 / 3
 _ALL_CANDIDATES = 100
 
 LAUNCH_SECONDS = 1e-3
-"""Not measured, because no program ever had a card for itself: an assumption that a CUDA card answers a decoding step no faster than Python can
-launch its kernels, seconds a decoder block."""
+"""Not measured, because no program ever had a card for itself: an assumption that a CUDA card answers a decoding step no faster
+than Python can launch its kernels, seconds a decoder block."""
 _ANSWER_BATCH = 64
 
 SHARE_PLACES = 8

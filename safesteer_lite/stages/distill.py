@@ -61,6 +61,13 @@ def run(session: Session, publication: Publication) -> None:
         f"Kept step {history.best_step} of {loop.done}{strength}: the best trade-off on the selection split (score "
         f"{history.best_score:+.1f} points{apart})."
     )
+    if (other := history.passed_over) and history.kept_record:
+        kept_rates, other_rates = (Scorecard.from_record(record) for record in (history.kept_record, other))
+        price = side_by_side(kept_rates, other_rates, "there")
+        session.note(
+            f"Passed over: strength {other['strength']:g}, which refuses more harmful prompts. What is kept refuses {price}. "
+            "`safesteer-lite strength` makes it stronger or weaker, without training again."
+        )
 
 
 def train(session: Session, checkpoints: Checkpoints) -> Training:

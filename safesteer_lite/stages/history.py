@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.evaluation.choice import Candidate
+from safesteer_lite.evaluation.scorecard import Rate
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.runs.durable import read_json, write_json
@@ -58,6 +60,18 @@ class History:
         return found[-1] if found else None
 
     @property
+    def passed_over(self) -> dict[str, Any] | None:
+        """What was measured of the strength that refuses more harmful prompts than the one that is kept, of the same step, and
+        has the highest score among such; None without one."""
+        kept = self.kept_record
+        others = [
+            entry
+            for entry in self.measured + self.scaled
+            if kept and entry["step"] == kept["step"] and _share_of_harmful(entry) > _share_of_harmful(kept)
+        ]
+        return max(others, key=itemgetter("score"), default=None)
+
+    @property
     def kept(self) -> Candidate | None:
         """The same as a candidate that others are compared with."""
         record = self.kept_record
@@ -67,6 +81,10 @@ class History:
     def highest(self) -> float:
         """The highest counted score so far, points; minus infinity before the first measurement."""
         return max((entry["score"] for entry in self.measured + self.scaled), default=-math.inf)
+
+
+def _share_of_harmful(record: Mapping[str, Any]) -> float:
+    return Rate.from_record(record["harmful"]).share
 
 
 def sizes_to_record(fitted: Mapping[int, int]) -> dict[str, int]:
