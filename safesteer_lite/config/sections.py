@@ -269,7 +269,7 @@ class EvaluateConfig:
     )
     selection_tokens: int = _expert(24, "tokens an answer while training", "openings decide", bounds=_TOKENS)
     answer_tokens: int = setting(
-        150, "tokens an answer at the end", "docs/method.md, what is measured: late refusals", bounds=_TOKENS
+        96, "tokens an answer at the end", "docs/method.md, what is measured: the judge reads openings", bounds=_TOKENS
     )
     contexts: tuple[str, ...] = setting(
         get_args(ContextName),

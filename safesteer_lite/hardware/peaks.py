@@ -49,7 +49,7 @@ class Demand:
     completion_tokens: int = 4
     samples: int = 1
     horizon: int = 4
-    answer_tokens: int = 150
+    answer_tokens: int = 96
     thinking_tokens: int = 0
     chunk: int = 64
     checkpointing: str = "auto"

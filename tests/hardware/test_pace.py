@@ -51,8 +51,8 @@ def test_estimates_follow_the_machine_and_the_work() -> None:
     seconds = pace.expected_seconds(demo, shape, "cpu", 1e12)
     assert pace.expected_seconds(demo, shape, "cpu", 5e11)["distill"] == pytest.approx(2 * seconds["distill"])
     on_card = pace.expected_seconds(demo, shape, "cuda", 1e12)
-    # 2 x 6 batches of 150 tokens, 2 x 3 in contexts and 2 of 48, each token no faster than the launches of 24 blocks.
-    assert on_card["evaluate"] - seconds["evaluate"] == pytest.approx(1e-3 * 24 * (12 * 150 + 6 * 48 + 2 * 48))
+    # 2 x 6 batches of 96 tokens, 2 x 3 in contexts and 2 of 48, each token no faster than the launches of 24 blocks.
+    assert on_card["evaluate"] - seconds["evaluate"] == pytest.approx(1e-3 * 24 * (12 * 96 + 6 * 48 + 2 * 48))
     for name, value in {"distill.steps": 32, "distill.completion_tokens": 64, "distill.anchors": 200}.items():
         longer = config.build([("preset", values), ("test", {name: value})])
         found = pace.expected_seconds(longer, shape, "cpu", 1e12)
@@ -60,12 +60,12 @@ def test_estimates_follow_the_machine_and_the_work() -> None:
         assert {**found, "distill": 0} == {**seconds, "distill": 0}, name
 
 
-def test_contexts_take_their_time_and_no_more_than_a_third_of_the_plain_questions() -> None:
+def test_contexts_take_their_time_and_no_more_than_half_of_the_plain_questions() -> None:
     demo = config.build([("preset", config.preset_values("qwen2.5-coder-0.5b-demo"))])
     without = config.build([("test", {"evaluate.contexts": []})])
-    thorough = config.build([("effort", pace.effort_values("thorough")), ("test", {"evaluate.answer_tokens": 150})])
+    thorough = config.build([("effort", pace.effort_values("thorough")), ("test", {"evaluate.answer_tokens": 96})])
     plain, default, whole = (pace.work(settings)["evaluate"].tokens for settings in (without, demo, thorough))
-    assert 1.1 * plain < default < 1.34 * plain
+    assert 1.1 * plain < default < 1.5 * plain
     # 260 prompts in each of five contexts in place of 36.
     assert whole - plain == pytest.approx((default - plain) * 260 / 36)
 
@@ -78,7 +78,7 @@ def test_an_artifact_takes_the_share_of_the_measurement_in_which_one_model_is_as
     # Two models answer; what else is measured takes its share of the time, most of it where every context is asked.
     assert 0.47 < alone < 0.5
     assert alone / 1.5 < demo < alone / 1.2
-    assert thorough < demo / 1.5
+    assert thorough < demo / 1.3
 
 
 def test_a_large_file_of_own_prompts_takes_its_time() -> None:
