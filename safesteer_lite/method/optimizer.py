@@ -31,6 +31,13 @@ class MasterAdamW:
         self.averages = [master.detach().clone() for master in self.masters] if averaging else []
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
 
+    @property
+    def bytes_to_come(self) -> int:
+        """What the next step takes of memory beside what is there between two steps: the sums of the gradients, what an update of
+        all weights together holds beside them, and before the first step AdamW's two moments, which exist from then on."""
+        numbers = sum(master.numel() for master in self.masters)
+        return 4 * numbers * (2 if self.optimizer.state else 4)
+
     def zero(self) -> None:
         """Forget the gradients."""
         for master in self.masters:

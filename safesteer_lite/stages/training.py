@@ -222,7 +222,9 @@ def _fit_micro_batch(session: Session, training: Training) -> None:
 
     # Of RAM a third: freed memory stays with the process, in pieces, and a run of the paper's recipe that was reckoned to take
     # half held 18 of 24 GB (docs/research/log.md, 2026-11-26). The user's other programs grow too.
-    fitting = largest_micro_batch(loop.micro_batch, free if on_card else free // 3, need)
+    # And on a card the optimizer is not all there yet.
+    room = free - loop.optimizer.bytes_to_come if on_card else free // 3
+    fitting = largest_micro_batch(loop.micro_batch, room, need)
     if training.history.micro_batch:
         if not on_card and need(loop.micro_batch) > free:
             fewer = f", or resume it with --set distill.micro_batch={fitting}, which rounds sums differently"

@@ -40,7 +40,7 @@ from safesteer_lite.hardware import pace
 from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.machine import free_cuda_memory
 from safesteer_lite.hardware.need import estimate, largest_micro_batch, weights_bytes
-from safesteer_lite.hardware.peaks import Demand, cache_bytes, training_bytes
+from safesteer_lite.hardware.peaks import Demand, adapter_bytes, cache_bytes, training_bytes
 from safesteer_lite.hardware.shape import linear_parameters
 from safesteer_lite.method import directions, objective, policies, tokens
 from safesteer_lite.method.distill import Distillation, Part, Recipe
@@ -227,7 +227,9 @@ def step(
             checkpointing=True,
         )
 
-    first = largest_micro_batch(16, free_cuda_memory(), need) if stages.device == "cuda" else 2
+    first = 2
+    if stages.device == "cuda":
+        first = largest_micro_batch(16, free_cuda_memory() - adapter_bytes(shape, demand, 2), need)
     loop = (Naive if naive else Distillation)(
         model,
         steer,
