@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from safesteer_lite import children
 from safesteer_lite.hardware.backend import LONG_ROLLOUT, card_dtype, choose_library
@@ -15,6 +16,12 @@ from safesteer_lite.hardware.limits import read_or_empty
 from safesteer_lite.hardware.machine import PACKAGES, Machine, has_code_for
 from safesteer_lite.hardware.units import format_bytes
 from safesteer_lite.text import typed_path
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+
+_FROM_PIP = "Install safesteer-lite itself with pip, so that its version bounds are known."
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ def checks(machine: Machine) -> list[Check]:
     return [
         _python_check(machine),
         *_package_checks(machine),
+        _other_packages_check(),
         _bitsandbytes_check(machine),
         _driver_check(machine),
         _torch_build_check(machine),
@@ -69,14 +77,7 @@ def _python_check(machine: Machine) -> Check:
 
 def _package_checks(machine: Machine) -> list[Check]:
     """Installed versions against the bounds in this package's own metadata."""
-    # It comes with transformers, and is not needed to start the program.
-    from packaging.requirements import Requirement
-
-    try:
-        stated = [Requirement(line) for line in metadata.requires("safesteer-lite") or []]
-    except metadata.PackageNotFoundError:
-        stated = []
-    bounds = {requirement.name: requirement.specifier for requirement in stated}
+    bounds = {requirement.name: requirement.specifier for requirement in _requirements()}
     found = []
     for name in PACKAGES:
         version, bound = machine.versions.get(name), bounds.get(name)
@@ -88,13 +89,44 @@ def _package_checks(machine: Machine) -> list[Check]:
             )
             found.append(Check(name, None if optional else False, "not installed", remedy))
         elif bound is None:
-            remedy = "Install safesteer-lite itself with pip, so that its version bounds are known."
-            found.append(Check(name, None, f"{version}, bounds unknown", remedy))
+            found.append(Check(name, None, f"{version}, bounds unknown", _FROM_PIP))
         elif bound.contains(version, prereleases=True):
             found.append(Check(name, True, version))
         else:
             found.append(Check(name, False, f"{version}, wanted {bound}", f'Run: pip install "{wanted}".'))
     return found
+
+
+def _requirements() -> list[Requirement]:
+    """What this package's own metadata asks for; nothing where it was not installed with pip."""
+    # It comes with transformers, and is not needed to start the program.
+    from packaging.requirements import Requirement
+
+    try:
+        return [Requirement(line) for line in metadata.requires("safesteer-lite") or []]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _other_packages_check() -> Check:
+    """Whether the smaller packages are there too, without which commands end in the middle."""
+    needed = [
+        requirement
+        for requirement in _requirements()
+        if requirement.name not in PACKAGES and (not requirement.marker or requirement.marker.evaluate({"extra": ""}))
+    ]
+    unfit = []
+    for requirement in needed:
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = ""
+        if not requirement.specifier.contains(version or "0", prereleases=True) or not version:
+            unfit.append(f"{requirement.name} ({version or 'not installed'})")
+    if unfit:
+        remedy = "Install safesteer-lite again, with what it needs (README, Install)."
+        return Check("other packages", False, ", ".join(unfit), remedy)
+    return Check("other packages", True if needed else None, f"{len(needed)} looked at", "" if needed else _FROM_PIP)
 
 
 def _bitsandbytes_check(machine: Machine) -> Check:

@@ -53,6 +53,15 @@ def main(arguments: Sequence[str] | None = None, untold: tuple[type[SafeSteerErr
         return _complain(error.message, error.hint, 2)
     except SafeSteerError as error:
         return _complain(error.message, error.hint, _code_of(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "safesteer_lite"):
+            raise
+        return _complain(
+            f"The package {package} is not installed.",
+            "Install safesteer-lite again, with what it needs; `safesteer-lite doctor` looks at all of them.",
+            1,
+        )
     except BrokenPipeError:
         sys.stderr.close()
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def test_versions_are_held_against_the_packages_own_bounds(tmp_path: Path, monke
     assert seen["accelerate"].ok is None and "bounds unknown" in seen["accelerate"].found
     assert seen["unsloth"].ok is None
     assert seen["bitsandbytes import"].ok is False
+
+
+def test_the_smaller_packages_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the first card, where one was missing, and every command but this one ended in the middle."""
+    rich = "rich>=13"
+    plant_package(tmp_path, monkeypatch, rich, "torch", "pytest>=8; extra == 'dev'", "no-such-thing; extra == 'dev'")
+    assert found(CPU_MACHINE)["other packages"] == Check("other packages", True, "1 looked at")
+    plant_package(tmp_path / "two", monkeypatch, rich, "no-such-thing>=1", "psutil>=999")
+    check = found(CPU_MACHINE)["other packages"]
+    assert check.ok is False and check.remedy
+    assert check.found == f"no-such-thing (not installed), psutil ({metadata.version('psutil')})"
+    plant_package(tmp_path / "three", monkeypatch)
+    assert found(CPU_MACHINE)["other packages"].ok is None
 
 
 @pytest.mark.parametrize(("capability", "card_is_fast"), [((8, 6), True), ((7, 5), None)])

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -228,6 +229,23 @@ def test_what_the_system_refuses_is_told_with_what_helps(
         # Only a run can be gone on with.
         assert ("safesteer-lite resume" in hint) == (command == "run")
         assert ("distill.chunk" in hint) == (command == "run" and "memory" in message)
+
+
+def test_a_package_that_is_missing_is_named_and_a_module_of_our_own_is_not_taken_for_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> Callable[[argparse.Namespace], int]:
+        def command(_: argparse.Namespace) -> int:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+        return command
+
+    monkeypatch.setitem(cli.COMMANDS, "presets", fail("platformdirs.unix"))
+    message, _, hint = complaint(capsys, 1, "presets").partition("\n")
+    assert "The package platformdirs is not installed." in message and "doctor" in hint
+    monkeypatch.setitem(cli.COMMANDS, "presets", fail("safesteer_lite.nowhere"))
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        cli.main(["presets"])
 
 
 def test_own_prompts_are_read_before_anything_is_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
