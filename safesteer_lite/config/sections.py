@@ -237,6 +237,12 @@ class DistillConfig:
         "docs/method.md, reading directions; not compared",
         bounds=Bounds(0, 1_000, above=True),
     )
+    reading_unread: float = _expert(
+        0.0,
+        "share of harmless text that no direction reads; 0 for none",
+        "docs/method.md, reading directions",
+        bounds=Bounds(0, 1, below=True),
+    )
     depth_start: float = _expert(
         0.33,
         "share of the depth below the lowest adapted block",

@@ -13,6 +13,31 @@ import torch
 from torch import Tensor
 
 
+def without_leading(harmless: Tensor, contrasts: Tensor, share: float) -> Tensor:
+    """`contrasts` without their part in the space that harmless text mostly moves in.
+
+    That space is of the leading eigenvectors of the second moment about zero, as few of them as hold `share` of its trace. What
+    is left of a contrast answers to harmless text with no more than the rest of it, however large the contrast is within.
+
+    Args:
+        harmless: (tokens, width) activations of harmless text, float32.
+        contrasts: (rows, width) float32.
+        share: above 0 and below 1.
+
+    Returns:
+        (rows, width) float32.
+    """
+    tokens, width = harmless.shape
+    # Of the two products with itself the smaller has all eigenvalues that are not zero.
+    values, vectors = torch.linalg.eigh(harmless.T @ harmless if width <= tokens else harmless @ harmless.T)
+    falling = values.flip(0).clamp_min(0)
+    count = int((falling.cumsum(0) < share * falling.sum()).sum()) + 1
+    values, vectors = values[-count:], vectors[:, -count:]
+    if width <= tokens:
+        return contrasts - contrasts @ vectors @ vectors.T
+    return contrasts - (contrasts @ harmless.T @ vectors / values) @ vectors.T @ harmless
+
+
 def ridge_discriminants(harmless: Tensor, contrasts: Tensor, ridge: float) -> Tensor:
     """Directions that answer to `contrasts` and as little as possible to harmless text.
 
@@ -59,7 +84,7 @@ class RunningMean:
 
 
 def reading_directions(
-    harmful: Sequence[Tensor], harmless_mean: Tensor, harmless_tokens: Tensor, ridge: float
+    harmful: Sequence[Tensor], harmless_mean: Tensor, harmless_tokens: Tensor, ridge: float, unread: float = 0.0
 ) -> Tensor:
     """One reading direction for each position of a prompt's end.
 
@@ -69,6 +94,7 @@ def reading_directions(
         harmless_mean: (positions, width) float64 on the CPU, the mean of the same of harmless prompts.
         harmless_tokens: (tokens, width) float32 activations at any position of harmless text, where the work is done.
         ridge: see `ridge_discriminants`.
+        unread: share of harmless text that no direction reads, see `without_leading`; 0 for none.
 
     Returns:
         (positions, width) float32, so long that on harmful prompts, at its own position, each answers with the root mean
@@ -78,6 +104,8 @@ def reading_directions(
     for activations in harmful:
         mean.add(activations)
     contrasts = (mean.value - harmless_mean).nan_to_num().float().to(device)
+    if unread:
+        contrasts = without_leading(harmless_tokens, contrasts, unread)
     directions = ridge_discriminants(harmless_tokens, contrasts, ridge)
     squares = RunningMean()
     for activations in harmful:

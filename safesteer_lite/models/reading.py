@@ -70,6 +70,7 @@ def read_discriminants(
     size: int,
     done: Done = ignore,
     begun: tuple[Sequence[Conversation], Sequence[Conversation]] | None = None,
+    unread: float = 0.0,
 ) -> None:
     """Set every A matrix of the adapter to reading directions and freeze it, so that only B is trained.
 
@@ -86,6 +87,7 @@ def read_discriminants(
         done: called with the number of blocks that are ready.
         begun: the same prompts, harmful and harmless, with the answer begun; a third of the rank then reads the end of those
             beginnings.
+        unread: share of harmless text that is not read, see `method.discriminant.without_leading`; 0 for none.
 
     Raises:
         ModelError: a backend's blocks do not call their linear layers, so that nothing can be read from them.
@@ -100,7 +102,7 @@ def read_discriminants(
         _sample(good)
         ends = [_texts(policy, side, size, 0) for side in begun] if begun else [[], []]
         for layer in range(model.first_adapter_layer, len(model.layers)):
-            _read_block(model, layer, (bad, good), (ends[0], ends[1]), ridge, ends_read)
+            _read_block(model, layer, (bad, good), (ends[0], ends[1]), (ridge, unread), ends_read)
             done(layer + 1 - model.first_adapter_layer)
 
     with base(model):
@@ -125,7 +127,7 @@ def _read_block(
     layer: int,
     whole: tuple[list[_Text], list[_Text]],
     begun: tuple[list[_Text], list[_Text]],
-    ridge: float,
+    against: tuple[float, float],
     ends_read: int,
 ) -> None:
     """Run all texts through one block and set the A matrices of its linear layers."""
@@ -155,9 +157,9 @@ def _read_block(
     while read:
         modules, found = read.popitem()
         tokens = torch.cat(found.tokens).to(model.device).float()
-        directions = reading_directions(found.harmful, found.harmless.value, tokens, ridge)
+        directions = reading_directions(found.harmful, found.harmless.value, tokens, *against)
         if found.begun_harmful:
-            more = reading_directions(found.begun_harmful, found.begun_harmless.value, tokens, ridge)
+            more = reading_directions(found.begun_harmful, found.begun_harmless.value, tokens, *against)
             directions = torch.cat([directions, more])
         for module in modules:
             module.get_parameter("lora_A.default.weight").copy_(directions)

@@ -54,6 +54,7 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
         ANSWER_BATCH,
         done,
         (begun(harmful), begun(harmless)) if settings.begun else None,
+        settings.reading_unread,
     )
     session.note(
         f"Reading directions from {len(harmful)} harmful and {len(harmless)} harmless prompts: what the adapter reads is "

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safesteer_lite.method.discriminant import RunningMean, reading_directions, ridge_discriminants
+from safesteer_lite.method.discriminant import (
+    RunningMean,
+    reading_directions,
+    ridge_discriminants,
+    without_leading,
+)
 
 
 @pytest.mark.parametrize("tokens", [7, 40])
@@ -16,6 +21,32 @@ def test_ridge_discriminants_are_those_of_plain_algebra(tokens: int) -> None:
     whole = moment + 0.2 * moment.trace() / 12 * torch.eye(12, dtype=torch.float64)
     expected = (torch.linalg.inv(whole) @ contrasts.double().T).T
     torch.testing.assert_close(ridge_discriminants(harmless, contrasts, 0.2).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [7, 40])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_what_is_left_of_a_contrast_answers_to_the_rest_of_harmless_text_alone(tokens: int, share: float) -> None:
+    """Against the eigenvectors of the second moment itself, in float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    harmless = torch.randn(tokens, 12, generator=generator) * torch.arange(1, 13)
+    contrasts = torch.randn(3, 12, generator=generator)
+    values, vectors = torch.linalg.eigh(harmless.double().T @ harmless.double())
+    held, kept = 0.0, vectors
+    while held < share * float(values.sum()):
+        held += float(values[kept.shape[1] - 1])
+        kept = kept[:, :-1]
+    assert 0 < kept.shape[1] < 12
+    found = without_leading(harmless, contrasts, share).double()
+    torch.testing.assert_close(found, contrasts.double() @ kept @ kept.T, rtol=1e-3, atol=1e-3)
+
+
+def test_a_direction_within_what_harmless_text_moves_in_is_not_read_however_large_it_is() -> None:
+    harmful, harmless, tokens = planted()
+    loud = torch.eye(10)[0]
+    read, unread = (reading_directions([harmful], mean_of(harmless), tokens, 1.0, share) for share in (0.0, 0.8))
+    for with_it, without in zip(read, unread, strict=True):
+        assert abs(float(with_it @ loud)) > 0.1 * float(with_it.norm())
+        assert abs(float(without @ loud)) < 0.02 * float(without.norm())
 
 
 def planted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
