@@ -16,12 +16,14 @@ FORMER: dict[str, bool | int | float] = {
 }
 """Settings that became constants, with the value that every run has now. Older files that have it may keep it."""
 
-ADDED: dict[str, str | int] = {
+ADDED: dict[str, str | int | float] = {
     "model.thinking": "auto",
     "model.thinking_tokens": 512,
     "direction.source": "",
     "direction.teacher": "steered",
     "direction.contrast": "requests",
+    "distill.twins": 0,
+    "distill.reading_unread": 0.0,
 }
 """Settings that came later, with the value at which a run does what it did before there were any."""
 

@@ -239,7 +239,7 @@ class DistillConfig:
     )
     reading_unread: float = _expert(
         0.0,
-        "share of harmless text that no direction reads; 0 for none",
+        "share of what harmless text moves in that no direction reads; 0 for none",
         "docs/method.md, reading directions",
         bounds=Bounds(0, 1, below=True),
     )
