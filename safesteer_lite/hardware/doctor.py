@@ -121,7 +121,7 @@ def _other_packages_check() -> Check:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             version = ""
-        if not requirement.specifier.contains(version or "0", prereleases=True) or not version:
+        if not version or not requirement.specifier.contains(version, prereleases=True):
             unfit.append(f"{requirement.name} ({version or 'not installed'})")
     if unfit:
         remedy = "Install safesteer-lite again, with what it needs (README, Install)."
