@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
 from safesteer_lite.method.directions import refusal_score
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import last_logits
-from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference
+from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.prompts.sets import KINDS, Kind
 
@@ -101,6 +101,26 @@ def measure(
     answers = collect_answers(policy, prompts, tokens, size, done)
     kl = kl_to_reference(policy, reference, chunk) if reference else None
     return scorecard(answers, kl, len(prompts.harmless) if reference else 0), answers
+
+
+def measure_base(
+    policy: Policy, prompts: PromptSets, tokens: int, kl_tokens: int, size: int, done: Callable[[int], None] = ignore
+) -> tuple[Scorecard, Answers, Reference]:
+    """Answers and rates of the base, which has to be on, and what the KL of others to it is measured against.
+
+    Its own is 0. Its answers to harmless prompts are written once, for both: where the model thinks they are two different
+    ones, since what is measured against stands behind a thought that is known already.
+    """
+    harmless = prompts.texts("harmless")
+    if policy.thoughts:
+        reference = reference_answers(policy, harmless, kl_tokens, size)
+        answers = collect_answers(policy, prompts, tokens, size, done)
+    else:
+        reference = reference_answers(policy, harmless, kl_tokens, size, done, tokens)
+        rest = prompts.without(["harmless"])
+        others = collect_answers(policy, rest, tokens, size, counting_from(len(harmless), done))
+        answers = replace(others, harmless=reference.answers)
+    return scorecard(answers, 0.0, len(harmless)), answers, reference
 
 
 def refusal_scores(policy: Policy, prompts: PromptSets, openings: Tensor, size: int) -> dict[Kind, float]:

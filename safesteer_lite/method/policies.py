@@ -89,6 +89,10 @@ class Completions:
         """The completions numbered in `order`, (n,) int64."""
         return Completions(self.tokens[order], self.mask[order])
 
+    def first(self, count: int) -> Completions:
+        """At most the first `count` tokens of each."""
+        return Completions(self.tokens[:, :count], self.mask[:, :count])
+
     def trimmed(self) -> Completions:
         """Without the padding on the right that all completions have."""
         length = max(int(self.mask.sum(-1).max()), 1)

@@ -318,10 +318,12 @@ class Reference:
     Attributes:
         batches: prompts with their answers.
         hidden: that policy's final hidden states at the answer's valid positions, one (positions, width) tensor a batch.
+        answers: the answers as text, in the order of the prompts.
     """
 
     batches: list[tuple[Batch, Completions]]
     hidden: list[Tensor]
+    answers: list[str]
 
     @property
     def positions(self) -> int:
@@ -329,24 +331,42 @@ class Reference:
         return sum(tensor.shape[0] for tensor in self.hidden)
 
 
-def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size: int, done: Done = ignore) -> Reference:
-    """Greedy answers of whichever policy is on, and its hidden states along them; `size` prompts at a time, or fewer
-    where memory is short."""
-    model = policy.model
+def reference_answers(
+    policy: Policy,
+    prompts: Sequence[str],
+    tokens: int,
+    size: int,
+    done: Done = ignore,
+    answer_tokens: int | None = None,
+) -> Reference:
+    """Greedy answers of whichever policy is on, and its hidden states along them.
+
+    Args:
+        policy: the model.
+        prompts: what is asked.
+        tokens: of an answer, at most, that the measurement rests on.
+        size: prompts at a time, or fewer where memory is short.
+        done: called with the number of answers so far.
+        answer_tokens: of an answer, at most, in its text; None for as many as are measured.
+    """
+    model, most = policy.model, tokens if answer_tokens is None else answer_tokens
 
     def read(size: int) -> Reference:
-        pairs, hidden, finished = [], [], 0
+        pairs, hidden, answers, finished = [], [], [""] * len(prompts), 0
         for places, batch in policy.batches(prompts, size):
-            completions = model.generate(batch, tokens, 0.0, None, 1)
+            written = model.generate(batch, max(tokens, most), 0.0, None, 1)
+            for place, text in zip(places, policy.decode(written.first(most)), strict=True):
+                answers[place] = text
+            completions = written.first(tokens)
             states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
             pairs.append((batch, completions))
             hidden.append(states[completions.mask])
             finished += len(places)
             done(finished)
-        return Reference(pairs, hidden)
+        return Reference(pairs, hidden, answers)
 
     with torch.no_grad():
-        return policy.fitting(tokens, size, read)
+        return policy.fitting(max(tokens, most), size, read)
 
 
 def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:

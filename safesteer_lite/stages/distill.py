@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from safesteer_lite.evaluation.scorecard import Scorecard
@@ -12,6 +13,7 @@ from safesteer_lite.runs.durable import write_json
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.runs.steps import Checkpoints
 from safesteer_lite.stages.handover import train_elsewhere
+from safesteer_lite.stages.history import History
 from safesteer_lite.stages.parent import parent_of
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.training import Training, begin, paces, take_steps
@@ -71,7 +73,7 @@ def run(session: Session, publication: Publication) -> None:
 
 
 def train(session: Session, checkpoints: Checkpoints) -> Training:
-    """All steps, and the last one's adapter at every strength of the settings."""
+    """All steps, and the last one's adapter at other strengths."""
     training = begin(session, checkpoints)
     take_steps(session, training, checkpoints)
     if training.history.best_by_trainer:
@@ -79,8 +81,16 @@ def train(session: Session, checkpoints: Checkpoints) -> Training:
     model = session.policy.model
     with training.loop.optimizer.averaged():
         last = adapter_tensors(model)
-    for strength in session.config.distill.adapter_strengths:
+    for strength in strengths_to_try(session.config.distill.adapter_strengths, training.history):
         load_adapter(model, last)
         scale_adapter(model, strength)
         training.measure(strength)
     return training
+
+
+def strengths_to_try(strengths: Sequence[float], history: History) -> Iterator[float]:
+    """Those above 1, and after them those below, unless one above is kept by then: what weakening gains is not asked of an
+    adapter that strengthening made better."""
+    yield from (strength for strength in strengths if strength > 1)
+    if history.best_strength <= 1:
+        yield from (strength for strength in strengths if strength < 1)

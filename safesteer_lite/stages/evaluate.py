@@ -10,13 +10,13 @@ from pathlib import Path
 from safesteer_lite.config import ContextName
 from safesteer_lite.evaluation import contexts
 from safesteer_lite.evaluation.contexts import Compared
-from safesteer_lite.evaluation.measure import Answers, all_flips, measure, require_answers
+from safesteer_lite.evaluation.measure import Answers, all_flips, measure, measure_base, require_answers
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.evaluation.verdict import beside_parent, verdict
 from safesteer_lite.models.adapter import read_adapter
-from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.prompts.contexts import CONTEXTS, Question, questions
-from safesteer_lite.prompts.plan import PromptSets, texts
+from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.parent import parent_of
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
@@ -56,11 +56,9 @@ def compare(
 ) -> tuple[Scorecard, Scorecard, tuple[Answers, Answers]]:
     """Scorecards and answers of the base and of the student; not `both` measures the base only and returns it twice."""
     config, chunk = session.config.evaluate, session.config.distill.chunk
-    with policy.model.adapters_off():
-        reference = reference_answers(policy, texts(sets.harmless), config.kl_tokens, ANSWER_BATCH)
     done = session.progress("answers", (1 + both) * sets.total)
     with policy.model.adapters_off():
-        before, old = measure(policy, sets, config.answer_tokens, ANSWER_BATCH, reference, chunk, done)
+        before, old, reference = measure_base(policy, sets, config.answer_tokens, config.kl_tokens, ANSWER_BATCH, done)
     thought = session.config.model.thinking_tokens if policy.thoughts else 0
     require_answers(before, config.answer_tokens + thought)
     if not both:

@@ -8,12 +8,10 @@ from pathlib import Path
 from safesteer_lite.errors import UsageError
 from safesteer_lite.evaluation.choice import separation, trade_off
 from safesteer_lite.evaluation.dial import Point, save_points
-from safesteer_lite.evaluation.measure import measure, refusal_scores
-from safesteer_lite.evaluation.scorecard import Scorecard
+from safesteer_lite.evaluation.measure import Answers, counting_from, measure, measure_base, refusal_scores
 from safesteer_lite.events import Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
-from safesteer_lite.models.assistant import Done, Policy, Reference, reference_answers
-from safesteer_lite.prompts.plan import PromptSets, texts
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.stages.session import ANSWER_BATCH, Session
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -58,29 +56,25 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
     policy, evaluate = session.policy, session.config.evaluate
     sets = session.prompts.split("selection")
     openings = policy.token_ids(session.config.direction.refusal_openings)
-    with policy.model.adapters_off():
-        reference = reference_answers(policy, texts(sets.harmless), evaluate.kl_tokens, ANSWER_BATCH)
-        at_base = refusal_scores(policy, sets, openings, ANSWER_BATCH)
-    points: list[Point] = []
-    base_answer = ""
+    tokens, chunk = evaluate.selection_tokens, session.config.distill.chunk
     done = session.progress("answers", len(wanted) * sets.total)
+    points: list[Point] = []
 
-    def beyond(measured: int) -> Done:
-        return lambda count: done(measured * sets.total + count)
+    def tell(point: Point, answers: Answers) -> None:
+        points.append(point)
+        session.tell_rates(point.card, f" at strength {point.strength:g}")
+        session.emit(Sample(session.stage, sets.harmful[0].text, at_base.harmful[0], answers.harmful[0]))
 
-    for index, strength in enumerate(wanted):
+    with policy.model.adapters_off():
+        base, at_base, reference = measure_base(policy, sets, tokens, evaluate.kl_tokens, ANSWER_BATCH, done)
+        scores = refusal_scores(policy, sets, openings, ANSWER_BATCH)
+    tell(Point(0.0, base, 0.0, 0.0), at_base)
+    for index, strength in enumerate(wanted[1:], start=1):
         set_strength(policy, adapter, strength)
-        card, harmful = _measure(session, sets, reference, beyond(index))
-        base, base_answer = (points[0].card, base_answer) if points else (card, harmful[0])
-        apart = separation(at_base, refusal_scores(policy, sets, openings, ANSWER_BATCH))
-        points.append(Point(strength, card, round(trade_off(base, card, evaluate.tax_budget), 3), round(apart, 3)))
-        session.tell_rates(card, f" at strength {strength:g}")
-        session.emit(Sample(session.stage, sets.harmful[0].text, base_answer, harmful[0]))
+        so_far = counting_from(index * sets.total, done)
+        card, answers = measure(policy, sets, tokens, ANSWER_BATCH, reference, chunk, so_far)
+        apart = separation(scores, refusal_scores(policy, sets, openings, ANSWER_BATCH))
+        score = trade_off(base, card, evaluate.tax_budget)
+        tell(Point(strength, card, round(score, 3), round(apart, 3)), answers)
     save_points(session.run, points)
     return points
-
-
-def _measure(session: Session, sets: PromptSets, reference: Reference, done: Done) -> tuple[Scorecard, list[str]]:
-    tokens, chunk = session.config.evaluate.selection_tokens, session.config.distill.chunk
-    card, answers = measure(session.policy, sets, tokens, ANSWER_BATCH, reference, chunk, done)
-    return card, answers.harmful

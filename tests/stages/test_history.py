@@ -1,9 +1,10 @@
-"""What a training kept, and what it passed over for that."""
+"""What a training kept, what it passed over for that, and what it does not try."""
 
 from __future__ import annotations
 
 import pytest
 
+from safesteer_lite.stages.distill import strengths_to_try
 from safesteer_lite.stages.history import History
 
 
@@ -33,3 +34,13 @@ def test_the_best_of_the_strengths_that_refuse_more_is_what_was_passed_over(best
 
 def test_before_anything_is_measured_nothing_was_passed_over() -> None:
     assert History().passed_over is None
+
+
+@pytest.mark.parametrize(("kept", "tried"), [(1.0, [3.0, 2.0, 0.5, 0.25]), (2.0, [3.0, 2.0]), (3.0, [3.0, 2.0])])
+def test_weaker_adapters_are_tried_where_no_stronger_one_is_kept(kept: float, tried: list[float]) -> None:
+    history, found = History(best_step=8), []
+    for strength in strengths_to_try([0.5, 3.0, 0.25, 2.0], history):
+        found.append(strength)
+        if strength == kept:
+            history.best_strength = strength
+    assert found == tried
