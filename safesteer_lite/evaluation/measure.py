@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,7 +16,16 @@ from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
 from safesteer_lite.method.directions import refusal_score
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import last_logits
-from safesteer_lite.models.assistant import Policy, Reference, ignore, kl_to_reference, reference_answers
+from safesteer_lite.models.assistant import (
+    Policy,
+    Reference,
+    Written,
+    along,
+    ignore,
+    join_references,
+    kl_to_reference,
+    reference_answers,
+)
 from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.prompts.sets import KINDS, Kind
 
@@ -47,13 +58,25 @@ def collect_answers(
         size: answers at a time.
         done: called with the number of answers so far.
     """
-    found: dict[str, list[str]] = {}
-    before = 0
-    for name in KINDS:
-        texts = prompts.texts(name)
-        found[name] = policy.answers(texts, tokens, size, counting_from(before, done))
-        before += len(texts)
-    return Answers(**found)
+    return _by_kind(prompts, policy.answers(_asked(prompts), tokens, size, done))
+
+
+def _asked(prompts: PromptSets) -> list[str]:
+    """The prompts of all kinds, one kind behind the other: asked together, they fill more batches."""
+    return [text for kind in KINDS for text in prompts.texts(kind)]
+
+
+def _places(prompts: PromptSets) -> dict[Kind, range]:
+    """Where each kind stands among `_asked`."""
+    found, start = {}, 0
+    for kind in KINDS:
+        found[kind] = range(start, start + len(prompts.of(kind)))
+        start = found[kind].stop
+    return found
+
+
+def _by_kind(prompts: PromptSets, answers: Sequence[str]) -> Answers:
+    return Answers(**{kind: [answers[place] for place in places] for kind, places in _places(prompts).items()})
 
 
 def counting_from(start: int, done: Callable[[int], None]) -> Callable[[int], None]:
@@ -106,21 +129,55 @@ def measure(
 def measure_base(
     policy: Policy, prompts: PromptSets, tokens: int, kl_tokens: int, size: int, done: Callable[[int], None] = ignore
 ) -> tuple[Scorecard, Answers, Reference]:
-    """Answers and rates of the base, which has to be on, and what the KL of others to it is measured against.
+    """Answers and rates of the base, which has to be on, and what the KL of others to it is measured along.
 
-    Its own is 0. Its answers to harmless prompts are written once, for both: where the model thinks they are two different
-    ones, since what is measured against stands behind a thought that is known already.
+    Its own is 0. Where it does not think, that is along the answers to harmless prompts that its rates are of; else their
+    beginnings stand behind thoughts that are known already.
     """
-    harmless = prompts.texts("harmless")
-    if policy.thoughts:
-        reference = reference_answers(policy, harmless, kl_tokens, size)
+    harmless = _places(prompts)["harmless"]
+
+    def look(written: Written) -> Reference | None:
+        rows = [row for row, place in enumerate(written.places) if place in harmless]
+        if not rows:
+            return None
+        chosen = torch.tensor(rows, device=written.prompts.input_ids.device)
+        completions = written.completions.take(chosen).first(kl_tokens)
+        return along(policy, written.prompts.take(chosen).trimmed(), completions.trimmed())
+
+    if policy.thoughts or kl_tokens > tokens:
+        reference = reference_answers(policy, prompts.texts("harmless"), kl_tokens, size)
         answers = collect_answers(policy, prompts, tokens, size, done)
     else:
-        reference = reference_answers(policy, harmless, kl_tokens, size, done, tokens)
-        rest = prompts.without(["harmless"])
-        others = collect_answers(policy, rest, tokens, size, counting_from(len(harmless), done))
-        answers = replace(others, harmless=reference.answers)
+        given, found = policy.looked_at(_asked(prompts), tokens, size, look, done=done)
+        reference, answers = join_references([part for part in found if part]), _by_kind(prompts, given)
     return scorecard(answers, 0.0, len(harmless)), answers, reference
+
+
+def measure_scored(
+    policy: Policy,
+    prompts: PromptSets,
+    tokens: int,
+    size: int,
+    reference: Reference,
+    chunk: int,
+    openings: Tensor,
+    done: Callable[[int], None] = ignore,
+) -> tuple[Scorecard, Answers, dict[Kind, float]]:
+    """As `measure`, and refusal scores as of `refusal_scores`: where the model does not think they are read while it answers."""
+    if policy.thoughts:
+        card, answers = measure(policy, prompts, tokens, size, reference, chunk, done)
+        return card, answers, refusal_scores(policy, prompts, openings, size)
+    given, found = policy.looked_at(
+        _asked(prompts), tokens, size, lambda written: written, partial(refusal_score, refusal_tokens=openings), done
+    )
+    scores: dict[int, float] = {}
+    for written in found:
+        if written.first is not None:
+            scores.update(zip(written.places, written.first.tolist(), strict=True))
+    answers = _by_kind(prompts, given)
+    card = scorecard(answers, kl_to_reference(policy, reference, chunk), len(prompts.harmless))
+    means = {kind: fmean(scores[place] for place in places) for kind, places in _places(prompts).items() if places}
+    return card, answers, means
 
 
 def refusal_scores(policy: Policy, prompts: PromptSets, openings: Tensor, size: int) -> dict[Kind, float]:
@@ -134,7 +191,6 @@ def refusal_scores(policy: Policy, prompts: PromptSets, openings: Tensor, size: 
         openings: token ids that open a refusal, (n,) int64.
         size: prompts at a time, or fewer where memory is short.
     """
-
     return {name: _mean_score(policy, texts, openings, size) for name in KINDS if (texts := prompts.texts(name))}
 
 

@@ -26,6 +26,40 @@ def ignore(done: int) -> None:
     """A progress callback that does nothing."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """A batch of answers as a model wrote it.
+
+    Attributes:
+        places: of its prompts among all that were asked.
+        prompts: what it read, left-padded.
+        completions: what it wrote.
+        first: what was made of the logits of each answer's first token; None where nothing was.
+    """
+
+    places: list[int]
+    prompts: Batch
+    completions: Completions
+    first: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Prompts that are answered alike.
+
+    Attributes:
+        prompts: as the model reads them, by their place among all that are asked.
+        tokens: of an answer, at most.
+        ended: may end answers earlier.
+        opened: whether the answer may go on with a thought that the prompt has opened.
+    """
+
+    prompts: dict[int, Batch]
+    tokens: int
+    ended: Ended | None
+    opened: bool
+
+
 class Policy:
     """A model that can be prompted as an assistant.
 
@@ -189,34 +223,72 @@ class Policy:
             ended: may end answers earlier.
             thinks: False to go on from what the base thought of a prompt, instead of thinking anew.
         """
-        asked = [_conversation(prompt) for prompt in prompts]
-        found, places = [""] * len(asked), range(len(asked))
         thoughts = self.thoughts if thinks else None
         if thoughts is None:
-            self.think(asked, size)
-            parts = [(list(places), self._behind_thought, tokens, ended)]
-        else:
-            # An answer that was begun has left its thought behind.
-            begun = [place for place in places if asked[place].beginning]
-            free = [place for place in places if not asked[place].beginning]
-            longest = tokens + thoughts.tokens
-            parts = [
-                (free, self.prompt, longest, thoughts.answered(tokens, ended)),
-                (begun, self._behind_thought, tokens, ended),
-            ]
+            return self.looked_at(prompts, tokens, size, _nothing, done=done, ended=ended)[0]
+        asked = [_conversation(prompt) for prompt in prompts]
+        # An answer that was begun has left its thought behind.
+        begun = [place for place, conversation in enumerate(asked) if conversation.beginning]
+        free = [place for place, conversation in enumerate(asked) if not conversation.beginning]
+        ends = thoughts.answered(tokens, ended)
+        parts = [
+            _Part({place: self.prompt(asked[place]) for place in free}, tokens + thoughts.tokens, ends, opened=True),
+            _Part({place: self._behind_thought(asked[place]) for place in begun}, tokens, ended, opened=False),
+        ]
+        return self._written(parts, size, _nothing, None, done)[0]
 
-        def answer(size: int) -> list[str]:
-            finished = 0
-            for chosen, encode, most, ends in parts:
-                for rows, batch in _batches([encode(asked[place]) for place in chosen], size):
-                    completions = self.model.generate(batch, most, 0.0, None, 1, ends)
-                    for row, text in zip(rows, self.decode(completions, opened=encode == self.prompt), strict=True):
-                        found[chosen[row]] = text
-                    finished += len(rows)
-                    done(finished)
-            return found
+    def looked_at(
+        self,
+        prompts: Sequence[str | Conversation],
+        tokens: int,
+        size: int,
+        look: Callable[[Written], Result],
+        read_first: Callable[[Tensor], Tensor] | None = None,
+        done: Done = ignore,
+        ended: Ended | None = None,
+    ) -> tuple[list[str], list[Result]]:
+        """Greedy answers, behind the base's own thought where the model thinks, and what is to be known of each batch of them.
 
-        return self.fitting(max(most for _, _, most, _ in parts), size, answer)
+        Args:
+            prompts, tokens, size, done, ended: as for `answers`.
+            look: is given each batch as it was written.
+            read_first: makes `Written.first` of the logits of first tokens, (prompts, vocabulary) float32, which are too
+                large to be kept.
+
+        Returns:
+            The answers in the order of `prompts`, and what `look` returned, a batch each.
+        """
+        asked = [_conversation(prompt) for prompt in prompts]
+        self.think(asked, size)
+        encoded = {place: self._behind_thought(conversation) for place, conversation in enumerate(asked)}
+        return self._written([_Part(encoded, tokens, ended, opened=False)], size, look, read_first, done)
+
+    def _written(
+        self,
+        parts: Sequence[_Part],
+        size: int,
+        look: Callable[[Written], Result],
+        read_first: Callable[[Tensor], Tensor] | None,
+        done: Done,
+    ) -> tuple[list[str], list[Result]]:
+        """The answers of all parts, in the order of their places, and what `look` made of each batch."""
+
+        def write(size: int) -> tuple[list[str], list[Result]]:
+            found: dict[int, str] = {}
+            looked: list[Result] = []
+            for part in parts:
+                chosen = list(part.prompts)
+                for rows, batch in _batches(list(part.prompts.values()), size):
+                    first: list[Tensor] = []
+                    reads = _reading_into(first, read_first) if read_first else None
+                    completions = self.model.generate(batch, part.tokens, 0.0, None, 1, part.ended, reads)
+                    places = [chosen[row] for row in rows]
+                    found.update(zip(places, self.decode(completions, opened=part.opened), strict=True))
+                    looked.append(look(Written(places, batch, completions, first[0] if first else None)))
+                    done(len(found))
+            return [found[place] for place in sorted(found)], looked
+
+        return self.fitting(max(part.tokens for part in parts), size, write)
 
     def fitting(self, tokens: int, size: int, work: Callable[[int], Result], samples: int = 1) -> Result:
         """`work(size)`, or with fewer prompts at a time where memory is short, which is remembered for the next call.
@@ -288,6 +360,14 @@ class Policy:
         return first[: _common(first, second)], len(self.thoughts.behind) if self.thoughts else ending
 
 
+def _nothing(written: Written) -> None:
+    """Of each batch of answers, their text is all that is wanted."""
+
+
+def _reading_into(found: list[Tensor], read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    return lambda logits: found.append(read(logits))
+
+
 def _conversation(asked: str | Conversation) -> Conversation:
     return Conversation(asked) if isinstance(asked, str) else asked
 
@@ -318,12 +398,10 @@ class Reference:
     Attributes:
         batches: prompts with their answers.
         hidden: that policy's final hidden states at the answer's valid positions, one (positions, width) tensor a batch.
-        answers: the answers as text, in the order of the prompts.
     """
 
     batches: list[tuple[Batch, Completions]]
     hidden: list[Tensor]
-    answers: list[str]
 
     @property
     def positions(self) -> int:
@@ -331,42 +409,27 @@ class Reference:
         return sum(tensor.shape[0] for tensor in self.hidden)
 
 
-def reference_answers(
-    policy: Policy,
-    prompts: Sequence[str],
-    tokens: int,
-    size: int,
-    done: Done = ignore,
-    answer_tokens: int | None = None,
-) -> Reference:
-    """Greedy answers of whichever policy is on, and its hidden states along them.
+def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size: int) -> Reference:
+    """Greedy answers of whichever policy is on, and its hidden states along them; `size` prompts at a time, or fewer
+    where memory is short."""
+    _, found = policy.looked_at(
+        prompts, tokens, size, lambda written: along(policy, written.prompts, written.completions)
+    )
+    return join_references(found)
 
-    Args:
-        policy: the model.
-        prompts: what is asked.
-        tokens: of an answer, at most, that the measurement rests on.
-        size: prompts at a time, or fewer where memory is short.
-        done: called with the number of answers so far.
-        answer_tokens: of an answer, at most, in its text; None for as many as are measured.
-    """
-    model, most = policy.model, tokens if answer_tokens is None else answer_tokens
 
-    def read(size: int) -> Reference:
-        pairs, hidden, answers, finished = [], [], [""] * len(prompts), 0
-        for places, batch in policy.batches(prompts, size):
-            written = model.generate(batch, max(tokens, most), 0.0, None, 1)
-            for place, text in zip(places, policy.decode(written.first(most)), strict=True):
-                answers[place] = text
-            completions = written.first(tokens)
-            states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
-            pairs.append((batch, completions))
-            hidden.append(states[completions.mask])
-            finished += len(places)
-            done(finished)
-        return Reference(pairs, hidden, answers)
-
+def along(policy: Policy, prompts: Batch, completions: Completions) -> Reference:
+    """What whichever policy is on makes of a batch of answers that it has written."""
     with torch.no_grad():
-        return policy.fitting(max(tokens, most), size, read)
+        states = completion_hidden(
+            policy.model, policy.model.start(completions.after(prompts)), completions.tokens.shape[1]
+        )
+    return Reference([(prompts, completions)], [states[completions.mask]])
+
+
+def join_references(parts: Sequence[Reference]) -> Reference:
+    """Several references as one."""
+    return Reference([pair for part in parts for pair in part.batches], [one for part in parts for one in part.hidden])
 
 
 def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:

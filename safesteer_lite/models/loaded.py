@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -255,8 +255,9 @@ class PlainModel:
         chance: Chance,
         repeats: int,
         ended: Ended | None = None,
+        first: Callable[[Tensor], None] | None = None,
     ) -> Completions:
-        """Sample `repeats` completions a prompt (copies side by side); temperature 0 is greedy."""
+        """Sample `repeats` completions a prompt (copies side by side); temperature 0 is greedy. See `sampling.generate`."""
         return sampling.generate(
             self.decoder,
             self.logits,
@@ -270,6 +271,7 @@ class PlainModel:
             padding=min(self.end_of_turn) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             new_cache=self.new_cache,
             ended=ended,
+            first=first,
         )
 
     def new_cache(self) -> Cache:

@@ -100,6 +100,7 @@ def generate(
     padding: int,
     new_cache: Callable[[], Cache] = GrowingCache,
     ended: Ended | None = None,
+    first: Callable[[Tensor], None] | None = None,
 ) -> Completions:
     """Sample `repeats` completions of each prompt, copies side by side.
 
@@ -115,6 +116,7 @@ def generate(
         padding: id written after the end.
         new_cache: makes the decoder's empty cache.
         ended: asked after each token which answers may end there, besides those that `end_of_turn` ends.
+        first: is given the logits of each prompt's first token, (prompts, vocabulary) float32.
     """
     device = prompts.input_ids.device
     count = len(prompts) * repeats
@@ -126,6 +128,8 @@ def generate(
     running = torch.ones(count, dtype=torch.bool, device=device)
     with torch.no_grad():
         reader = _Reader(decoder, head, prompts, new_cache())
+        if first:
+            first(reader.logits)
         reader.repeat(repeats)
         for step in range(max_new_tokens):
             uniform = None

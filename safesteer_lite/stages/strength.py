@@ -8,7 +8,7 @@ from pathlib import Path
 from safesteer_lite.errors import UsageError
 from safesteer_lite.evaluation.choice import separation, trade_off
 from safesteer_lite.evaluation.dial import Point, save_points
-from safesteer_lite.evaluation.measure import Answers, counting_from, measure, measure_base, refusal_scores
+from safesteer_lite.evaluation.measure import Answers, counting_from, measure_base, measure_scored, refusal_scores
 from safesteer_lite.events import Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy
@@ -67,13 +67,13 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
 
     with policy.model.adapters_off():
         base, at_base, reference = measure_base(policy, sets, tokens, evaluate.kl_tokens, ANSWER_BATCH, done)
-        scores = refusal_scores(policy, sets, openings, ANSWER_BATCH)
+        base_scores = refusal_scores(policy, sets, openings, ANSWER_BATCH)
     tell(Point(0.0, base, 0.0, 0.0), at_base)
     for index, strength in enumerate(wanted[1:], start=1):
         set_strength(policy, adapter, strength)
         so_far = counting_from(index * sets.total, done)
-        card, answers = measure(policy, sets, tokens, ANSWER_BATCH, reference, chunk, so_far)
-        apart = separation(scores, refusal_scores(policy, sets, openings, ANSWER_BATCH))
+        card, answers, scores = measure_scored(policy, sets, tokens, ANSWER_BATCH, reference, chunk, openings, so_far)
+        apart = separation(base_scores, scores)
         score = trade_off(base, card, evaluate.tax_budget)
         tell(Point(strength, card, round(score, 3), round(apart, 3)), answers)
     save_points(session.run, points)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from safesteer_lite.evaluation.choice import Candidate, one_answer, separation, takes_over, trade_off
-from safesteer_lite.evaluation.measure import measure, refusal_scores
+from safesteer_lite.evaluation.measure import measure_scored, refusal_scores
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Metric
 from safesteer_lite.models.assistant import Reference, reference_answers
@@ -51,10 +51,10 @@ class Yardstick:
         """
         session, settings, start = self._session, self._session.config.evaluate, self._start
         done, chunk = session.progress("answers", self._sets.total), session.config.distill.chunk
-        card, _ = measure(
-            session.policy, self._sets, settings.selection_tokens, ANSWER_BATCH, self._reference, chunk, done
+        tokens, sets, openings = settings.selection_tokens, self._sets, self._openings
+        card, _, scores = measure_scored(
+            session.policy, sets, tokens, ANSWER_BATCH, self._reference, chunk, openings, done
         )
-        scores = refusal_scores(session.policy, self._sets, self._openings, ANSWER_BATCH)
         found = Candidate(trade_off(start, card, settings.tax_budget), separation(self._base_scores, scores))
         record = {
             "step": step,

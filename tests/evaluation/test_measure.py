@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from safesteer_lite.errors import ModelError
-from safesteer_lite.evaluation.measure import Answers, collect_answers, measure_base, require_answers, scorecard
+from safesteer_lite.evaluation.measure import (
+    Answers,
+    measure,
+    measure_base,
+    measure_scored,
+    refusal_scores,
+    require_answers,
+    scorecard,
+)
 from safesteer_lite.method import policies
 from safesteer_lite.models.assistant import kl_to_reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets
@@ -26,19 +35,40 @@ def test_a_model_that_mostly_says_nothing_is_refused(silent: str) -> None:
         assert "instruct version" in caught.value.hint
 
 
-@pytest.mark.parametrize(("tokens", "kl_tokens"), [(3, 7), (7, 3)])
+@pytest.fixture
+def sets() -> PromptSets:
+    """Some prompts of four kinds."""
+    asked = [Prompt(text, str(place)) for place, text in enumerate(tiny.PROMPTS)]
+    return PromptSets(asked[:3], asked[1:2], asked[2:], critical=asked[:1])
+
+
+@pytest.mark.parametrize(("tokens", "kl_tokens"), [(3, 7), (7, 3), (5, 5)])
 def test_the_answers_of_the_base_serve_its_rates_and_the_kl_of_others(
-    tokens: int, kl_tokens: int, tiny_policy: tiny.Loader
+    tokens: int, kl_tokens: int, sets: PromptSets, tiny_policy: tiny.Loader
 ) -> None:
     policy = tiny_policy(filled=True)
-    asked = [Prompt(text, str(place)) for place, text in enumerate(tiny.PROMPTS)]
-    sets = PromptSets(asked[:3], asked[1:2], asked[2:], critical=asked[:1])
     told: list[int] = []
     with policies.base(policy.model):
         card, answers, reference = measure_base(policy, sets, tokens, kl_tokens, 2, told.append)
-        apart = collect_answers(policy, sets, tokens, 2)
+        alone = {kind: policy.answers(sets.texts(kind), tokens, 2) for kind in KINDS}
         known = reference_answers(policy, sets.texts("harmless"), kl_tokens, 2)
-    assert answers == apart and any(answers.harmless)
-    assert card == scorecard(apart, 0.0, len(sets.harmless))
-    assert kl_to_reference(policy, reference, 8) == kl_to_reference(policy, known, 8) > 0
+    assert answers == Answers(**alone) and any(answers.harmless) and not answers.twin
+    assert card == scorecard(answers, 0.0, len(sets.harmless))
+    assert reference.positions == known.positions
+    kl = kl_to_reference(policy, known, 8)
+    assert kl_to_reference(policy, reference, 8) == pytest.approx(kl, rel=1e-4) and kl > 1e-3
     assert told == sorted(told) and told[-1] == sets.total
+
+
+def test_refusal_scores_are_those_of_a_forward_of_their_own(sets: PromptSets, tiny_policy: tiny.Loader) -> None:
+    policy = tiny_policy(filled=True)
+    openings = torch.arange(7, 40)
+    with policies.base(policy.model):
+        reference = reference_answers(policy, sets.texts("harmless"), 4, 2)
+    expected = measure(policy, sets, 5, 2, reference, 8)
+    for size in (1, 2, 64):
+        *measured, scores = measure_scored(policy, sets, 5, size, reference, 8, openings)
+        assert tuple(measured) == expected
+        assert scores == pytest.approx(refusal_scores(policy, sets, openings, 2), abs=1e-4)
+        assert scores.keys() == {"harmful", "borderline", "harmless", "critical"}
+    assert len(set(scores.values())) == 4

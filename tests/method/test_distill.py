@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -164,9 +164,10 @@ class Recorder(PlainModel):
         chance: Chance,
         repeats: int,
         ended: Ended | None = None,
+        first: Callable[[Tensor], None] | None = None,
     ) -> Completions:
         assert isinstance(chance, Tensor)
-        found = super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended)
+        found = super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended, first)
         self.sampled.append((tuple(chance.flatten().tolist()), found))
         return self.sampled[-1][1]
 
@@ -280,10 +281,11 @@ class SmallMemory(PlainModel):
         chance: Chance,
         repeats: int,
         ended: Ended | None = None,
+        first: Callable[[Tensor], None] | None = None,
     ) -> Completions:
         if len(prompts) * repeats > self.sampled:
             raise torch.OutOfMemoryError("simulated")
-        return super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended)
+        return super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended, first)
 
     def final(self, residual: Residual) -> Tensor:
         if residual.hidden.shape[0] > self.rows:

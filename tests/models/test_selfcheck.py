@@ -44,10 +44,11 @@ class SamplesElsewhere(PlainModel):
         chance: Chance,
         repeats: int,
         ended: Ended | None = None,
+        first: Callable[[Tensor], None] | None = None,
     ) -> Completions:
         own, self.decoder = self.decoder, self.other_decoder()
         try:
-            return super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended)
+            return super().generate(prompts, max_new_tokens, temperature, chance, repeats, ended, first)
         finally:
             self.decoder = own
 
