@@ -132,10 +132,8 @@ def work(settings: RunConfig, training: int | None = None) -> dict[str, Work]:
         + _answers(answered, evaluate.selection_tokens)
         + _reference(sets.selection, evaluate.kl_tokens)
         + _along(chosen_by, 0)
-        + (selection + _along(chosen_by, 0) + _along(sets.selection, evaluate.kl_tokens)) * measured,
-        "evaluate": (_tested(settings) + _in_contexts(settings)) * 2
-        + _reference(sets.test, evaluate.kl_tokens)
-        + _along(sets.test, evaluate.kl_tokens),
+        + (selection + _along(sets.selection, evaluate.kl_tokens)) * measured,
+        "evaluate": (_tested(settings) + _in_contexts(settings) + _along(sets.test, evaluate.kl_tokens)) * 2,
     }
     if settings.model.thinking != "on":
         return found
