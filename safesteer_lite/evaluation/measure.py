@@ -158,7 +158,7 @@ def measure_scored(
     prompts: PromptSets,
     tokens: int,
     size: int,
-    reference: Reference,
+    reference: Reference | None,
     chunk: int,
     openings: Tensor,
     done: Callable[[int], None] = ignore,
@@ -175,7 +175,8 @@ def measure_scored(
         if written.first is not None:
             scores.update(zip(written.places, written.first.tolist(), strict=True))
     answers = _by_kind(prompts, given)
-    card = scorecard(answers, kl_to_reference(policy, reference, chunk), len(prompts.harmless))
+    kl = kl_to_reference(policy, reference, chunk) if reference else None
+    card = scorecard(answers, kl, len(prompts.harmless) if reference else 0)
     means = {kind: fmean(scores[place] for place in places) for kind, places in _places(prompts).items() if places}
     return card, answers, means
 

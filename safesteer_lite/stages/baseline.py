@@ -6,11 +6,11 @@ import json
 from collections import Counter
 
 from safesteer_lite.evaluation import judges
-from safesteer_lite.evaluation.measure import Answers, measure, require_answers
+from safesteer_lite.evaluation.measure import Answers, measure, measure_scored, require_answers
 from safesteer_lite.prompts.plan import texts
-from safesteer_lite.prompts.sets import KINDS
+from safesteer_lite.prompts.sets import KINDS, Kind
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.stages.session import ANSWER_BATCH, THOUGHTS, Session
+from safesteer_lite.stages.session import THOUGHTS, Session
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -18,16 +18,20 @@ def run(session: Session, publication: Publication) -> None:
     config, policy = session.config, session.policy
     sets = session.prompts.split("selection")
     _tell_long_prompts(session)
+    tokens, chunk, done = (
+        config.evaluate.selection_tokens,
+        config.distill.chunk,
+        session.progress("answers", sets.total),
+    )
+    opening = policy.token_ids(config.direction.refusal_openings)
+    scores: dict[Kind, float] | None = None
     with policy.model.adapters_off():
-        card, answers = measure(
-            policy,
-            sets,
-            config.evaluate.selection_tokens,
-            ANSWER_BATCH,
-            None,
-            config.distill.chunk,
-            session.progress("answers", sets.total),
-        )
+        if policy.thoughts:  # Scores are read behind what the base thought, and it thinks of these prompts here first.
+            card, answers = measure(policy, sets, tokens, session.answer_batch, None, chunk, done)
+        else:
+            card, answers, scores = measure_scored(
+                policy, sets, tokens, session.answer_batch, None, chunk, opening, done
+            )
     thought = config.model.thinking_tokens if policy.thoughts else 0
     require_answers(card, config.evaluate.selection_tokens + thought)
     _tell_endless_answers(session, answers)
@@ -42,6 +46,7 @@ def run(session: Session, publication: Publication) -> None:
     publication.result = {
         "scorecard": card.to_record(),
         "openings": dict(openings.most_common(10)),
+        "refusal_scores": scores and {"opening": opening.tolist(), "means": scores},
     }
     (publication.path / "answers.json").write_text(
         json.dumps(vars(answers), ensure_ascii=False, indent=1), encoding="utf-8"
@@ -57,7 +62,7 @@ def _think_ahead(session: Session, publication: Publication) -> None:
     selection = plan.split("selection")
     read = [prompt for kind in KINDS for prompt in selection.of(kind)] + [*plan.direction()[0], *plan.direction()[1]]
     asked = [*texts(read), *session.asked(plan.training()), *session.asked(anchors)]
-    cut = policy.think(asked, ANSWER_BATCH, session.progress("prompts thought about", len(set(asked))))
+    cut = policy.think(asked, session.answer_batch, session.progress("prompts thought about", len(set(asked))))
     known = policy.thoughts.known
     session.note(
         f"The base has thought about {len(known)} prompts; {cut} of its thoughts were longer than "

@@ -29,7 +29,7 @@ from safesteer_lite.sources.hub import commit_of
 from safesteer_lite.sources.origin import open_origin
 from safesteer_lite.stages import prompted
 from safesteer_lite.stages.contrast import Contrast, of_replies, of_requests
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.trial import Trial, repeats
 
 _BATCH = 32
@@ -262,10 +262,10 @@ def search_strength(
     steps = [value for value in config.steering_strengths if value >= smallest]
     done = session.progress("teacher answers", len(steps) * len(harmful))
     # The teacher is read behind the base's thoughts, so it is tried there too; while it steers, the base cannot think.
-    policy.think(harmful, ANSWER_BATCH)
+    policy.think(harmful, session.answer_batch)
     for index, strength in enumerate(steps):
         with teacher(policy.model, Steering(layer, strength * vector)):
-            answers = policy.answers(harmful, TEACHER_TOKENS, ANSWER_BATCH, thinks=False)
+            answers = policy.answers(harmful, TEACHER_TOKENS, session.answer_batch, thinks=False)
         refused = sum(judges.judge(answer).refused for answer in answers)
         trials.append(Trial(strength, refused, len(answers), sum(map(repeats, answers))))
         done((index + 1) * len(harmful))

@@ -19,7 +19,7 @@ from safesteer_lite.prompts.contexts import CONTEXTS, Question, questions
 from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.stages.parent import parent_of
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 
 
 def run(session: Session, publication: Publication) -> None:
@@ -58,13 +58,21 @@ def compare(
     config, chunk = session.config.evaluate, session.config.distill.chunk
     done = session.progress("answers", (1 + both) * sets.total)
     with policy.model.adapters_off():
-        before, old, reference = measure_base(policy, sets, config.answer_tokens, config.kl_tokens, ANSWER_BATCH, done)
+        before, old, reference = measure_base(
+            policy, sets, config.answer_tokens, config.kl_tokens, session.answer_batch, done
+        )
     thought = session.config.model.thinking_tokens if policy.thoughts else 0
     require_answers(before, config.answer_tokens + thought)
     if not both:
         return before, before, (old, old)
     after, new = measure(
-        policy, sets, config.answer_tokens, ANSWER_BATCH, reference, chunk, lambda count: done(sets.total + count)
+        policy,
+        sets,
+        config.answer_tokens,
+        session.answer_batch,
+        reference,
+        chunk,
+        lambda count: done(sets.total + count),
     )
     session.tell_rates(before, ", before")
     session.tell_rates(after, ", after")
@@ -96,10 +104,10 @@ def compare_in_contexts(
     tokens, conversations = session.config.evaluate.context_tokens, [question.conversation for question in asked]
     done = session.progress("answers in contexts", (1 + both) * len(asked))
     with policy.model.adapters_off():
-        old = policy.answers(conversations, tokens, ANSWER_BATCH, done)
+        old = policy.answers(conversations, tokens, session.answer_batch, done)
     new = old
     if both:
-        new = policy.answers(conversations, tokens, ANSWER_BATCH, lambda count: done(len(asked) + count))
+        new = policy.answers(conversations, tokens, session.answer_batch, lambda count: done(len(asked) + count))
     before, after = (contexts.cards(asked, answers) for answers in (old, new))
     return {name: Compared(before[name], after[name]) for name in before}, (old, new)
 

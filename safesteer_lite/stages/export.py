@@ -22,7 +22,7 @@ from safesteer_lite.models.assistant import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.sources.base import Base
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 
 # Greedy answers of the reload check, in tokens.
 _CHECK_TOKENS = 32
@@ -174,4 +174,4 @@ def trained_answers(session: Session, adapter: Path, strength: float) -> Referen
     scale_adapter(policy.model, strength)
     sets, half = session.prompts.split("selection"), CHECK_PROMPTS // 2
     prompts = texts(sets.harmful)[:half] + texts(sets.harmless)[: CHECK_PROMPTS - half]
-    return reference_answers(policy, prompts, _CHECK_TOKENS, ANSWER_BATCH)
+    return reference_answers(policy, prompts, _CHECK_TOKENS, session.answer_batch)

@@ -26,7 +26,7 @@ from safesteer_lite.prompts.plan import PromptSets, texts
 from safesteer_lite.prompts.sets import KINDS, OPTIONAL
 from safesteer_lite.sources.base import open_base
 from safesteer_lite.stages import evaluate
-from safesteer_lite.stages.session import ANSWER_BATCH, SPARE_TOKENS, Session
+from safesteer_lite.stages.session import SPARE_TOKENS, Session
 
 # The comparison with the trained policy: prompts, half of them harmful, and tokens of each greedy answer.
 _WITNESS_PROMPTS, _WITNESS_TOKENS = 16, 32
@@ -120,7 +120,7 @@ def merged_row(session: Session, folder: Path, request: Request, measured: Measu
     policy = Policy(model, longest, session.day, settings.thinking, settings.thinking_tokens)
     done = session.progress("answers of the merged weights", measured.sets.total)
     tokens, chunk = session.config.evaluate.answer_tokens, session.config.distill.chunk
-    found, _ = measure(policy, measured.sets, tokens, ANSWER_BATCH, None, chunk, done)
+    found, _ = measure(policy, measured.sets, tokens, session.answer_batch, None, chunk, done)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     row = Row("merged", "." if request.kind == "merged" else "", size, found, seconds=time.monotonic() - started)
     _tell(session, row)

@@ -12,7 +12,7 @@ from safesteer_lite.method.policies import Batch
 from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.trial import Trial, repeats
 
 SAFETY_PROMPT = (
@@ -31,7 +31,9 @@ def publish(session: Session, publication: Publication) -> None:
     harmful: list[str | Conversation] = list(texts(session.prompts.split("selection").harmful))
     done = session.progress("teacher answers", len(harmful))
     with session.policy.model.adapters_off():
-        answers = session.policy.answers(taught(session, harmful), TEACHER_TOKENS, ANSWER_BATCH, done, thinks=False)
+        answers = session.policy.answers(
+            taught(session, harmful), TEACHER_TOKENS, session.answer_batch, done, thinks=False
+        )
     refused = sum(judges.judge(answer).refused for answer in answers)
     trial = Trial(1.0, refused, len(answers), sum(map(repeats, answers)))
     if refused < 0.5 * len(answers):
@@ -65,5 +67,5 @@ def taught_batches(session: Session, asked: Sequence[str | Conversation]) -> lis
     if session.config.direction.teacher != "prompted":
         return None
     told = taught(session, asked)
-    session.policy.think(told, ANSWER_BATCH)
+    session.policy.think(told, session.answer_batch)
     return [session.policy.encode(entry) for entry in told]

@@ -12,7 +12,7 @@ from safesteer_lite.models.reading import read_discriminants
 from safesteer_lite.prompts.contexts import Conversation, begun
 from safesteer_lite.prompts.sets import Prompt
 from safesteer_lite.stages.parent import parent_adapter, parent_of
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 
 # Prompts of a kind that are read, at most: each takes memory, and the bundled sets have fewer.
 _READ = 640
@@ -51,7 +51,7 @@ def prepare_adapter(session: Session, saved: Path | None) -> None:
         harmful,
         harmless,
         settings.reading_ridge,
-        ANSWER_BATCH,
+        session.answer_batch,
         done,
         (begun(harmful), begun(harmless)) if settings.begun else None,
         settings.reading_unread,
@@ -75,7 +75,9 @@ def _answered(session: Session, harmful: list[str | Conversation]) -> list[str |
     policy = session.policy
     done = session.progress("harmful prompts answered", len(harmful))
     with policy.model.adapters_off():
-        answers = policy.answers(harmful, session.config.evaluate.selection_tokens, ANSWER_BATCH, done, thinks=False)
+        answers = policy.answers(
+            harmful, session.config.evaluate.selection_tokens, session.answer_batch, done, thinks=False
+        )
     answered = [asked for asked, answer in zip(harmful, answers, strict=True) if not judge(answer).refused]
     if len(answered) < session.config.direction.minimum_prompts:
         session.note(f"The base answers only {len(answered)} of {len(harmful)} harmful prompts: all of them are read.")

@@ -12,7 +12,7 @@ from safesteer_lite.evaluation.measure import Answers, counting_from, measure_ba
 from safesteer_lite.events import Sample
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
 from safesteer_lite.models.assistant import Policy
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 HIGHEST = 2.0
@@ -66,13 +66,15 @@ def dial(session: Session, strengths: Sequence[float] = STRENGTHS) -> list[Point
         session.emit(Sample(session.stage, sets.harmful[0].text, at_base.harmful[0], answers.harmful[0]))
 
     with policy.model.adapters_off():
-        base, at_base, reference = measure_base(policy, sets, tokens, evaluate.kl_tokens, ANSWER_BATCH, done)
-        base_scores = refusal_scores(policy, sets, openings, ANSWER_BATCH)
+        base, at_base, reference = measure_base(policy, sets, tokens, evaluate.kl_tokens, session.answer_batch, done)
+        base_scores = refusal_scores(policy, sets, openings, session.answer_batch)
     tell(Point(0.0, base, 0.0, 0.0), at_base)
     for index, strength in enumerate(wanted[1:], start=1):
         set_strength(policy, adapter, strength)
         so_far = counting_from(index * sets.total, done)
-        card, answers, scores = measure_scored(policy, sets, tokens, ANSWER_BATCH, reference, chunk, openings, so_far)
+        card, answers, scores = measure_scored(
+            policy, sets, tokens, session.answer_batch, reference, chunk, openings, so_far
+        )
         apart = separation(base_scores, scores)
         score = trade_off(base, card, evaluate.tax_budget)
         tell(Point(strength, card, round(score, 3), round(apart, 3)), answers)

@@ -23,7 +23,7 @@ from safesteer_lite.prompts.sets import Prompt, check_leaks
 from safesteer_lite.runs.folder import RunFolder
 from safesteer_lite.sources.base import Base
 from safesteer_lite.stages.judging import clear_cases_of, find_judge, judge_answers
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 
 STAGE = "suites"
 
@@ -129,9 +129,9 @@ def _answers(session: Session, suite: SuitePrompts, both: bool, done: Callable[[
     """What each model answers, by model of `MODELS`."""
     policy, tokens, prompts = session.policy, session.config.evaluate.answer_tokens, texts(suite.prompts)
     with policy.model.adapters_off():
-        given = [policy.answers(prompts, tokens, ANSWER_BATCH, done)]
+        given = [policy.answers(prompts, tokens, session.answer_batch, done)]
     if both:
-        given.append(policy.answers(prompts, tokens, ANSWER_BATCH, counting_from(len(prompts), done)))
+        given.append(policy.answers(prompts, tokens, session.answer_batch, counting_from(len(prompts), done)))
     return {model: _alone(suite, replies) for model, replies in zip(MODELS, given, strict=False)}
 
 

@@ -13,7 +13,7 @@ from safesteer_lite.models.assistant import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.stages.history import History
-from safesteer_lite.stages.session import ANSWER_BATCH, Session
+from safesteer_lite.stages.session import Session
 
 
 class Yardstick:
@@ -30,13 +30,19 @@ class Yardstick:
         """Read when something is measured first: a training that is handed on measures nothing."""
         tokens = self._session.config.evaluate.kl_tokens
         with self._session.policy.model.adapters_off():
-            return reference_answers(self._session.policy, texts(self._sets.harmless), tokens, ANSWER_BATCH)
+            return reference_answers(
+                self._session.policy, texts(self._sets.harmless), tokens, self._session.answer_batch
+            )
 
     @cached_property
-    def _base_scores(self) -> dict[Kind, float]:
-        """The base's mean refusal scores by kind of prompt, log-odds."""
+    def base_scores(self) -> dict[Kind, float]:
+        """The base's mean refusal scores by kind of prompt, log-odds: from the first stage, where it read the same openings."""
+        known = self._session.result("baseline").get("refusal_scores")
+        if known and known["opening"] == self._openings.tolist():
+            means: dict[Kind, float] = known["means"]
+            return means
         with self._session.policy.model.adapters_off():
-            return refusal_scores(self._session.policy, self._sets, self._openings, ANSWER_BATCH)
+            return refusal_scores(self._session.policy, self._sets, self._openings, self._session.answer_batch)
 
     def measure(self, step: int, history: History, strength: float = 1.0) -> bool:
         """Measure the student as it is now, and enter it in the history.
@@ -53,9 +59,9 @@ class Yardstick:
         done, chunk = session.progress("answers", self._sets.total), session.config.distill.chunk
         tokens, sets, openings = settings.selection_tokens, self._sets, self._openings
         card, _, scores = measure_scored(
-            session.policy, sets, tokens, ANSWER_BATCH, self._reference, chunk, openings, done
+            session.policy, sets, tokens, session.answer_batch, self._reference, chunk, openings, done
         )
-        found = Candidate(trade_off(start, card, settings.tax_budget), separation(self._base_scores, scores))
+        found = Candidate(trade_off(start, card, settings.tax_budget), separation(self.base_scores, scores))
         record = {
             "step": step,
             "strength": strength,
@@ -64,7 +70,7 @@ class Yardstick:
             "refusal_scores": scores,
             **card.to_record(),
         }
-        history.base_scores = self._base_scores
+        history.base_scores = self.base_scores
         kept, highest = history.kept, history.highest
         (history.measured if strength == 1 else history.scaled).append(record)
         self._tell(card, found, step, strength)

@@ -23,6 +23,7 @@ from safesteer_lite import config
 from safesteer_lite.errors import DirectionError, Interrupted, ModelError, PromptError, RunFolderError, WeakRefusalError
 from safesteer_lite.evaluation.choice import Candidate, best, one_answer, separation
 from safesteer_lite.evaluation.judges import judge
+from safesteer_lite.evaluation.measure import refusal_scores
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Event, Note, StageDone, StageSkipped, StageStarted, Warned, discard
 from safesteer_lite.hardware.known import measured_on
@@ -39,6 +40,7 @@ from safesteer_lite.stages import evaluate, finished, pipeline, reading
 from safesteer_lite.stages.session import Session
 from safesteer_lite.stages.shown import ShownAnswers
 from safesteer_lite.stages.training import drawn_anchors, recipe
+from safesteer_lite.stages.yardstick import Yardstick
 from tests import planted
 from tests.runs.run_files import report_of, rewind
 
@@ -186,6 +188,24 @@ def test_each_measurement_has_both_scores_and_the_kept_one_is_what_they_say(done
     assert (history["best_step"], history["best_strength"]) == (measured[place]["step"], measured[place]["strength"])
     # The student was moved towards refusals of harmful prompts.
     assert max(entry["refusal_scores"]["harmful"] for entry in measured) > history["base_scores"]["harmful"]
+
+
+def test_the_base_is_scored_once_for_the_same_openings(done: RunFolder, planted_model: Path) -> None:
+    known = done.manifest.stages["baseline"].result["refusal_scores"]["means"]
+    for openings, taken_over in (
+        (planted.settings(planted_model).direction.refusal_openings, True),
+        (("Sure",), False),
+    ):
+        changed = planted.settings(planted_model, {"direction.refusal_openings": list(openings)})
+        session = Session(changed, done, open_base(planted_model), discard, stage="distill")
+        policy, sets = session.policy, session.prompts.split("selection")
+        with policy.model.adapters_off():
+            scores = refusal_scores(policy, sets, policy.token_ids(openings), session.answer_batch)
+        found = Yardstick(session).base_scores
+        assert (found == known) == taken_over
+        assert found == pytest.approx(scores, abs=1e-2) and scores["harmful"] != pytest.approx(
+            scores["harmless"], abs=0.5
+        )
 
 
 def test_flips_are_the_answers_that_changed_sides(done: RunFolder) -> None:

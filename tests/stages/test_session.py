@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from safesteer_lite.config import Values
 from safesteer_lite.errors import RunFolderError
 from safesteer_lite.events import Event, Note, discard
 from safesteer_lite.runs.creation import create_run
@@ -69,3 +70,26 @@ def test_what_a_file_of_prompts_gave_is_told_once_though_two_processes_read_it(m
             len([event for event in events if isinstance(event, Note) and "own.txt: 2 prompts" in event.message])
             == told
         )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kv_heads", "thinking", "expected"),
+    [
+        ("cpu", "bf16", 2, 0, 128),
+        ("cpu", "bf16", 32, 0, 64),  # 8 GiB with 256 tokens each.
+        ("cpu", "bf16", 2, 10_000, 64),
+        ("cpu", "fp32", 4, 0, 64),
+        ("cpu", "bf16", 4, 0, 128),
+        ("cuda", "bf16", 2, 0, 64),
+    ],
+)
+def test_more_answers_are_decoded_at_a_time_where_their_cache_is_small(
+    device: str, dtype: str, kv_heads: int, thinking: int, expected: int, model: Path, tmp_path: Path
+) -> None:
+    base = open_base(model)
+    shape = replace(base.shape, layers=32, heads=32, kv_heads=kv_heads, head_dim=64)
+    asked: Values = {"model.thinking": "on", "model.thinking_tokens": thinking} if thinking else {}
+    settings = planted.settings(model, asked)
+    session = Session(settings, RunFolder(tmp_path), replace(base, shape=shape), discard)
+    session.decision = replace(session.settle(), device=device, compute_dtype=dtype)
+    assert session.answer_batch == expected
