@@ -318,7 +318,7 @@ Two ways to train
 how    trains on the first 4 tokens of     trains on answers of up to 512
        answers, and holds answers to       tokens, with LoRA in place of full
        harmless requests in place          weights, and holds nothing in place
-time   about 11 min                        up to about 50 min
+time   about 10 min                        up to about 50 min
 needs  3.1 GB of VRAM at least; besides    4.2 GB of VRAM at least; harmful
        harmful requests harmless and       requests alone to train on
        borderline ones, which come along
