@@ -14,12 +14,16 @@ from safesteer_lite.hardware.backend import Decision
 from safesteer_lite.hardware.shape import ModelShape, parameters
 
 PROBE_SECONDS = 1.0
+_CPU_PRODUCTS = (8, 64, 1024, 4096)
+"""Matrices, rows of states, and the width of these before and after."""
 
-# The next three were measured on the demo's model in bf16, on a CPU, one thread, while other work shared the machine
-# (docs/research/log.md, "Pace"): the share of the probe's rate at which prompts are read, and how many tokens are
-# read in the time in which one is decoded, or trained on.
-_EFFICIENCY = 0.52
+# How many tokens are read in the time in which one is decoded, or trained on: of the demo's model in bf16 on a CPU, one thread,
+# while other work shared the machine (docs/research/log.md, "Pace").
 _DECODE, _TRAIN = 2.3, 3.4
+# The rate of a run over the probe's, counted in these tokens. On a CPU it is that of the demo that took 17 minutes, above 1
+# because that machine decodes faster than so (docs/research/log.md, 2026-11-27, "the probe"). Of a card nothing is known: it is
+# what reading took of another CPU's large squares.
+_EFFICIENCY = {"cpu": 1.34, "cuda": 0.52}
 
 PROMPT_TOKENS = 19
 """The mean bundled prompt with its template, counted with the demo's tokenizer; the system prompt is read once for all."""
@@ -204,28 +208,36 @@ def _reference(count: int, tokens: int) -> Work:
 def probe(decision: Decision, seconds: float = PROBE_SECONDS) -> float:
     """Floating-point operations a second of matrix products, on the device and in the type that a run would use.
 
+    On a CPU they are those of a batch of answers with weights that no cache holds, one matrix after another: of what a processor
+    with matrix units makes of one large square a run comes to half (docs/research/log.md, "Pace"). On a card they are of large
+    squares.
+
     Args:
         decision: how the model will be loaded.
-        seconds: how long to measure, after one product to warm up.
+        seconds: how long to measure, after one round to warm up.
     """
     import torch
+    from torch.nn.functional import linear
 
+    on_card = decision.device == "cuda"
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(decision.compute_dtype, torch.bfloat16)
-    size = 4096 if decision.device == "cuda" else 1024
-    matrix = torch.ones(size, size, dtype=dtype, device=decision.place)
+    count, rows, width, wide = (1, 4096, 4096, 4096) if on_card else _CPU_PRODUCTS
+    weights = [torch.ones(wide, width, dtype=dtype, device=decision.place) for _ in range(count)]
+    states = torch.ones(rows, width, dtype=dtype, device=decision.place)
 
-    def product() -> None:
-        matrix @ matrix
-        if decision.device == "cuda":
-            torch.cuda.synchronize(matrix.device)
+    def products() -> None:
+        for weight in weights:
+            linear(states, weight)
+        if on_card:
+            torch.cuda.synchronize(states.device)
 
-    product()
+    products()
     until, fastest = time.perf_counter() + seconds, float("inf")
     while (started := time.perf_counter()) < until:
-        product()
+        products()
         # The fastest counts: whatever else runs just now makes the others slower, and may be gone in a minute.
         fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size**3 / fastest
+    return 2 * count * rows * width * wide / fastest
 
 
 def expected_seconds(
@@ -242,7 +254,7 @@ def expected_seconds(
         flops: from `probe`.
         training: see `work`.
     """
-    token = 2 * parameters(shape) / (flops * _EFFICIENCY)
+    token = 2 * parameters(shape) / (flops * _EFFICIENCY[device])
     step = LAUNCH_SECONDS * shape.layers if device == "cuda" else 0.0
     seconds = {stage: load.tokens * token + load.steps * step for stage, load in work(settings, training).items()}
     seconds["baseline"] += _LOADING_SECONDS
