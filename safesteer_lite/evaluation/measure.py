@@ -16,16 +16,8 @@ from safesteer_lite.evaluation.scorecard import Flip, Scorecard, flips, rate
 from safesteer_lite.method.directions import refusal_score
 from safesteer_lite.method.memory import fitting
 from safesteer_lite.method.policies import last_logits
-from safesteer_lite.models.assistant import (
-    Policy,
-    Reference,
-    Written,
-    along,
-    ignore,
-    join_references,
-    kl_to_reference,
-    reference_answers,
-)
+from safesteer_lite.models.assistant import Policy, Written, ignore
+from safesteer_lite.models.reference import Reference, along, join_references, kl_to_reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.prompts.sets import KINDS, Kind
 

@@ -18,7 +18,7 @@ from safesteer_lite.export.weights.original import describe_original
 from safesteer_lite.export.weights.reload import compare_reloaded
 from safesteer_lite.export.weights.verify import FailedCheck
 from safesteer_lite.models.adapter import read_adapter, scale_adapter
-from safesteer_lite.models.assistant import Reference, reference_answers
+from safesteer_lite.models.reference import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.runs.folder import Publication
 from safesteer_lite.sources.base import Base

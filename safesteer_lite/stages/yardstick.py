@@ -9,7 +9,7 @@ from safesteer_lite.evaluation.choice import Candidate, one_answer, separation, 
 from safesteer_lite.evaluation.measure import measure_scored, refusal_scores
 from safesteer_lite.evaluation.scorecard import Scorecard
 from safesteer_lite.events import Metric
-from safesteer_lite.models.assistant import Reference, reference_answers
+from safesteer_lite.models.reference import Reference, reference_answers
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind
 from safesteer_lite.stages.history import History

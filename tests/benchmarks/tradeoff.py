@@ -35,7 +35,8 @@ from safesteer_lite.events import Event, Metric, Note, Warned, discard
 from safesteer_lite.hardware.allocator import keep_freed_memory
 from safesteer_lite.method.policies import Batch
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, scale_adapter
-from safesteer_lite.models.assistant import Policy, reference_answers
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.reference import reference_answers
 from safesteer_lite.prompts.contexts import BEGUN, CONTEXTS, asked_in, contexts
 from safesteer_lite.prompts.plan import texts
 from safesteer_lite.prompts.sets import Kind

@@ -16,7 +16,7 @@ from safesteer_lite.evaluation.measure import (
     scorecard,
 )
 from safesteer_lite.method import policies
-from safesteer_lite.models.assistant import kl_to_reference, reference_answers
+from safesteer_lite.models.reference import kl_to_reference, reference_answers
 from safesteer_lite.prompts.plan import PromptSets
 from safesteer_lite.prompts.sets import KINDS, Prompt
 from tests import tiny

@@ -34,8 +34,8 @@ from safesteer_lite.method.policies import Batch, Steering, last_logits
 from safesteer_lite.method.tokens import VotePositions, vote
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import Adapter, with_adapter
-from safesteer_lite.models.assistant import kl_of_states
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.models.reference import kl_of_states
 from safesteer_lite.sources.base import open_base
 from tests import tiny
 from tests.live_bytes import LiveBytes

@@ -20,8 +20,9 @@ from safesteer_lite.method.distill import Distillation, Recipe, StepResult, gene
 from safesteer_lite.method.objective import divergence
 from safesteer_lite.method.optimizer import MasterAdamW
 from safesteer_lite.method.policies import Batch, Chance, Completions, LanguageModel, Residual, Steering, join, pad_left
-from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.models.reference import kl_to_reference, reference_answers
 from safesteer_lite.models.sampling import Ended
 from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.stages.history import History, restore_step, save_step

@@ -17,7 +17,8 @@ from safesteer_lite.method import policies
 from safesteer_lite.method.policies import Batch, Completions
 from safesteer_lite.models import plain
 from safesteer_lite.models.adapter import read_adapter, save_adapter, scale_adapter
-from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.reference import kl_to_reference, reference_answers
 from safesteer_lite.prompts.contexts import Conversation
 from safesteer_lite.sources.base import open_base
 from tests import tiny

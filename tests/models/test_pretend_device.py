@@ -17,8 +17,9 @@ from safesteer_lite.method import directions, policies, tokens
 from safesteer_lite.method.distill import Distillation
 from safesteer_lite.method.policies import Steering
 from safesteer_lite.models.adapter import adapter_tensors, load_adapter, read_adapter, save_adapter, scale_adapter
-from safesteer_lite.models.assistant import Policy, kl_to_reference, reference_answers
+from safesteer_lite.models.assistant import Policy
 from safesteer_lite.models.reading import read_discriminants
+from safesteer_lite.models.reference import kl_to_reference, reference_answers
 from safesteer_lite.models.reply import Reply
 from safesteer_lite.models.selfcheck import self_check
 from safesteer_lite.prompts.plan import PromptSets

@@ -13,8 +13,8 @@ from safesteer_lite.export.weights import shards
 from safesteer_lite.export.weights.shards import Checkpoint
 from safesteer_lite.method.policies import Batch, Completions
 from safesteer_lite.models import plain
-from safesteer_lite.models.assistant import Reference, kl_of_states
 from safesteer_lite.models.loaded import PlainModel
+from safesteer_lite.models.reference import Reference, kl_of_states
 from safesteer_lite.sources.base import open_base
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safesteer_lite.export.weights.reload import compare_reloaded
-from safesteer_lite.models.assistant import Policy, Reference, kl_to_reference, reference_answers
+from safesteer_lite.models.assistant import Policy
+from safesteer_lite.models.reference import Reference, kl_to_reference, reference_answers
 from tests import tiny
 from tests.live_bytes import LiveBytes
 
