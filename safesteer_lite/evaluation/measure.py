@@ -114,8 +114,12 @@ def measure(
 ) -> tuple[Scorecard, Answers]:
     """Answers, rates and, with a `reference`, KL to the base."""
     answers = collect_answers(policy, prompts, tokens, size, done)
+    return _card(policy, prompts, answers, reference, chunk), answers
+
+
+def _card(policy: Policy, prompts: PromptSets, answers: Answers, reference: Reference | None, chunk: int) -> Scorecard:
     kl = kl_to_reference(policy, reference, chunk) if reference else None
-    return scorecard(answers, kl, len(prompts.harmless) if reference else 0), answers
+    return scorecard(answers, kl, len(prompts.harmless) if reference else 0)
 
 
 def measure_base(
@@ -167,8 +171,7 @@ def measure_scored(
         if written.first is not None:
             scores.update(zip(written.places, written.first.tolist(), strict=True))
     answers = _by_kind(prompts, given)
-    kl = kl_to_reference(policy, reference, chunk) if reference else None
-    card = scorecard(answers, kl, len(prompts.harmless) if reference else 0)
+    card = _card(policy, prompts, answers, reference, chunk)
     means = {kind: fmean(scores[place] for place in places) for kind, places in _places(prompts).items() if places}
     return card, answers, means
 

@@ -41,11 +41,7 @@ def reference_answers(policy: Policy, prompts: Sequence[str], tokens: int, size:
 
 def along(policy: Policy, prompts: Batch, completions: Completions) -> Reference:
     """What whichever policy is on makes of a batch of answers that it has written."""
-    with torch.no_grad():
-        states = completion_hidden(
-            policy.model, policy.model.start(completions.after(prompts)), completions.tokens.shape[1]
-        )
-    return Reference([(prompts, completions)], [states[completions.mask]])
+    return Reference([(prompts, completions)], [_states(policy, prompts, completions)])
 
 
 def join_references(parts: Sequence[Reference]) -> Reference:
@@ -58,12 +54,18 @@ def kl_to_reference(policy: Policy, reference: Reference, chunk: int) -> float:
 
     Whole answers, because damage hides behind the first token. Both policies must share the LM head.
     """
-    model, total = policy.model, 0.0
+    total = 0.0
     with torch.no_grad():
-        for (batch, completions), known in zip(reference.batches, reference.hidden, strict=True):
-            states = completion_hidden(model, model.start(completions.after(batch)), completions.tokens.shape[1])
-            total += kl_of_states(known, states[completions.mask], model.logits, chunk)
+        for (prompts, completions), known in zip(reference.batches, reference.hidden, strict=True):
+            total += kl_of_states(known, _states(policy, prompts, completions), policy.model.logits, chunk)
     return max(total, 0.0) / max(reference.positions, 1)
+
+
+def _states(policy: Policy, prompts: Batch, completions: Completions) -> Tensor:
+    """Final hidden states, (positions, width), at the valid positions that predict the completions."""
+    with torch.no_grad():
+        residual = policy.model.start(completions.after(prompts))
+        return completion_hidden(policy.model, residual, completions.tokens.shape[1])[completions.mask]
 
 
 def kl_of_states(known: Tensor, now: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> float:
